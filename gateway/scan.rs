@@ -1,0 +1,217 @@
+//! The one look at a request's body: where the fields are that policy decides on, as offsets into the bytes.
+//!
+//! Nothing is copied and nothing is re-written. An edit is a [`splice`] at an offset, so unknown fields, key
+//! order, number spelling and white space reach the upstream byte for byte.
+
+mod json;
+mod multipart;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+
+/// A top-level field that some decision reads. A body that has one of them twice is refused: two readers could
+/// disagree on which one counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// Which model is asked.
+    Model,
+    /// Whether the answer is to be a stream.
+    Stream,
+    /// `stream_options`, where usage on streams is asked for.
+    StreamOptions,
+    /// The most tokens that may be generated, old spelling.
+    MaxTokens,
+    /// The same, OpenAI's newer spelling.
+    MaxCompletionTokens,
+    /// The same, in the Responses API.
+    MaxOutputTokens,
+    /// How many answers.
+    N,
+    /// The end user, as the application names them.
+    User,
+}
+
+const FIELDS: [(&str, Field); 8] = [
+    ("model", Field::Model),
+    ("stream", Field::Stream),
+    ("stream_options", Field::StreamOptions),
+    ("max_tokens", Field::MaxTokens),
+    ("max_completion_tokens", Field::MaxCompletionTokens),
+    ("max_output_tokens", Field::MaxOutputTokens),
+    ("n", Field::N),
+    ("user", Field::User),
+];
+
+impl Field {
+    /// Its name in the body.
+    pub fn name(self) -> &'static str {
+        FIELDS[self as usize].0
+    }
+
+    fn named(name: &[u8]) -> Option<Self> {
+        FIELDS.iter().find(|(known, _)| known.as_bytes() == name).map(|(_, field)| *field)
+    }
+}
+
+/// Where a body's deciding fields stand.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scan {
+    spans: [Option<Range<usize>>; FIELDS.len()],
+    /// Whether the values are JSON (quoted, escaped) or a form's raw text.
+    raw: bool,
+}
+
+/// Why a body is not what its endpoint takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Not well formed: what was expected, and the offset in bytes where it was not found.
+    Malformed(&'static str, usize),
+    /// The field stands twice.
+    Twice(Field),
+    /// The field has a value of the wrong kind: what it must be.
+    Kind(Field, &'static str),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Malformed(expected, at) => write!(f, "the body is malformed at byte {at}: {expected}"),
+            Self::Twice(field) => write!(f, "the field `{}` stands twice in the body: send it once", field.name()),
+            Self::Kind(field, must) => write!(f, "the field `{}` must be {must}", field.name()),
+        }
+    }
+}
+
+/// Scans a JSON body: one object, at most 128 levels deep.
+pub fn json(body: &[u8]) -> Result<Scan, Fault> {
+    json::scan(body)
+}
+
+/// Scans a multipart form whose `Content-Type` is `content_type`.
+pub fn multipart(body: &[u8], content_type: &[u8]) -> Result<Scan, Fault> {
+    multipart::scan(body, content_type)
+}
+
+impl Scan {
+    /// Where `field`'s value stands, if the body has it.
+    pub fn span(&self, field: Field) -> Option<Range<usize>> {
+        self.spans[field as usize].clone()
+    }
+
+    /// The model's name. A JSON `null` counts as absent.
+    pub fn model<'a>(&self, body: &'a [u8]) -> Result<Option<Cow<'a, str>>, Fault> {
+        let Some(value) = self.value(Field::Model, body) else { return Ok(None) };
+        if !self.raw && value == b"null" {
+            return Ok(None);
+        }
+        let wrong = || Fault::Kind(Field::Model, "a string");
+        let text = std::str::from_utf8(value).map_err(|_| wrong())?;
+        if self.raw {
+            return Ok(Some(Cow::Borrowed(text)));
+        }
+        decode(text).map(Some).ok_or_else(wrong)
+    }
+
+    /// Whether a stream is asked for.
+    pub fn stream(&self, body: &[u8]) -> Result<bool, Fault> {
+        match self.value(Field::Stream, body) {
+            None | Some(b"false" | b"null" | b"False") => Ok(false),
+            Some(b"true" | b"True") => Ok(true),
+            Some(_) => Err(Fault::Kind(Field::Stream, "true or false")),
+        }
+    }
+
+    /// The edit that gives the model another name.
+    pub fn rename_model(&self, name: &str) -> Option<Edit> {
+        let span = self.span(Field::Model)?;
+        let text = if self.raw { name.to_owned() } else { serde_json::Value::from(name).to_string() };
+        Some(Edit { span, text })
+    }
+
+    fn value<'a>(&self, field: Field, body: &'a [u8]) -> Option<&'a [u8]> {
+        body.get(self.span(field)?)
+    }
+
+    fn put(&mut self, field: Field, span: Range<usize>) -> Result<(), Fault> {
+        match self.spans[field as usize].replace(span) {
+            None => Ok(()),
+            Some(_) => Err(Fault::Twice(field)),
+        }
+    }
+}
+
+/// A JSON string token's text, without a copy where it has no escape.
+fn decode(token: &str) -> Option<Cow<'_, str>> {
+    let inner = token.strip_prefix('"')?.strip_suffix('"')?;
+    if inner.contains('\\') { serde_json::from_str(token).ok().map(Cow::Owned) } else { Some(Cow::Borrowed(inner)) }
+}
+
+/// A new text for one span of a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// What is replaced.
+    pub span: Range<usize>,
+    /// By what.
+    pub text: String,
+}
+
+/// The body with `edits` made, every other byte as it was. The edits do not overlap.
+pub fn splice(body: &Bytes, edits: &mut [Edit]) -> Bytes {
+    if edits.is_empty() {
+        return body.clone();
+    }
+    edits.sort_by_key(|edit| edit.span.start);
+    let grown: usize = edits.iter().map(|edit| edit.text.len()).sum();
+    let mut out = BytesMut::with_capacity(body.len() + grown);
+    let mut at = 0;
+    for edit in edits {
+        out.extend_from_slice(&body[at..edit.span.start]);
+        out.extend_from_slice(edit.text.as_bytes());
+        at = edit.span.end;
+    }
+    out.extend_from_slice(&body[at..]);
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_fields_is_in_the_order_of_the_enum() {
+        for (index, (name, field)) in FIELDS.iter().enumerate() {
+            assert_eq!((index, *name), (*field as usize, field.name()));
+        }
+    }
+
+    #[test]
+    fn a_renamed_model_changes_nothing_else() {
+        let body = Bytes::from_static(b"{ \"b\" : 1.00 ,\"model\":\t\"gpt\", \"z\":{\"model\":\"inner\"} }");
+        let scan = json(&body).unwrap();
+        let edited = splice(&body, &mut [scan.rename_model("lla\"ma").unwrap()]);
+        assert_eq!(edited, "{ \"b\" : 1.00 ,\"model\":\t\"lla\\\"ma\", \"z\":{\"model\":\"inner\"} }");
+    }
+
+    #[test]
+    fn no_edit_is_the_same_memory() {
+        let body = Bytes::from_static(b"{}");
+        assert_eq!(splice(&body, &mut []).as_ptr(), body.as_ptr());
+    }
+
+    #[test]
+    fn an_escaped_name_is_read_as_what_it_means() {
+        let body = br#"{"model":"g\u0070t"}"#;
+        assert_eq!(json(body).unwrap().model(body).unwrap().unwrap(), "gpt");
+    }
+
+    #[test]
+    fn a_wrong_kind_says_what_it_must_be() {
+        let body = br#"{"model":7,"stream":"yes"}"#;
+        let scan = json(body).unwrap();
+        assert_eq!(scan.model(body), Err(Fault::Kind(Field::Model, "a string")));
+        assert!(scan.stream(body).unwrap_err().to_string().contains("true or false"));
+    }
+}
