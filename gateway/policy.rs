@@ -1,0 +1,3 @@
+//! stub
+pub mod file;
+pub mod problem;

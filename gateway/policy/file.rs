@@ -1,0 +1,419 @@
+//! `policy.yaml` exactly as it is written.
+//!
+//! The doc comments here are the reference that users read: the JSON Schema, the editor's completion and the
+//! table in the README are generated from them. What the words mean together is decided in `policy.rs`.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::secret::SecretSource;
+
+/// What the gateway does with every request. Reloaded under traffic: save the file, send SIGHUP, or
+/// `POST /admin/reload`.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// The version of this format. It is 1.
+    #[schemars(range(min = 1, max = 1))]
+    pub version: u32,
+    /// The models that clients may name, and where each is served.
+    #[serde(default)]
+    pub models: Vec<Model>,
+    /// The model for requests that name none, or one that no entry of `models` knows. Absent: such requests get
+    /// 404.
+    #[serde(default)]
+    pub default_model: Option<String>,
+    /// The pools of upstreams, by name.
+    #[serde(default)]
+    pub pools: BTreeMap<String, Pool>,
+    /// Paths that are passed through unread, first match wins.
+    #[serde(default)]
+    pub passthrough: Vec<Passthrough>,
+    /// What holds for every request, whatever its model.
+    #[serde(default)]
+    pub requests: Requests,
+    /// Classes of urgency, by name. When a pool is full, a request of a higher class goes first.
+    #[serde(default)]
+    pub priorities: BTreeMap<String, Priority>,
+}
+
+/// One model as clients see it.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The name that clients send. One `*` stands for any text: `llama-*`, `*`. The longest match wins.
+    #[schemars(length(min = 1))]
+    pub name: String,
+    /// Other names for the same model.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// The pool that serves it.
+    pub pool: String,
+    /// The name that the upstreams know it by, if it is another. Only the name's bytes change in the body.
+    #[serde(default)]
+    pub rename: Option<String>,
+    /// Where a request goes when the pool cannot answer it, in this order.
+    #[serde(default)]
+    pub fallbacks: Vec<Fallback>,
+    /// The class of urgency of its requests, one of `priorities`.
+    #[serde(default)]
+    pub priority: Option<String>,
+    /// A sentence for `GET /v1/models`.
+    #[serde(default)]
+    pub description: Option<String>,
+}
+
+/// Another pool to try before the first byte has reached the client.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Fallback {
+    /// The pool.
+    pub pool: String,
+    /// What must have happened. Absent: `connect`, `reset`, `timeout`, `5xx`, `429`, `unavailable`.
+    #[serde(default)]
+    pub on: Option<Vec<Cause>>,
+    /// The model's name there.
+    #[serde(default)]
+    pub rename: Option<String>,
+}
+
+/// Why an attempt did not give an answer to pass on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+pub enum Cause {
+    /// No connection: nothing was sent.
+    #[serde(rename = "connect")]
+    Connect,
+    /// The connection was lost after the request had been sent and before any answer.
+    #[serde(rename = "reset")]
+    Reset,
+    /// No first token, or no answer, in time.
+    #[serde(rename = "timeout")]
+    Timeout,
+    /// Status 500, 502, 503, 504 or 529.
+    #[serde(rename = "5xx")]
+    Status5xx,
+    /// Status 429.
+    #[serde(rename = "429")]
+    Status429,
+    /// The pool had no upstream to ask, or no place in its queue.
+    #[serde(rename = "unavailable")]
+    Unavailable,
+    /// The prompt is longer than the model's context.
+    #[serde(rename = "context_length")]
+    ContextLength,
+    /// The provider's content filter refused.
+    #[serde(rename = "content_filter")]
+    ContentFilter,
+}
+
+/// Upstreams that can stand in for each other.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pool {
+    /// The model servers.
+    #[schemars(length(min = 1))]
+    pub upstreams: Vec<Upstream>,
+    /// How long each phase of a request may take.
+    #[serde(default)]
+    pub timeouts: Timeouts,
+    /// When an attempt is made again, and how often.
+    #[serde(default)]
+    pub retry: Retry,
+    /// When an upstream is left alone for a while.
+    #[serde(default)]
+    pub breaker: Breaker,
+    /// How upstreams are asked for their health. `health: {enabled: false}` turns it off.
+    #[serde(default)]
+    pub health: Health,
+    /// How many requests run at once, and how many may wait.
+    #[serde(default)]
+    pub concurrency: Concurrency,
+    /// An upstream that joins or recovers gets its full share only after this long, in milliseconds. 0: at once.
+    #[serde(default)]
+    pub slow_start_ms: u64,
+}
+
+/// One model server, or all the addresses behind one name.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Upstream {
+    /// Its base URL, with the path that stands before `/v1`, if any: `http://gpu-7:8000`,
+    /// `https://api.openai.com`, `unix:/run/vllm.sock`. Every address behind the name counts as an upstream of
+    /// its own.
+    pub url: String,
+    /// Its name in headers and metrics. Absent: host and port.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Its dialect: `openai`, `vllm`, `sglang`, `tgi`, `anthropic`, `azure`. Absent: `vllm`.
+    #[serde(default)]
+    pub provider: Option<String>,
+    /// The key it wants: `{env: NAME}` or `{file: PATH}`. Clients' keys never go there.
+    #[serde(default)]
+    pub key: Option<SecretSource>,
+    /// Headers to set on every request to it.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    /// Its share of the requests beside the others. 0 drains it: no new requests. Absent: 1.
+    #[serde(default = "one")]
+    #[schemars(range(max = 1000))]
+    pub weight: u32,
+    /// Where it is. Upstreams in the gateway's own zone (settings) are asked first.
+    #[serde(default)]
+    pub zone: Option<String>,
+    /// The name it knows the model by, if it is another than the pool's.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// HTTP/2 to it: `never`, `tls` (where TLS negotiates it), `always` (without TLS too). Absent: `tls`.
+    #[serde(default)]
+    pub http2: Http2,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// When HTTP/2 is spoken to an upstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Http2 {
+    /// HTTP/1.1 only.
+    Never,
+    /// Where TLS negotiates it.
+    #[default]
+    Tls,
+    /// Without TLS too.
+    Always,
+}
+
+/// How long each phase may take, in milliseconds. Each one has its own name in the error.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// Until the connection stands, TLS included.
+    #[schemars(range(min = 1))]
+    pub connect_ms: u64,
+    /// Until the first event of a streamed answer.
+    #[schemars(range(min = 1))]
+    pub first_token_ms: u64,
+    /// Until an answer that is not streamed begins.
+    #[schemars(range(min = 1))]
+    pub answer_ms: u64,
+    /// Between two pieces of an answer.
+    #[schemars(range(min = 1))]
+    pub between_tokens_ms: u64,
+    /// For the whole request, all attempts and the queue included.
+    #[schemars(range(min = 1))]
+    pub total_ms: u64,
+    /// How long a kept connection may lie idle. Keep it under the upstream's own limit (5 s in vLLM's server).
+    #[schemars(range(min = 1))]
+    pub idle_ms: u64,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect_ms: 5_000,
+            first_token_ms: 120_000,
+            answer_ms: 600_000,
+            between_tokens_ms: 60_000,
+            total_ms: 3_600_000,
+            idle_ms: 4_000,
+        }
+    }
+}
+
+/// When an attempt is made again. Only before the first byte of an answer has reached the client.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retry {
+    /// How many attempts one request may cost in all, the first one and those on fallback pools included.
+    #[schemars(range(min = 1, max = 20))]
+    pub attempts: u32,
+    /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
+    pub on: Vec<Cause>,
+    /// The wait before an attempt on an upstream that has failed already in this request, doubled each time,
+    /// with jitter, in milliseconds. Another upstream is tried without a wait.
+    pub backoff_ms: u64,
+    /// Retries beyond the first attempt, as a share of requests over the last ten seconds; at least 10 are always
+    /// allowed. Keeps retries from finishing off a pool that is down.
+    #[schemars(range(min = 0.0, max = 10.0))]
+    pub budget: f64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            attempts: 3,
+            on: vec![Cause::Connect, Cause::Reset, Cause::Timeout, Cause::Status5xx, Cause::Status429],
+            backoff_ms: 100,
+            budget: 0.2,
+        }
+    }
+}
+
+/// When an upstream is left alone. Answers of 4xx never count; 429 brings a pause as long as `Retry-After` says.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Breaker {
+    /// Failures in a row that open it. 0: never.
+    pub failures: u32,
+    /// The share of failures over `window_ms` that opens it, where there were at least `requests_min` requests.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub failure_ratio: f64,
+    /// The window for `failure_ratio`, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub window_ms: u64,
+    /// The least number of requests in the window for `failure_ratio` to count.
+    pub requests_min: u32,
+    /// How long it stays open the first time, in milliseconds; doubled each time it opens again.
+    #[schemars(range(min = 1))]
+    pub open_ms: u64,
+    /// The longest it stays open, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub open_ms_max: u64,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self {
+            failures: 5,
+            failure_ratio: 0.5,
+            window_ms: 10_000,
+            requests_min: 20,
+            open_ms: 2_000,
+            open_ms_max: 60_000,
+        }
+    }
+}
+
+/// How upstreams are asked for their health, beside what their answers tell.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Health {
+    /// Whether they are asked at all.
+    pub enabled: bool,
+    /// The path to ask. Absent: the provider's (`/health` for vLLM, SGLang and TGI, `/v1/models` for clouds).
+    pub path: Option<String>,
+    /// The time between two questions, in milliseconds.
+    #[schemars(range(min = 10))]
+    pub interval_ms: u64,
+    /// How long an answer may take, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub timeout_ms: u64,
+    /// Bad answers in a row that take an upstream out.
+    #[schemars(range(min = 1))]
+    pub unhealthy_after: u32,
+    /// Good answers in a row that bring it back.
+    #[schemars(range(min = 1))]
+    pub healthy_after: u32,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { enabled: true, path: None, interval_ms: 1_000, timeout_ms: 2_000, unhealthy_after: 3, healthy_after: 1 }
+    }
+}
+
+/// How many requests a pool runs at once, and how many may wait for their turn.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Concurrency {
+    /// Requests at once. Absent: no limit.
+    #[schemars(range(min = 1))]
+    pub max: Option<u32>,
+    /// Requests that may wait. Beyond it: 503 with `Retry-After`.
+    pub queue: u32,
+    /// How long one may wait, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub queue_ms: u64,
+}
+
+impl Default for Concurrency {
+    fn default() -> Self {
+        Self { max: None, queue: 1_000, queue_ms: 30_000 }
+    }
+}
+
+/// A path that is passed through unread, with the pool's failover, breakers and limits.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Passthrough {
+    /// The path. A `*` at its end stands for any rest.
+    pub path: String,
+    /// The pool.
+    pub pool: String,
+    /// The methods it takes. Absent: GET and POST.
+    #[serde(default)]
+    pub methods: Option<Vec<String>>,
+    /// Whether WebSockets may be opened on it.
+    #[serde(default)]
+    pub websocket: bool,
+}
+
+/// What holds for every request.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Requests {
+    /// The largest body, in bytes. Beyond it: 413.
+    #[schemars(range(min = 1))]
+    pub body_bytes_max: u64,
+    /// How long a body may take to arrive, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub body_ms: u64,
+    /// Prefixes that are taken off a path before it is looked up: `/openai` makes `/openai/v1/models` work.
+    pub strip_prefixes: Vec<String>,
+    /// Silence on a stream after which the client gets a comment, in milliseconds. 0: never.
+    pub heartbeat_ms: u64,
+    /// What happens to the upstream's work when the client leaves.
+    pub on_disconnect: OnDisconnect,
+    /// How long a drained answer may go on after the client left, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub drain_ms: u64,
+    /// How long a client may take to accept a piece of the answer, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub write_ms: u64,
+    /// The header by which a client may name one of `priorities`. Absent: it may not.
+    pub priority_header: Option<String>,
+    /// Whether answers tell the upstream that gave them (`x-infergate-upstream`).
+    pub name_upstream: bool,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self {
+            body_bytes_max: 32 << 20,
+            body_ms: 60_000,
+            strip_prefixes: Vec::new(),
+            heartbeat_ms: 15_000,
+            on_disconnect: OnDisconnect::Cancel,
+            drain_ms: 60_000,
+            write_ms: 60_000,
+            priority_header: None,
+            name_upstream: true,
+        }
+    }
+}
+
+/// What happens to the upstream's work when the client leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDisconnect {
+    /// The upstream is told at once, so that it stops generating.
+    Cancel,
+    /// The answer is read to its end, so that its usage is known.
+    Drain,
+}
+
+/// A class of urgency.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Priority {
+    /// Higher goes first. Requests without a class have 0.
+    #[schemars(range(min = -100, max = 100))]
+    pub level: i32,
+    /// How long a request of this class may wait in a queue, in milliseconds. Absent: the pool's own limit.
+    #[serde(default)]
+    pub queue_ms: Option<u64>,
+}
