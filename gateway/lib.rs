@@ -1,8 +1,37 @@
 //! Infergate: an inference gateway in one process.
-#![allow(missing_docs)]
+//!
+//! A request's whole way is on one page, [`pipeline`]; the rest is called from there.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | [`pipeline`], [`failover`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
+//! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
+//! | [`scan`], [`sse`] | the one look at a body; the frame of an event stream |
+//! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
+//! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
+//! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
+//! | [`telemetry`], [`admin`], [`memory`] | what is measured and shown to operators |
+//! | [`simulate`] | the embedded model server; nothing else here knows it |
+//! | [`cli`] | one file a subcommand |
+
+pub mod admin;
+pub mod cli;
+pub mod discover;
+pub mod exchange;
+pub mod failover;
+pub mod house;
+pub mod local;
+pub mod memory;
+pub mod pipeline;
 pub mod policy;
+pub mod pool;
 pub mod refusal;
+pub mod relay;
 pub mod scan;
 pub mod secret;
+pub mod settings;
+pub mod simulate;
 pub mod sse;
+pub mod state;
 pub mod surface;
+pub mod telemetry;

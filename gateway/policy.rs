@@ -1,3 +1,594 @@
-//! stub
+//! The compiled policy: what the YAML means, immutable, swapped whole, pinned by each request.
+
 pub mod file;
 pub mod problem;
+pub mod reload;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderName, HeaderValue, Method};
+use infergate_plugins::provider;
+use sha2::{Digest, Sha256};
+
+use self::file::{Cause, File};
+use self::problem::{Document, Problem, nearest};
+use crate::pool::origin::Origin;
+use crate::pool::{Pool, Upstream, breaker, queue};
+use crate::refusal::{Code, Refusal};
+use crate::secret::{Secret, SecretSource};
+use crate::settings::Settings;
+use crate::state::State;
+use crate::telemetry::Telemetry;
+
+/// What every request is decided by.
+#[derive(Debug)]
+pub struct Policy {
+    /// SHA-256 of the file and of the secrets it names, in hex: the same hash decides the same.
+    pub hash: String,
+    /// Counts the policies since the start; set when it comes into force.
+    pub revision: u64,
+    /// What holds for every request.
+    pub requests: file::Requests,
+    /// The pools, by name.
+    pub pools: BTreeMap<String, Arc<Pool>>,
+    /// Paths that pass through unread.
+    pub passthrough: Vec<Passthrough>,
+    /// The header by which clients name a class of urgency.
+    pub priority_header: Option<HeaderName>,
+    /// The classes of urgency.
+    pub priorities: BTreeMap<String, file::Priority>,
+    /// The files whose secrets are in it.
+    pub secret_files: Vec<PathBuf>,
+    models: Models,
+}
+
+/// The names that clients use.
+#[derive(Debug, Default)]
+struct Models {
+    exact: HashMap<String, Arc<Route>>,
+    /// Patterns with a star, the longest first: (before the star, behind it, where it goes).
+    patterns: Vec<(String, String, Arc<Route>)>,
+    default: Option<String>,
+    /// For the list of models: every name and alias in the order of the file.
+    listed: Vec<(String, Arc<Route>)>,
+}
+
+/// Where a model is served.
+#[derive(Debug)]
+pub struct Route {
+    /// The pool, then the fallbacks, in order.
+    pub stages: Vec<Stage>,
+    /// The class of urgency.
+    pub priority: Option<file::Priority>,
+    /// The entry in the file, for the list of models.
+    pub model: file::Model,
+}
+
+/// One pool that a request may go to.
+#[derive(Debug)]
+pub struct Stage {
+    /// The pool.
+    pub pool: Arc<Pool>,
+    /// The model's name there.
+    pub rename: Option<String>,
+    /// What must have happened before; empty for the first.
+    pub on: Vec<Cause>,
+}
+
+/// A path that passes through unread.
+#[derive(Debug)]
+pub struct Passthrough {
+    path: String,
+    methods: Vec<Method>,
+    /// Whether WebSockets may be opened.
+    pub websocket: bool,
+    /// Where it goes.
+    pub route: Arc<Route>,
+}
+
+/// What a file is compiled against.
+pub struct World<'a> {
+    /// Reads an environment variable.
+    pub env: &'a dyn Fn(&str) -> Option<String>,
+    /// The levels that upstreams and pools are tied to.
+    pub state: &'a State,
+    /// Where their counters are.
+    pub telemetry: &'a Telemetry,
+    /// The gateway's own zone.
+    pub zone: Option<&'a str>,
+    /// The time.
+    pub now: Instant,
+    /// Whether the files with secrets must be there.
+    pub secret_files: bool,
+}
+
+impl<'a> World<'a> {
+    /// The world of a running gateway.
+    pub fn new(env: &'a dyn Fn(&str) -> Option<String>, state: &'a State, telemetry: &'a Telemetry, settings: &'a Settings) -> Self {
+        Self { env, state, telemetry, zone: settings.zone.as_deref(), now: Instant::now(), secret_files: true }
+    }
+}
+
+/// The schema of `policy.yaml`.
+pub fn schema() -> schemars::Schema {
+    schemars::schema_for!(File)
+}
+
+/// Everything that is wrong with a policy file.
+#[derive(Debug)]
+pub struct Problems(pub Vec<Problem>);
+
+impl Problems {
+    /// One line for each, with the file's name in front as editors and terminals like it.
+    pub fn lines(&self, name: &str) -> Vec<String> {
+        let line = |problem: &Problem| match problem.place {
+            Some(_) => format!("{name}:{problem}"),
+            None => format!("{name}: {problem}"),
+        };
+        self.0.iter().map(line).collect()
+    }
+}
+
+/// Reads and compiles `text`: a policy, or all that is wrong with it.
+pub fn compile(text: &str, world: &World<'_>) -> Result<Policy, Problems> {
+    let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
+    let problems = document.against(&schema());
+    if !problems.is_empty() {
+        return Err(Problems(problems));
+    }
+    let file: File = serde_json::from_value(document.value.clone())
+        .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
+    let mut compiler = Compiler::new(document, text, world);
+    let policy = compiler.policy(file);
+    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems(compiler.problems)) }
+}
+
+/// Compiles a policy that was not written by a person but made of parts (`--upstream`).
+pub fn compile_file(file: File, source: &str, world: &World<'_>) -> Result<Policy, Problems> {
+    let mut compiler = Compiler::new(Document::default(), source, world);
+    let policy = compiler.policy(file);
+    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems(compiler.problems)) }
+}
+
+/// Reads the file at `path` and compiles it.
+pub fn load(path: &Path, world: &World<'_>) -> Result<Policy, Problems> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let message = format!("cannot be read: {error}");
+        Problems(vec![Problem { place: None, path: String::new(), message }])
+    })?;
+    compile(&text, world)
+}
+
+struct Compiler<'a> {
+    document: Document,
+    world: &'a World<'a>,
+    problems: Vec<Problem>,
+    /// The hash of the file and of what it names.
+    secrets: Sha256,
+    secret_files: Vec<PathBuf>,
+}
+
+impl<'a> Compiler<'a> {
+    fn new(document: Document, source: &str, world: &'a World<'a>) -> Self {
+        let secrets = Sha256::new_with_prefix(source);
+        Self { document, world, problems: Vec::new(), secrets, secret_files: Vec::new() }
+    }
+
+    fn wrong(&mut self, path: &str, message: impl Into<String>) {
+        let problem = self.document.problem(path, message);
+        self.problems.push(problem);
+    }
+
+    fn policy(&mut self, file: File) -> Policy {
+        let pools: BTreeMap<_, _> = file
+            .pools
+            .iter()
+            .map(|(name, pool)| (name.clone(), Arc::new(self.pool(&format!("pools.{name}"), name, pool))))
+            .collect();
+        let models = self.models(&file, &pools);
+        let passthrough = file.passthrough.iter().enumerate();
+        let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
+        self.requests(&file.requests);
+        Policy {
+            hash: format!("{:x}", self.secrets.clone().finalize()),
+            revision: 0,
+            priority_header: file.requests.priority_header.as_deref().and_then(|name| name.parse().ok()),
+            requests: file.requests,
+            pools,
+            passthrough,
+            priorities: file.priorities,
+            secret_files: std::mem::take(&mut self.secret_files),
+            models,
+        }
+    }
+
+    fn requests(&mut self, requests: &file::Requests) {
+        for (index, prefix) in requests.strip_prefixes.iter().enumerate() {
+            if !prefix.starts_with('/') || prefix.ends_with('/') {
+                self.wrong(
+                    &format!("requests.strip_prefixes[{index}]"),
+                    format!("{prefix} must begin with a slash and not end with one, like /openai"),
+                );
+            }
+        }
+        if let Some(name) = &requests.priority_header
+            && name.parse::<HeaderName>().is_err()
+        {
+            self.wrong("requests.priority_header", format!("{name} is no header name"));
+        }
+    }
+
+    fn pool(&mut self, path: &str, name: &str, pool: &file::Pool) -> Pool {
+        for (index, cause) in pool.retry.on.iter().enumerate() {
+            if matches!(cause, Cause::Unavailable | Cause::ContextLength | Cause::ContentFilter) {
+                let message = "only a fallback can help with that: put it under a model's `fallbacks`";
+                self.wrong(&format!("{path}.retry.on[{index}]"), message);
+            }
+        }
+        if let Some(probe) = pool.health.path.as_ref().filter(|probe| !probe.starts_with('/')) {
+            self.wrong(&format!("{path}.health.path"), format!("{probe} must begin with a slash"));
+        }
+        let upstreams = pool.upstreams.iter().enumerate();
+        Pool {
+            name: name.to_owned(),
+            upstreams: upstreams
+                .filter_map(|(index, upstream)| self.upstream(&format!("{path}.upstreams[{index}]"), name, upstream))
+                .collect(),
+            timeouts: pool.timeouts,
+            retry: pool.retry.clone(),
+            breaker: breaker::Parameters {
+                failures: pool.breaker.failures,
+                failure_ratio: pool.breaker.failure_ratio,
+                window: Duration::from_millis(pool.breaker.window_ms),
+                requests_min: pool.breaker.requests_min,
+                open: Duration::from_millis(pool.breaker.open_ms),
+                open_max: Duration::from_millis(pool.breaker.open_ms_max),
+            },
+            health: pool.health.clone(),
+            concurrency: queue::Parameters {
+                max: pool.concurrency.max,
+                queue: pool.concurrency.queue,
+                wait: Duration::from_millis(pool.concurrency.queue_ms),
+            },
+            slow_start: Duration::from_millis(pool.slow_start_ms),
+            state: self.world.state.pool(name, self.world.telemetry, self.world.now),
+        }
+    }
+
+    fn upstream(&mut self, path: &str, pool: &str, upstream: &file::Upstream) -> Option<Upstream> {
+        let (origin, base) = Origin::parse(&upstream.url, upstream.http2)
+            .map_err(|error| self.wrong(&format!("{path}.url"), error))
+            .ok()?;
+        let provider = self.provider(path, upstream)?;
+        let mut headers = self.headers(path, upstream);
+        if let Some(source) = &upstream.key {
+            let secret = match (source, self.world.secret_files) {
+                (SecretSource { file: Some(_), env: None }, false) => Ok(Secret::new("unknown")),
+                _ => source.read(self.world.env),
+            };
+            let secret = secret.map_err(|error| self.wrong(&format!("{path}.key"), error)).ok()?;
+            self.secrets.update(secret.reveal());
+            self.secret_files.extend(source.file.clone());
+            let credential = provider.credential(secret.reveal());
+            let mut value = HeaderValue::try_from(credential.value)
+                .map_err(|_| self.wrong(&format!("{path}.key"), "the secret cannot stand in a header"))
+                .ok()?;
+            value.set_sensitive(true);
+            headers.push((HeaderName::from_static(credential.name), value));
+        }
+        let name = upstream.name.clone().unwrap_or_else(|| origin.host.to_string());
+        let header_value = |text: &str| HeaderValue::from_str(text).ok();
+        let Some((name_value, authority)) = header_value(&name).zip(header_value(&origin.authority())) else {
+            self.wrong(&format!("{path}.name"), "a name may only have visible ASCII characters");
+            return None;
+        };
+        Some(Upstream {
+            attempts: self.world.telemetry.attempts(pool, &name),
+            name: name_value,
+            path: base,
+            authority,
+            provider,
+            headers,
+            weight: upstream.weight,
+            near: upstream.zone.is_none() || self.world.zone.is_none() || upstream.zone.as_deref() == self.world.zone,
+            model: upstream.model.clone(),
+            origin: self.world.state.origin(&origin, self.world.now),
+        })
+    }
+
+    fn provider(&mut self, path: &str, upstream: &file::Upstream) -> Option<Arc<dyn provider::Provider>> {
+        let kind = upstream.provider.as_deref().unwrap_or("vllm");
+        let found = provider::named(kind);
+        if found.is_none() {
+            let names: Vec<&str> = provider::KINDS.iter().map(|(name, _)| *name).collect();
+            let hint = nearest(kind, names.iter().copied());
+            self.wrong(&format!("{path}.provider"), format!("{kind} is none of {}{hint}", names.join(", ")));
+        }
+        found
+    }
+
+    fn headers(&mut self, path: &str, upstream: &file::Upstream) -> Vec<(HeaderName, HeaderValue)> {
+        let mut headers = Vec::new();
+        for (name, value) in &upstream.headers {
+            match (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+                (Ok(name), Ok(value)) if !crate::relay::headers::is_framing(&name) => headers.push((name, value)),
+                (Ok(_), Ok(_)) => {
+                    self.wrong(&format!("{path}.headers.{name}"), "the gateway itself sets this header: take it out");
+                }
+                _ => self.wrong(&format!("{path}.headers.{name}"), "this is no valid header"),
+            }
+        }
+        headers
+    }
+
+    fn models(&mut self, file: &File, pools: &BTreeMap<String, Arc<Pool>>) -> Models {
+        let mut models = Models { default: file.default_model.clone(), ..Models::default() };
+        let mut seen: HashMap<&str, String> = HashMap::new();
+        for (index, model) in file.models.iter().enumerate() {
+            let path = format!("models[{index}]");
+            let Some(route) = self.route(&path, model, file, pools) else { continue };
+            let aliases = model.aliases.iter().enumerate().map(|(n, alias)| (alias, format!("{path}.aliases[{n}]")));
+            for (name, place) in std::iter::once((&model.name, format!("{path}.name"))).chain(aliases) {
+                if let Some(before) = seen.insert(name, place.clone()) {
+                    self.wrong(&place, format!("{name} is taken already, at {before}"));
+                }
+                if name.matches('*').count() > 1 {
+                    self.wrong(&place, format!("{name}: only one * is understood"));
+                }
+                models.add(name, route.clone());
+            }
+        }
+        models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
+        if let Some(name) = &file.default_model
+            && models.named(name).is_none()
+        {
+            let hint = nearest(name, seen.keys().copied());
+            self.wrong("default_model", format!("no model is named {name}{hint}"));
+        }
+        models
+    }
+
+    fn route(
+        &mut self,
+        path: &str,
+        model: &file::Model,
+        file: &File,
+        pools: &BTreeMap<String, Arc<Pool>>,
+    ) -> Option<Arc<Route>> {
+        let first = self.find_pool(&format!("{path}.pool"), &model.pool, pools);
+        let mut stages = vec![Stage { pool: first?, rename: model.rename.clone(), on: Vec::new() }];
+        for (index, fallback) in model.fallbacks.iter().enumerate() {
+            let place = format!("{path}.fallbacks[{index}].pool");
+            if stages.iter().any(|stage| stage.pool.name == fallback.pool) {
+                self.wrong(&place, format!("{} is tried already before this", fallback.pool));
+            }
+            let pool = self.find_pool(&place, &fallback.pool, pools)?;
+            let rename = fallback.rename.clone().or_else(|| model.rename.clone());
+            stages.push(Stage { pool, rename, on: fallback.on.clone().unwrap_or_else(usual_causes) });
+        }
+        let priority = match &model.priority {
+            None => None,
+            Some(name) => {
+                let found = file.priorities.get(name).copied();
+                if found.is_none() {
+                    let hint = nearest(name, file.priorities.keys().map(String::as_str));
+                    self.wrong(&format!("{path}.priority"), format!("no priority is named {name}{hint}"));
+                }
+                found
+            }
+        };
+        Some(Arc::new(Route { stages, priority, model: model.clone() }))
+    }
+
+    fn passthrough(
+        &mut self,
+        index: usize,
+        entry: &file::Passthrough,
+        pools: &BTreeMap<String, Arc<Pool>>,
+    ) -> Option<Passthrough> {
+        let path = format!("passthrough[{index}]");
+        if !entry.path.starts_with('/') {
+            self.wrong(&format!("{path}.path"), format!("{} must begin with a slash", entry.path));
+        }
+        let names = entry.methods.clone().unwrap_or_else(|| vec!["GET".to_owned(), "POST".to_owned()]);
+        let mut methods = Vec::new();
+        for (n, name) in names.iter().enumerate() {
+            match Method::from_bytes(name.as_bytes()) {
+                Ok(method) if method != Method::CONNECT => methods.push(method),
+                _ => self.wrong(&format!("{path}.methods[{n}]"), format!("{name} is no method that can be passed through")),
+            }
+        }
+        let pool = self.find_pool(&format!("{path}.pool"), &entry.pool, pools)?;
+        let model = file::Model {
+            name: entry.path.clone(),
+            aliases: Vec::new(),
+            pool: entry.pool.clone(),
+            rename: None,
+            fallbacks: Vec::new(),
+            priority: None,
+            description: None,
+        };
+        let stages = vec![Stage { pool, rename: None, on: Vec::new() }];
+        let route = Arc::new(Route { stages, priority: None, model });
+        Some(Passthrough { path: entry.path.clone(), methods, websocket: entry.websocket, route })
+    }
+
+    fn find_pool(&mut self, path: &str, name: &str, pools: &BTreeMap<String, Arc<Pool>>) -> Option<Arc<Pool>> {
+        let found = pools.get(name).cloned();
+        if found.is_none() {
+            let hint = nearest(name, pools.keys().map(String::as_str));
+            self.wrong(path, format!("no pool is named {name}{hint}; add it under `pools`"));
+        }
+        found
+    }
+}
+
+/// What a fallback helps with unless the policy says otherwise.
+fn usual_causes() -> Vec<Cause> {
+    vec![Cause::Connect, Cause::Reset, Cause::Timeout, Cause::Status5xx, Cause::Status429, Cause::Unavailable]
+}
+
+impl Models {
+    fn add(&mut self, name: &str, route: Arc<Route>) {
+        self.listed.push((name.to_owned(), route.clone()));
+        match name.split_once('*') {
+            Some((before, behind)) => self.patterns.push((before.to_owned(), behind.to_owned(), route)),
+            None => drop(self.exact.insert(name.to_owned(), route)),
+        }
+    }
+
+    fn named(&self, name: &str) -> Option<&Arc<Route>> {
+        let fits = |before: &str, behind: &str| {
+            name.len() >= before.len() + behind.len() && name.starts_with(before) && name.ends_with(behind)
+        };
+        self.exact.get(name).or_else(|| {
+            self.patterns.iter().find(|(before, behind, _)| fits(before, behind)).map(|(_, _, route)| route)
+        })
+    }
+}
+
+impl Policy {
+    /// A policy that serves nothing.
+    pub fn empty() -> Self {
+        Self {
+            hash: "none".to_owned(),
+            revision: 0,
+            requests: file::Requests::default(),
+            pools: BTreeMap::new(),
+            passthrough: Vec::new(),
+            priority_header: None,
+            priorities: BTreeMap::new(),
+            secret_files: Vec::new(),
+            models: Models::default(),
+        }
+    }
+
+    /// Where the model `asked` is served: by its name, by the longest pattern, or by the default.
+    pub fn route(&self, asked: Option<&str>) -> Result<&Arc<Route>, Refusal> {
+        let by_default = || self.models.default.as_deref().and_then(|name| self.models.named(name));
+        if let Some(route) = asked.and_then(|name| self.models.named(name)).or_else(by_default) {
+            return Ok(route);
+        }
+        let message = match asked {
+            Some(name) => {
+                let name: String = name.chars().take(200).collect();
+                let hint = nearest(&name, self.models.exact.keys().map(String::as_str));
+                format!("no model is named `{name}`{hint} GET /v1/models lists those that are served")
+            }
+            None => "the request names no model, and the policy has no default_model".to_owned(),
+        };
+        Err(Refusal::new(Code::ModelNotFound, message).param("model"))
+    }
+
+    /// The pass-through entry for a path, if there is one.
+    pub fn passthrough(&self, method: &Method, path: &str) -> Option<&Passthrough> {
+        self.passthrough.iter().find(|entry| entry.methods.contains(method) && entry.fits(path))
+    }
+
+    /// The path without the first prefix that the policy strips.
+    pub fn stripped<'a>(&self, path: &'a str) -> &'a str {
+        let rest = |prefix: &String| path.strip_prefix(prefix.as_str()).filter(|rest| rest.starts_with('/'));
+        self.requests.strip_prefixes.iter().find_map(rest).unwrap_or(path)
+    }
+
+    /// Every name that clients may send, in the order of the file.
+    pub fn listed(&self) -> &[(String, Arc<Route>)] {
+        &self.models.listed
+    }
+
+    /// How many seconds any class or pool lets a request wait at most is decided per pool; this is the class.
+    pub fn priority(&self, header: Option<&HeaderValue>, route: &Route) -> Option<file::Priority> {
+        let named = header.and_then(|value| value.to_str().ok()).and_then(|name| self.priorities.get(name)).copied();
+        named.or(route.priority)
+    }
+}
+
+impl Passthrough {
+    fn fits(&self, path: &str) -> bool {
+        match self.path.strip_suffix('*') {
+            Some(prefix) => path.starts_with(prefix),
+            None => path == self.path,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compiled(text: &str) -> Result<Policy, Problems> {
+        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let env = |name: &str| (name == "KEY").then(|| "canary".to_owned());
+        let now = Instant::now();
+        compile(text, &World { env: &env, state: &state, telemetry: &telemetry, zone: Some("a"), now, secret_files: true })
+    }
+
+    fn problems(text: &str) -> Vec<String> {
+        compiled(text).unwrap_err().lines("policy.yaml")
+    }
+
+    const POOLS: &str = "version: 1\npools:\n  fast: {upstreams: [{url: 'http://127.0.0.1:1'}]}\n  slow: {upstreams: [{url: 'http://127.0.0.1:2'}]}\n";
+
+    #[test]
+    fn the_longest_pattern_wins_and_a_name_beats_every_pattern() {
+        let text = format!("{POOLS}models:\n  - {{name: '*', pool: slow}}\n  - {{name: 'gpt-*', pool: fast}}\n  - {{name: gpt-4, pool: slow, aliases: [four]}}\n");
+        let policy = compiled(&text).unwrap();
+        let pool = |name: &str| policy.route(Some(name)).unwrap().stages[0].pool.name.clone();
+        assert_eq!([pool("gpt-5"), pool("gpt-4"), pool("four"), pool("else")], ["fast", "slow", "slow", "slow"]);
+    }
+
+    #[test]
+    fn an_unknown_model_is_refused_with_a_hint_and_a_default_takes_it() {
+        let text = format!("{POOLS}models: [{{name: llama, pool: fast}}]\n");
+        let refusal = compiled(&text).unwrap().route(Some("lama")).unwrap_err();
+        assert!(refusal.message.contains("did you mean llama?"), "{}", refusal.message);
+        let policy = compiled(&format!("{text}default_model: llama\n")).unwrap();
+        assert_eq!(policy.route(Some("lama")).unwrap().model.name, "llama");
+        assert_eq!(policy.route(None).unwrap().model.name, "llama");
+    }
+
+    #[test]
+    fn every_dangling_name_is_told_at_its_line() {
+        let text = format!(
+            "{POOLS}default_model: b\nmodels:\n  - name: a\n    pool: fats\n  - name: c\n    pool: fast\n    priority: urgent\n    fallbacks: [{{pool: nowhere}}]\n  - {{name: c, pool: slow}}\n"
+        );
+        let told = problems(&text);
+        assert!(told.iter().any(|t| t.starts_with("policy.yaml:8:5: models[0].pool: no pool is named fats; did you mean fast?")), "{told:#?}");
+        assert!(told.iter().any(|t| t.contains("fallbacks[0].pool: no pool is named nowhere")), "{told:#?}");
+        assert!(told.iter().any(|t| t.contains("default_model: no model is named b")), "{told:#?}");
+    }
+
+    #[test]
+    fn a_broken_upstream_is_told_and_no_secret_is() {
+        let text = "version: 1\npools:\n  p:\n    upstreams:\n      - {url: 'gpu:8000'}\n      - {url: 'http://x', provider: vlm}\n      - {url: 'http://x', key: {env: NONE}}\n      - {url: 'http://x', headers: {content-length: '3'}}\n    retry: {on: [context_length]}\n";
+        let told = problems(text);
+        assert_eq!(told.len(), 5, "{told:#?}");
+        assert!(told.iter().any(|t| t.contains("did you mean vllm?")));
+        assert!(told.iter().any(|t| t.contains("NONE is not set")));
+        let policy = compiled("version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: KEY}}]}}\n").unwrap();
+        assert!(!format!("{policy:?}").contains("canary"));
+    }
+
+    #[test]
+    fn the_hash_changes_with_a_secret() {
+        let text = "version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: KEY}}]}}\n";
+        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let hash = |secret: &'static str| {
+            let env = move |_: &str| Some(secret.to_owned());
+            let world = World { env: &env, state: &state, telemetry: &telemetry, zone: None, now: Instant::now(), secret_files: true };
+            compile(text, &world).unwrap().hash
+        };
+        assert_eq!(hash("a"), hash("a"));
+        assert_ne!(hash("a"), hash("b"));
+    }
+
+    #[test]
+    fn a_prefix_is_stripped_only_at_a_slash() {
+        let policy = compiled(&format!("{POOLS}requests: {{strip_prefixes: [/openai]}}\n")).unwrap();
+        assert_eq!(policy.stripped("/openai/v1/models"), "/v1/models");
+        assert_eq!(policy.stripped("/openaiv1/models"), "/openaiv1/models");
+    }
+}

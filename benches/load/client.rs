@@ -65,7 +65,7 @@ pub fn command(options: &Options) -> Result<ExitCode, Failure> {
             _ => Transport::Kept,
         },
     };
-    let seen = on_one_thread(load.run(options.target, Stop::after(options.requests)))?;
+    let seen = on_one_thread(Client::new(load, options.target).run(Stop::after(options.requests)))?;
     print!("{seen}");
     Ok(match seen.errors {
         0 => ExitCode::SUCCESS,
@@ -113,45 +113,60 @@ pub enum Transport {
     Http2,
 }
 
-impl Load {
-    /// Loads `target` until `stop` and says what came back.
-    pub async fn run(self, target: SocketAddr, stop: Stop) -> Result<Seen, Failure> {
+/// A load on one target. Its connections stay open from one run to the next, so that runs can be
+/// short and nobody pays for opening them.
+pub struct Client {
+    load: Load,
+    target: SocketAddr,
+    kept: Vec<Wire>,
+    kept_h2: Vec<h2c::Sender>,
+}
+
+impl Client {
+    /// Nothing is opened before the first run.
+    pub fn new(load: Load, target: SocketAddr) -> Self {
+        Self { load, target, kept: Vec::new(), kept_h2: Vec::new() }
+    }
+
+    /// Loads the target until `stop` and says what came back.
+    pub async fn run(&mut self, stop: Stop) -> Result<Seen, Failure> {
         let began = Instant::now();
         let stop = Arc::new(stop);
-        let mut running = JoinSet::new();
-        match self.transport {
-            Transport::Http2 => h2c::start(&mut running, self, target, &stop),
-            _ => self.start(&mut running, target, &stop),
-        }
-        let mut seen = Seen::default();
-        let rest = async {
-            while let Some(part) = running.join_next().await {
-                seen.add(part?);
+        let ended = tokio::time::timeout(PATIENCE, async {
+            match self.load.transport {
+                Transport::Http2 => h2c::run(&mut self.kept_h2, self.load, self.target, &stop).await,
+                _ => self.run_h1(&stop).await,
             }
-            Ok::<_, Failure>(())
-        };
-        match tokio::time::timeout(PATIENCE, rest).await {
-            Ok(ended) => ended?,
-            Err(_) => seen.fail("no end of the answers in 120 seconds".into()),
-        }
+        });
+        let mut seen = ended.await.map_err(|_| format!("no end of the answers in {PATIENCE:?}"))??;
         seen.wall = began.elapsed();
         Ok(seen)
     }
 
-    fn start(self, running: &mut JoinSet<Seen>, target: SocketAddr, stop: &Arc<Stop>) {
-        let body = self.body();
-        let request = prompt::request(&body, &self.header_lines());
-        for number in 0..self.connections {
-            let connection = Connection { load: self, request: request.clone(), target };
-            let delay = self.delay(number);
-            let stop = Arc::clone(stop);
+    async fn run_h1(&mut self, stop: &Arc<Stop>) -> Result<Seen, Failure> {
+        let request = prompt::request(&self.load.body(), &self.load.header_lines());
+        let mut running = JoinSet::new();
+        for number in 0..self.load.connections {
+            let connection = Connection { load: self.load, request: request.clone(), target: self.target };
+            let (kept, delay, stop) = (self.kept.pop(), self.load.delay(number), Arc::clone(stop));
             running.spawn(async move {
-                tokio::time::sleep(delay).await;
-                connection.run(&stop).await
+                if !delay.is_zero() {
+                    tokio::time::sleep(delay).await;
+                }
+                connection.run(kept, &stop).await
             });
         }
+        let mut seen = Seen::default();
+        while let Some(part) = running.join_next().await {
+            let (part, kept) = part?;
+            seen.add(part);
+            self.kept.extend(kept);
+        }
+        Ok(seen)
     }
+}
 
+impl Load {
     /// The request's body.
     pub fn body(&self) -> Bytes {
         let streams = matches!(self.answer, Answer::Stream { .. });
@@ -207,11 +222,14 @@ impl Load {
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// A connection or stream with so many gives up.
+pub const MOST_ERRORS: u64 = 10;
+
 async fn first_event(target: SocketAddr, request: Bytes) -> Result<Wire, Failure> {
     let mut wire = Wire::new(TcpStream::connect(target).await?)?;
     wire.socket.write_all(&request).await?;
     let head = wire.head().await?.ok_or("no answer")?;
-    check_status(&head)?;
+    check_status(&mut wire, &head).await?;
     let mut framing = head.framing();
     let mut events = Events::default();
     while events.count == 0 && !framing.is_done() {
@@ -252,17 +270,16 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run(self, stop: &Stop) -> Seen {
+    async fn run(self, mut kept: Option<Wire>, stop: &Stop) -> (Seen, Option<Wire>) {
         let mut seen = Seen::default();
-        let mut kept = None;
         // A target that is gone would otherwise be asked for ever.
-        while seen.errors < 10 && stop.one_more() {
+        while seen.errors < MOST_ERRORS && stop.one_more() {
             match self.exchange(kept.take(), &mut seen).await {
                 Ok(wire) => kept = wire,
                 Err(failure) => seen.fail(failure),
             }
         }
-        seen
+        (seen, kept)
     }
 
     /// One request and its answer; returns the connection if it can be used again.
@@ -274,7 +291,7 @@ impl Connection {
         };
         wire.socket.write_all(&self.request).await?;
         let head = wire.head().await?.ok_or("closed instead of an answer")?;
-        check_status(&head)?;
+        check_status(&mut wire, &head).await?;
         match self.load.answer {
             Answer::Whole => whole(&mut wire, &head).await?,
             Answer::Stream { .. } => {
@@ -289,11 +306,15 @@ impl Connection {
     }
 }
 
-fn check_status(head: &Head) -> Result<(), Failure> {
-    match head.word(1) {
-        "200" => Ok(()),
-        other => Err(format!("status {other}").into()),
+async fn check_status(wire: &mut Wire, head: &Head) -> Result<(), Failure> {
+    let status = head.word(1);
+    if status == "200" {
+        return Ok(());
     }
+    let mut text = Vec::new();
+    wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
+    text.truncate(500);
+    Err(format!("status {status}: {}", String::from_utf8_lossy(&text)).into())
 }
 
 async fn whole(wire: &mut Wire, head: &Head) -> Result<(), Failure> {

@@ -19,8 +19,8 @@ pub fn time(pid: u32) -> Result<Duration, Failure> {
         let Ok(line) = fs::read_to_string(task?.path().join("schedstat")) else {
             continue;
         };
-        let first = line.split_whitespace().next().unwrap_or_default();
-        nanoseconds += first.parse::<u64>()?;
+        let on_a_core = line.split_whitespace().next().unwrap_or_default();
+        nanoseconds += on_a_core.parse::<u64>()?;
     }
     Ok(Duration::from_nanos(nanoseconds))
 }

@@ -1,6 +1,6 @@
 //! The client over HTTP/2 without TLS: eight streams share a connection.
 
-use crate::client::{Load, Seen, Stop};
+use crate::client::{Load, MOST_ERRORS, Seen, Stop};
 use crate::{Failure, upstream};
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -13,43 +13,41 @@ use tokio::task::JoinSet;
 
 const STREAMS_PER_CONNECTION: usize = 8;
 
-/// Starts as many exchanges as the load asks for.
-pub fn start(running: &mut JoinSet<Seen>, load: Load, target: SocketAddr, stop: &Arc<Stop>) {
-    let body = load.body();
-    for _ in 0..load.connections.div_ceil(STREAMS_PER_CONNECTION) {
-        let (body, stop) = (body.clone(), Arc::clone(stop));
-        running.spawn(async move {
-            let mut seen = Seen::default();
-            if let Err(failure) = connection(target, &body, &stop, &mut seen).await {
-                seen.fail(failure);
-            }
-            seen
-        });
+/// A connection that is kept; a task of its own moves its bytes.
+pub type Sender = SendRequest<Bytes>;
+
+/// Runs as many exchanges at a time as the load asks for, over connections that are kept.
+pub async fn run(kept: &mut Vec<Sender>, load: Load, target: SocketAddr, stop: &Arc<Stop>) -> Result<Seen, Failure> {
+    while kept.len() < load.connections.div_ceil(STREAMS_PER_CONNECTION) {
+        kept.push(connect(target).await?);
     }
+    let body = load.body();
+    let mut streams = JoinSet::new();
+    for sender in kept.iter() {
+        for _ in 0..STREAMS_PER_CONNECTION {
+            streams.spawn(in_turn(sender.clone(), target, body.clone(), Arc::clone(stop)));
+        }
+    }
+    let mut seen = Seen::default();
+    while let Some(part) = streams.join_next().await {
+        seen.add(part?);
+    }
+    Ok(seen)
 }
 
-async fn connection(target: SocketAddr, body: &Bytes, stop: &Arc<Stop>, seen: &mut Seen) -> Result<(), Failure> {
+async fn connect(target: SocketAddr) -> Result<Sender, Failure> {
     let socket = TcpStream::connect(target).await?;
     socket.set_nodelay(true)?;
     let (sender, connection) = h2::client::handshake(socket).await?;
     // Its end is seen by the streams, each of which counts its error.
-    let driving = tokio::spawn(connection);
-    let mut streams = JoinSet::new();
-    for _ in 0..STREAMS_PER_CONNECTION {
-        streams.spawn(in_turn(sender.clone(), target, body.clone(), Arc::clone(stop)));
-    }
-    drop(sender);
-    while let Some(part) = streams.join_next().await {
-        seen.add(part?);
-    }
-    driving.abort();
-    Ok(())
+    tokio::spawn(connection);
+    Ok(sender)
 }
 
 /// One request after the other.
-async fn in_turn(mut sender: SendRequest<Bytes>, target: SocketAddr, body: Bytes, stop: Arc<Stop>) -> Seen {
+async fn in_turn(mut sender: Sender, target: SocketAddr, body: Bytes, stop: Arc<Stop>) -> Seen {
     let mut seen = Seen::default();
-    while seen.errors < 10 && stop.one_more() {
+    while seen.errors < MOST_ERRORS && stop.one_more() {
         let began = Instant::now();
         match exchange(&mut sender, target, &body).await {
             Ok(()) => {
@@ -62,7 +60,7 @@ async fn in_turn(mut sender: SendRequest<Bytes>, target: SocketAddr, body: Bytes
     seen
 }
 
-async fn exchange(sender: &mut SendRequest<Bytes>, target: SocketAddr, body: &Bytes) -> Result<(), Failure> {
+async fn exchange(sender: &mut Sender, target: SocketAddr, body: &Bytes) -> Result<(), Failure> {
     std::future::poll_fn(|context| sender.poll_ready(context)).await?;
     let (answer, mut sending) = sender.send_request(request(target, body.len())?, false)?;
     // The library keeps what the window does not take yet: our bodies are small.

@@ -3,7 +3,7 @@
 use crate::children::Running;
 use crate::client::{Answer, Load, Transport};
 use crate::prompt::Turns;
-use crate::{Failure, cpu, on_one_thread};
+use crate::{Failure, cpu};
 use std::time::Duration;
 
 /// Each stream sends one event and then nothing for the rest of the measurement.
@@ -23,7 +23,7 @@ pub struct Memory {
 }
 
 /// Looks at a proxy that has just been started. It is of no use for another measurement.
-pub fn measure(proxy: &Running, bytes: usize, streams: usize) -> Result<Memory, Failure> {
+pub async fn measure(proxy: &Running, bytes: usize, streams: usize) -> Result<Memory, Failure> {
     let load = Load {
         connections: streams,
         bytes,
@@ -31,14 +31,11 @@ pub fn measure(proxy: &Running, bytes: usize, streams: usize) -> Result<Memory, 
         answer: Answer::Stream { events: 2, interval: SILENCE },
         transport: Transport::Kept,
     };
-    std::thread::sleep(REST);
+    tokio::time::sleep(REST).await;
     let idle = cpu::resident(proxy.pid())? as f64;
-    let open = on_one_thread(async {
-        let held = load.hold(proxy.address, streams).await?;
-        tokio::time::sleep(REST).await;
-        let open = cpu::resident(proxy.pid());
-        drop(held);
-        open
-    })? as f64;
+    let held = load.hold(proxy.address, streams).await?;
+    tokio::time::sleep(REST).await;
+    let open = cpu::resident(proxy.pid())? as f64;
+    drop(held);
     Ok(Memory { idle, open, stream: (open - idle) / streams as f64 })
 }

@@ -35,6 +35,8 @@ pub enum Goal {
     None,
     /// The median ratio is at most this.
     Ratio(f64),
+    /// The median ratio is 1, give or take this.
+    Same(f64),
     /// The gateway's own figure is at most this.
     Figure(f64),
 }
@@ -54,6 +56,24 @@ impl Figures {
         (!self.ratios.is_empty()).then(|| median(self.ratios.iter().copied()))
     }
 
+    /// How far the true median may be from the one we saw (95 %), by the spread of the rounds.
+    pub fn doubt(&self) -> Option<f64> {
+        let count = self.ratios.len();
+        let mut ratios = self.ratios.clone();
+        ratios.sort_by(f64::total_cmp);
+        let middle_half = ratios.get(count * 3 / 4)? - ratios.get(count / 4)?;
+        (count >= 5).then(|| 1.57 * middle_half / (count as f64).sqrt())
+    }
+
+    /// The ratio as the table shows it.
+    fn verdict(&self) -> String {
+        match (self.ratio(), self.doubt()) {
+            (None, _) => String::new(),
+            (Some(ratio), None) => format!("{ratio:.2}"),
+            (Some(ratio), Some(doubt)) => format!("{ratio:.2} ± {doubt:.2}"),
+        }
+    }
+
     fn range(&self) -> String {
         if self.ratios.len() < 2 {
             return String::new();
@@ -65,10 +85,12 @@ impl Figures {
 }
 
 impl Goal {
-    fn met(self, figures: &Figures) -> Option<bool> {
+    /// Whether it was; `None` if there is nothing to say.
+    pub fn met(self, figures: &Figures) -> Option<bool> {
         match self {
             Self::None => None,
             Self::Ratio(most) => figures.ratio().map(|ratio| ratio <= most),
+            Self::Same(apart) => figures.ratio().map(|ratio| (ratio - 1.0).abs() <= apart),
             Self::Figure(most) => Some(figures.gateway <= most),
         }
     }
@@ -77,6 +99,7 @@ impl Goal {
         match self {
             Self::None => String::new(),
             Self::Ratio(most) => format!("≤ {most:.2}"),
+            Self::Same(apart) => format!("1 ± {apart:.2}"),
             Self::Figure(most) => format!("≤ {most:.0}"),
         }
     }
@@ -84,6 +107,7 @@ impl Goal {
     fn number(self) -> Option<f64> {
         match self {
             Self::None => None,
+            Self::Same(_) => Some(1.0),
             Self::Ratio(most) | Self::Figure(most) => Some(most),
         }
     }
@@ -156,7 +180,7 @@ fn cells(row: &Row) -> [String; 8] {
         Ok(figures) => {
             cells[2] = figure(figures.bare);
             cells[3] = figure(figures.gateway);
-            cells[4] = figures.ratio().map(|r| format!("{r:.2}")).unwrap_or_default();
+            cells[4] = figures.verdict();
             cells[5] = figures.range();
             cells[7] = match row.goal.met(figures) {
                 None => String::new(),
@@ -204,6 +228,7 @@ fn value(row: &Row) -> Value {
             "bare": figures.bare,
             "gateway": figures.gateway,
             "ratio": figures.ratio(),
+            "ratio_doubt": figures.doubt(),
             "ratios": figures.ratios,
             "goal": row.goal.number(),
             "met": row.goal.met(figures),

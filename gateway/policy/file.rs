@@ -175,7 +175,7 @@ fn one() -> u32 {
 }
 
 /// When HTTP/2 is spoken to an upstream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Http2 {
     /// HTTP/1.1 only.

@@ -56,35 +56,67 @@ pub(super) fn base64(bytes: &[u8]) -> String {
 
 /// A gzip file of stored blocks: nothing is compressed, but every reader has to unpack it.
 pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 1000 + 64);
-    out.extend_from_slice(&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255]);
-    let mut blocks = bytes.chunks(usize::from(u16::MAX)).peekable();
-    if blocks.peek().is_none() {
-        out.extend_from_slice(&[1, 0, 0, 255, 255]);
-    }
-    while let Some(block) = blocks.next() {
-        stored(&mut out, block, blocks.peek().is_none());
-    }
-    out.extend_from_slice(&crc32(bytes).to_le_bytes());
-    out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+    let mut gzip = Gzip::default();
+    let mut out = gzip.block(bytes);
+    out.extend(gzip.end());
     out
 }
 
-fn stored(out: &mut Vec<u8>, block: &[u8], last: bool) {
-    let length = block.len() as u16;
-    out.push(u8::from(last));
-    out.extend_from_slice(&length.to_le_bytes());
-    out.extend_from_slice(&(!length).to_le_bytes());
-    out.extend_from_slice(block);
+/// A gzip file that is written as its content comes.
+#[derive(Default)]
+pub(super) struct Gzip {
+    begun: bool,
+    crc: Crc32,
+    length: u32,
+}
+
+impl Gzip {
+    pub(super) fn block(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 1000 + 64);
+        if !std::mem::replace(&mut self.begun, true) {
+            out.extend_from_slice(&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255]);
+        }
+        for block in bytes.chunks(usize::from(u16::MAX)) {
+            let length = block.len() as u16;
+            out.push(0);
+            out.extend_from_slice(&length.to_le_bytes());
+            out.extend_from_slice(&(!length).to_le_bytes());
+            out.extend_from_slice(block);
+        }
+        self.crc.add(bytes);
+        self.length = self.length.wrapping_add(bytes.len() as u32);
+        out
+    }
+
+    pub(super) fn end(mut self) -> Vec<u8> {
+        let mut out = self.block(&[]);
+        out.extend_from_slice(&[1, 0, 0, 255, 255]);
+        out.extend_from_slice(&self.crc.sum().to_le_bytes());
+        out.extend_from_slice(&self.length.to_le_bytes());
+        out
+    }
 }
 
 /// The checksum of gzip and PNG.
-pub(super) fn crc32(bytes: &[u8]) -> u32 {
-    let fold = |crc: u32, byte: &u8| {
-        let mixed = crc ^ u32::from(*byte);
-        (0..8).fold(mixed, |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 })
-    };
-    !bytes.iter().fold(u32::MAX, fold)
+pub(super) struct Crc32(u32);
+
+impl Default for Crc32 {
+    fn default() -> Self {
+        Self(u32::MAX)
+    }
+}
+
+impl Crc32 {
+    pub(super) fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            let mixed = self.0 ^ u32::from(*byte);
+            self.0 = (0..8).fold(mixed, |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 });
+        }
+    }
+
+    pub(super) fn sum(&self) -> u32 {
+        !self.0
+    }
 }
 
 /// SHA-1, which the WebSocket handshake asks for.
@@ -154,7 +186,9 @@ mod tests {
 
     #[test]
     fn crc32_is_that_of_gzip() {
-        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+        let mut crc = Crc32::default();
+        crc.add(b"123456789");
+        assert_eq!(crc.sum(), 0xcbf4_3926);
     }
 
     #[test]

@@ -81,13 +81,7 @@ impl FromStr for Fault {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',').map(str::trim);
         let first = parts.next().unwrap_or_default();
-        let mut fault = Self {
-            kind: kind(first)?,
-            times: None,
-            path: None,
-            after: None,
-            retry_after: None,
-        };
+        let mut fault = Self { kind: kind(first)?, times: None, path: None, after: None, retry_after: None };
         for part in parts {
             fault.set(part)?;
         }
@@ -315,7 +309,8 @@ mod tests {
     #[test]
     fn a_fault_with_times_ends_and_the_next_of_its_sort_takes_over() {
         let parse = |text: &str| text.parse::<Fault>().unwrap();
-        let faults = Faults::new(vec![parse("status=503,times=1,retry_after=2"), parse("reset,times=1"), parse("crlf")]);
+        let faults =
+            Faults::new(vec![parse("status=503,times=1,retry_after=2"), parse("reset,times=1"), parse("crlf")]);
         assert_eq!(strike(&faults, "/v1/x").instead, Some(Instead::Status(503, Some(2))));
         assert_eq!(strike(&faults, "/v1/x").instead, Some(Instead::Reset));
         let third = strike(&faults, "/v1/x");

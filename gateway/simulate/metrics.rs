@@ -39,15 +39,13 @@ const FIRST_TOKEN: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 ];
-const PER_TOKEN: [f64; 19] = [
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-];
+const PER_TOKEN: [f64; 19] =
+    [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 const REQUEST: [f64; 21] = [
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 ];
-const ITERATION: [f64; 13] =
-    [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const ITERATION: [f64; 13] = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 const PREEMPTIONS: [f64; 7] = [1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0];
 
@@ -123,11 +121,8 @@ impl Histogram {
 
 /// The whole page.
 pub(super) fn page(engine: &Engine, options: &Options) -> String {
-    let mut page = Page {
-        text: String::with_capacity(48 * 1024),
-        model: options.first_model(),
-        created: engine.metrics.created,
-    };
+    let mut page =
+        Page { text: String::with_capacity(48 * 1024), model: options.first_model(), created: engine.metrics.created };
     match options.engine {
         options::Engine::Vllm | options::Engine::Openai => vllm(&mut page, engine, options),
         options::Engine::Tgi => tgi(&mut page, engine, options),
@@ -145,9 +140,21 @@ struct Page<'a> {
 fn vllm(page: &mut Page<'_>, engine: &Engine, options: &Options) {
     let m = &engine.metrics;
     let load = |counter: &AtomicU64| counter.load(Relaxed) as f64;
-    page.counter("estimated_flops_per_gpu", "Estimated number of floating point operations per GPU (for Model Flops Utilization calculations).", 0.0);
-    page.counter("estimated_read_bytes_per_gpu", "Estimated number of bytes read from memory per GPU (for Model Flops Utilization calculations).", 0.0);
-    page.counter("estimated_write_bytes_per_gpu", "Estimated number of bytes written to memory per GPU (for Model Flops Utilization calculations).", 0.0);
+    page.counter(
+        "estimated_flops_per_gpu",
+        "Estimated number of floating point operations per GPU (for Model Flops Utilization calculations).",
+        0.0,
+    );
+    page.counter(
+        "estimated_read_bytes_per_gpu",
+        "Estimated number of bytes read from memory per GPU (for Model Flops Utilization calculations).",
+        0.0,
+    );
+    page.counter(
+        "estimated_write_bytes_per_gpu",
+        "Estimated number of bytes written to memory per GPU (for Model Flops Utilization calculations).",
+        0.0,
+    );
     let waiting = load(&m.waiting);
     page.gauge("num_requests_running", "Number of requests in model execution batches.", &[("", load(&m.running))]);
     page.gauge("num_requests_waiting", "Number of requests waiting to be processed.", &[("", waiting)]);
@@ -203,19 +210,55 @@ fn vllm(page: &mut Page<'_>, engine: &Engine, options: &Options) {
     page.histogram("request_prompt_tokens", "Number of prefill tokens processed.", &m.request_prompt);
     page.histogram("request_generation_tokens", "Number of generation tokens processed.", &m.request_generation);
     page.histogram("iteration_tokens_total", "Histogram of number of tokens per engine_step.", &m.iteration);
-    page.histogram("request_max_num_generation_tokens", "Histogram of maximum number of requested generation tokens.", &m.request_generation);
+    page.histogram(
+        "request_max_num_generation_tokens",
+        "Histogram of maximum number of requested generation tokens.",
+        &m.request_generation,
+    );
     page.histogram("request_params_n", "Histogram of the n request parameter.", &m.request_n);
-    page.histogram("request_params_max_tokens", "Histogram of the max_tokens request parameter.", &m.request_max_tokens);
+    page.histogram(
+        "request_params_max_tokens",
+        "Histogram of the max_tokens request parameter.",
+        &m.request_max_tokens,
+    );
     page.histogram("time_to_first_token_seconds", "Histogram of time to first token in seconds.", &m.first_token);
     page.histogram("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", &m.inter_token);
-    page.histogram("request_time_per_output_token_seconds", "Histogram of time_per_output_token_seconds per request.", &m.per_token);
+    page.histogram(
+        "request_time_per_output_token_seconds",
+        "Histogram of time_per_output_token_seconds per request.",
+        &m.per_token,
+    );
     page.histogram("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", &m.whole_time);
-    page.histogram("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", &m.queue_time);
-    page.histogram("request_inference_time_seconds", "Histogram of time spent in RUNNING phase for request.", &m.inference_time);
-    page.histogram("request_prefill_time_seconds", "Histogram of time spent in PREFILL phase for request.", &m.prefill_time);
-    page.histogram("request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.", &m.decode_time);
-    page.histogram("request_num_preemptions", "Histogram of the number of times a request was preempted.", &m.request_preemptions);
-    page.histogram("request_prefill_kv_computed_tokens", "Histogram of new KV tokens computed during prefill (excluding cached tokens).", &m.request_computed);
+    page.histogram(
+        "request_queue_time_seconds",
+        "Histogram of time spent in WAITING phase for request.",
+        &m.queue_time,
+    );
+    page.histogram(
+        "request_inference_time_seconds",
+        "Histogram of time spent in RUNNING phase for request.",
+        &m.inference_time,
+    );
+    page.histogram(
+        "request_prefill_time_seconds",
+        "Histogram of time spent in PREFILL phase for request.",
+        &m.prefill_time,
+    );
+    page.histogram(
+        "request_decode_time_seconds",
+        "Histogram of time spent in DECODE phase for request.",
+        &m.decode_time,
+    );
+    page.histogram(
+        "request_num_preemptions",
+        "Histogram of the number of times a request was preempted.",
+        &m.request_preemptions,
+    );
+    page.histogram(
+        "request_prefill_kv_computed_tokens",
+        "Histogram of new KV tokens computed during prefill (excluding cached tokens).",
+        &m.request_computed,
+    );
     page.cache_config(options);
 }
 
@@ -421,7 +464,9 @@ mod tests {
     #[test]
     fn a_histogram_counts_up() {
         let histogram = Histogram::new(&[1.0, 2.0]);
-        [0.5, 1.0, 1.5, 9.0].map(|value| histogram.record(value));
+        for value in [0.5, 1.0, 1.5, 9.0] {
+            histogram.record(value);
+        }
         let counts: Vec<_> = histogram.counts.iter().map(|count| count.load(Relaxed)).collect();
         assert_eq!((counts, f64::from_bits(histogram.sum.load(Relaxed))), (vec![2, 1, 1], 12.0));
     }

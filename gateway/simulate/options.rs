@@ -9,6 +9,8 @@ use super::fault::Fault;
 
 /// The options of `infergate simulate`.
 #[derive(Args, Clone, Debug)]
+// Else clap would take the line above for what the command that has these options is about.
+#[command(about = None, long_about = None)]
 pub struct Options {
     /// The address to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = address)]
@@ -42,7 +44,12 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 4096 * 8, value_parser = at_least_one)]
     pub max_model_len: u64,
 
-    /// What goes wrong: KIND[=VALUE][,times=N][,path=/v1/...][,after=EVENTS]; may be given several times.
+    /// What goes wrong: `KIND[=VALUE][,times=N][,path=/v1/...][,after=EVENTS]`; may be given several times.
+    ///
+    /// Kinds: status=503 (with ,retry_after=SECONDS if wished), slow-first=MS, slow-first-token=MS, stall, cut, reset,
+    /// drip=MS, half-utf8, gzip, crlf, no-usage, hang, close-after, context, content-filter, garbage, big=BYTES,
+    /// error-event, delay-between=MS, no-done, redirect=URL. A request can ask for its own with the header
+    /// `x-simulate-fault`, several separated by semicolons.
     #[arg(long = "fault", value_name = "FAULT")]
     pub faults: Vec<Fault>,
 
@@ -50,7 +57,7 @@ pub struct Options {
     #[arg(long, value_name = "MS", value_parser = milliseconds)]
     pub keep_alive_ms: Option<u64>,
 
-    /// Answer 401 to requests that do not carry this key (Authorization: Bearer, or x-api-key on /v1/messages).
+    /// Answer 401 to requests without this key (Authorization: Bearer, or x-api-key on /v1/messages).
     #[arg(long = "api-key", value_name = "KEY", value_parser = name)]
     pub key: Option<String>,
 
@@ -117,9 +124,7 @@ impl std::str::FromStr for Engine {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let known = Self::ALL.iter().find(|(name, ..)| *name == text);
-        known
-            .map(|(_, engine, _)| *engine)
-            .ok_or_else(|| "must be one of vllm, tgi, sglang, openai".to_owned())
+        known.map(|(_, engine, _)| *engine).ok_or_else(|| "must be one of vllm, tgi, sglang, openai".to_owned())
     }
 }
 
@@ -147,9 +152,8 @@ impl TypedValueParser for EngineParser {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| {
-        "must be an IP address and a port, such as 127.0.0.1:8000, 0.0.0.0:8000 or [::1]:8000".to_owned()
-    })
+    text.parse()
+        .map_err(|_| "must be an IP address and a port, such as 127.0.0.1:8000, 0.0.0.0:8000 or [::1]:8000".to_owned())
 }
 
 fn name(text: &str) -> Result<String, String> {

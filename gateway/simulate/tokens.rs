@@ -65,14 +65,58 @@ pub(super) fn hash(parts: impl Hash) -> u64 {
 const QUOTED: usize = 12;
 
 const FILLER: [&str; 48] = [
-    " the", " model", " reads", " each", " word", " and", " answers", " with", " a", " steady", " stream", " of",
-    " tokens", " that", " nobody", " has", " to", " believe", " because", " this", " server", " only", " pretends",
-    " it", " counts", " what", " comes", " in", " keeps", " time", " fills", " its", " cache", " waits", " for",
-    " room", " then", " speaks", " again", " until", " limit", " ends", " here", " as", " any", " real", " one",
+    " the",
+    " model",
+    " reads",
+    " each",
+    " word",
+    " and",
+    " answers",
+    " with",
+    " a",
+    " steady",
+    " stream",
+    " of",
+    " tokens",
+    " that",
+    " nobody",
+    " has",
+    " to",
+    " believe",
+    " because",
+    " this",
+    " server",
+    " only",
+    " pretends",
+    " it",
+    " counts",
+    " what",
+    " comes",
+    " in",
+    " keeps",
+    " time",
+    " fills",
+    " its",
+    " cache",
+    " waits",
+    " for",
+    " room",
+    " then",
+    " speaks",
+    " again",
+    " until",
+    " limit",
+    " ends",
+    " here",
+    " as",
+    " any",
+    " real",
+    " one",
     " would",
 ];
 
-const WIDE: [&str; 12] = ["😀", " 你好", "🚀", "世界", " é", "こんにちは", "👩‍💻", " ñandú", "한국어", "🇩🇪", " ёлка", "数据"];
+const WIDE: [&str; 12] =
+    ["😀", " 你好", "🚀", "世界", " é", "こんにちは", "👩‍💻", " ñandú", "한국어", "🇩🇪", " ёлка", "数据"];
 
 /// The words of one answer, in order and without end.
 #[derive(Clone, Debug)]
@@ -90,12 +134,7 @@ impl Words {
         let words = said.split_whitespace().take(QUOTED);
         opening.extend(words.map(|word| format!(" {}", shortened(word))));
         opening.push(".".to_owned());
-        Self {
-            opening: opening.into_iter(),
-            seed,
-            in_sentence: 0,
-            wide,
-        }
+        Self { opening: opening.into_iter(), seed, in_sentence: 0, wide }
     }
 
     fn random(&mut self, below: usize) -> usize {

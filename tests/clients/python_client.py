@@ -109,7 +109,11 @@ def normal(value):
         # Some of the SDK's models narrow a field that servers widen; that is not the gateway's doing.
         value = value.model_dump(mode="json", warnings=False)
     if isinstance(value, dict):
-        return {key: normal(item) for key, item in value.items() if key not in DROPPED}
+        kept = {key: normal(item) for key, item in value.items() if key not in DROPPED}
+        if "cache_read_input_tokens" in value:
+            # Anthropic's input_tokens are those that came from no cache.
+            kept["input_tokens"] += value["cache_read_input_tokens"] or 0
+        return kept
     if isinstance(value, (list, tuple)):
         return [normal(item) for item in value]
     if isinstance(value, bytes):
@@ -271,7 +275,7 @@ def chat_with_a_json_schema(side):
 @same
 def chat_parsed_by_the_sdk(side):
     with side.openai.chat.completions.stream(
-        model=MODEL, messages=[{"role": "user", "content": "Count to five"}], seed=7, max_tokens=24
+        model=MODEL, messages=[{"role": "user", "content": "Count to five"}], seed=7
     ) as stream:
         kinds = [event.type for event in stream]
         answer = stream.get_final_completion()
@@ -279,10 +283,14 @@ def chat_parsed_by_the_sdk(side):
     return [kinds, answer]
 
 
+def picture(megabytes):
+    """Base64 of that many MiB, nowhere twice the same, so that a lost or doubled piece changes the body."""
+    pieces = (hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(megabytes * 24 * 1024))
+    return base64.b64encode(b"".join(pieces)).decode()
+
+
 def vision(side, megabytes):
-    # Not all one letter, so that a lost or doubled piece changes the body.
-    picture = b"".join(hashlib.sha256(i.to_bytes(4, "big")).digest() for i in range(megabytes * 24 * 1024))
-    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    url = "data:image/png;base64," + picture(megabytes)
     equal(len(url) >> 20, megabytes, "the data URL's size in MiB")
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
     return side.chat(parts)
@@ -442,6 +450,12 @@ def message_with_a_tool_streaming(side):
 
 
 @same
+def message_with_a_picture_of_5_MiB(side):
+    source = {"type": "base64", "media_type": "image/png", "data": picture(5)}
+    return side.message([{"type": "text", "text": "What is this?"}, {"type": "image", "source": source}])
+
+
+@same
 def message_tokens_counted(side):
     counted = side.anthropic.messages.count_tokens(model=MODEL, messages=[{"role": "user", "content": "Count me"}])
     expect(counted.input_tokens > 0, "nothing was counted")
@@ -490,6 +504,16 @@ def a_prompt_that_is_too_long(side):
     error = refused(openai.BadRequestError, lambda: side.chat("word " * 100_000))
     expect("context length" in error.message, f"the message is another one: {error.message}")
     return [error.status_code, error.body]
+
+
+@same
+def a_400_that_the_sdk_does_not_retry(side):
+    asked = []
+    http = httpx2.Client(trust_env=False, event_hooks={"request": [asked.append]})
+    patient = side.openai.with_options(max_retries=2, http_client=http)
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 9}
+    refused(openai.BadRequestError, lambda: patient.chat.completions.create(**ask))
+    equal(len(asked), 1, "requests")
 
 
 @same
@@ -549,9 +573,8 @@ def a_timeout_before_the_first_byte(side):
 @same
 def a_timeout_within_a_stream(side):
     impatient = side.openai.with_options(timeout=0.5)
-    ask = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": True}
-    stream = impatient.chat.completions.create(**ask, extra_headers=fault("stall,after=3"))
-    refused(openai.APITimeoutError, lambda: list(stream))
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "extra_headers": fault("stall,after=3")}
+    refused(openai.APITimeoutError, lambda: list(impatient.chat.completions.create(**ask, stream=True)))
     return side.chat("And now something else")
 
 
@@ -573,6 +596,7 @@ def two_hundred_at_once(side):
 
 @same
 def a_503_that_the_sdk_retries(side):
+    recover(side)
     asked = []
 
     def first_time_only(request):
@@ -591,23 +615,15 @@ def a_503_that_the_sdk_retries(side):
 
 @same
 def a_503_when_the_sdk_does_not_retry(side):
+    recover(side)
     headers = fault("status=503,retry_after=1")
     error = refused(openai.InternalServerError, lambda: side.chat("Hello", extra_headers=headers))
     return [error.status_code, "retry-after" in error.response.headers]
 
 
 @same
-def a_400_that_the_sdk_does_not_retry(side):
-    asked = []
-    http = httpx2.Client(trust_env=False, event_hooks={"request": [asked.append]})
-    patient = side.openai.with_options(max_retries=2, http_client=http)
-    ask = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 9}
-    refused(openai.BadRequestError, lambda: patient.chat.completions.create(**ask))
-    equal(len(asked), 1, "requests")
-
-
-@same
 def a_stream_that_is_cut(side):
+    recover(side)
     headers = fault("cut,after=4")
     # Never a clean end: the SDK must see an error, through the gateway a proper error event.
     try:
@@ -619,6 +635,7 @@ def a_stream_that_is_cut(side):
 
 @gateway_only
 def a_stream_that_is_cut_ends_with_an_error_event(side):
+    recover(side)
     stream = side.chat("Count to ten", stream=True, extra_headers=fault("cut,after=4"))
     error = refused(openai.APIError, lambda: list(stream))
     expect(error.body and error.body.get("code"), f"the error event has no code: {error.body}")
@@ -626,6 +643,7 @@ def a_stream_that_is_cut_ends_with_an_error_event(side):
 
 @gateway_only
 def an_anthropic_stream_that_is_cut_ends_with_an_error_event(side):
+    recover(side)
     stream = side.message("Count to ten", stream=True, extra_headers=fault("cut,after=4"))
     try:
         list(stream)
@@ -637,7 +655,11 @@ def an_anthropic_stream_that_is_cut_ends_with_an_error_event(side):
 
 @gateway_only
 def after_the_faults_all_is_well(side):
-    # A breaker may have opened; it must close again by itself.
+    recover(side)
+
+
+def recover(side):
+    """Waits for a breaker that earlier faults may have opened; it must close again by itself."""
     deadline = time.monotonic() + 15
     while True:
         try:

@@ -1,0 +1,83 @@
+//! The command line: one file a subcommand.
+
+mod check;
+mod reference;
+mod schema;
+mod serve;
+mod simulate;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// An inference gateway: one process between your applications and your model servers.
+#[derive(Parser)]
+#[command(name = "infergate", version, max_term_width = 110, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: serve::Serve,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve requests (the default)
+    Serve(serve::Serve),
+    /// Check policy or settings files: prints every problem with its line, exits with 1 if there is one
+    Check(check::Check),
+    /// Print the JSON Schema of the policy
+    Schema(schema::Schema),
+    /// Print the reference of the policy as Markdown
+    Reference(reference::Reference),
+    /// Run the embedded model server alone: a stand-in for vLLM, TGI, SGLang or OpenAI
+    Simulate(simulate::Simulate),
+}
+
+/// How much is logged, and how.
+#[derive(Args, Clone)]
+struct Logging {
+    /// What is logged: error, warn, info, debug, trace, or by module (infergate=debug,pingora=warn)
+    #[arg(long, env = "INFERGATE_LOG", default_value = "info", value_name = "LEVELS")]
+    log: String,
+    /// Log JSON lines; the default where the log does not go to a terminal
+    #[arg(long, env = "INFERGATE_LOG_JSON")]
+    log_json: bool,
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+        Command::Serve(serve) => serve.run(),
+        Command::Check(check) => check.run(),
+        Command::Schema(schema) => schema.run(),
+        Command::Reference(reference) => reference.run(),
+        Command::Simulate(simulate) => simulate.run(),
+    };
+    match done {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("infergate: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Logging {
+    /// Sends logs to the standard error, readable on a terminal and as JSON lines elsewhere.
+    fn start(&self) -> Result<(), String> {
+        use std::io::IsTerminal;
+        // Pingora says the same at every start; its warnings are worth hearing.
+        let levels = match self.log.contains('=') || self.log.contains(',') {
+            true => self.log.clone(),
+            false => format!("{},pingora_core=warn,pingora=warn,hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn", self.log),
+        };
+        let filter = tracing_subscriber::EnvFilter::try_new(&levels)
+            .map_err(|error| format!("--log {}: {error}; try --log info", self.log))?;
+        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let json = self.log_json || !std::io::stderr().is_terminal();
+        let started = if json { builder.json().flatten_event(true).try_init() } else { builder.with_target(false).try_init() };
+        started.map_err(|error| format!("the log cannot be started: {error}"))
+    }
+}

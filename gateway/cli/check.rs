@@ -1,0 +1,93 @@
+//! `infergate check`: is this file good, and if not, what is all that is wrong with it?
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::policy::problem::Problem;
+use crate::policy::{Problems, World, load};
+use crate::settings::Settings;
+use crate::state::State;
+use crate::telemetry::Telemetry;
+
+/// Check files.
+#[derive(Args)]
+pub(super) struct Check {
+    /// The files
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// What the files are
+    #[arg(long, value_enum, default_value_t = Kind::Policy)]
+    kind: Kind,
+    /// Do not insist that the environment variables and files with secrets are there
+    #[arg(long)]
+    without_secrets: bool,
+    /// Print the problems as JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kind {
+    Policy,
+    Settings,
+}
+
+impl Check {
+    pub(super) fn run(self) -> Result<ExitCode, String> {
+        let mut good = true;
+        for file in &self.files {
+            let name = file.display().to_string();
+            let found = match self.kind {
+                Kind::Policy => self.policy(file),
+                Kind::Settings => Settings::load(file).map(|settings| format!("{} listeners", settings.listeners.len())),
+            };
+            match found {
+                Ok(summary) if self.json => println!("{}", json!({"file": name, "ok": true, "summary": summary})),
+                Ok(summary) => println!("{name}: good ({summary})"),
+                Err(problems) => {
+                    good = false;
+                    self.tell(&name, &problems);
+                }
+            }
+        }
+        Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn policy(&self, file: &std::path::Path) -> Result<String, Problems> {
+        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let strict = |name: &str| std::env::var(name).ok();
+        let lenient = |name: &str| std::env::var(name).ok().or_else(|| Some("unknown".to_owned()));
+        let env: &dyn Fn(&str) -> Option<String> = if self.without_secrets { &lenient } else { &strict };
+        let world = World {
+            env,
+            state: &state,
+            telemetry: &telemetry,
+            zone: None,
+            now: std::time::Instant::now(),
+            secret_files: !self.without_secrets,
+        };
+        let policy = load(file, &world)?;
+        let upstreams: usize = policy.pools.values().map(|pool| pool.upstreams.len()).sum();
+        Ok(format!("{} models, {} pools, {upstreams} upstreams, hash {}", policy.listed().len(), policy.pools.len(), &policy.hash[..12]))
+    }
+
+    fn tell(&self, name: &str, problems: &Problems) {
+        if !self.json {
+            for line in problems.lines(name) {
+                println!("{line}");
+            }
+            return println!("{name}: {} to mend", counted(problems.0.len()));
+        }
+        for Problem { place, path, message } in &problems.0 {
+            let (line, column) = place.unzip();
+            println!("{}", json!({"file": name, "line": line, "column": column, "key": path, "message": message}));
+        }
+    }
+}
+
+fn counted(problems: usize) -> String {
+    if problems == 1 { "1 problem".to_owned() } else { format!("{problems} problems") }
+}

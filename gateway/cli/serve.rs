@@ -1,0 +1,232 @@
+//! `infergate serve`: settings and policy in, requests served.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::Logging;
+use crate::admin::Admin;
+use crate::discover::Upstreams;
+use crate::house::House;
+use crate::memory;
+use crate::policy::{World, compile, reload};
+use crate::pool::watch::{self, Names};
+use crate::relay::server::{Certificates, Running};
+use crate::settings::{Settings, check_address};
+use crate::simulate::{Options, Simulated};
+
+/// The policy that is served where no file is named and `config/policy.yaml` is not there.
+const SHIPPED_POLICY: &str = include_str!("../../config/policy.yaml");
+const SHIPPED_PATH: &str = "config/policy.yaml";
+/// Where the shipped policy expects the embedded model server.
+const DEMO: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8081);
+/// The models of the embedded server in the demo.
+const DEMO_MODELS: [&str; 2] = ["sim-small", "sim-large"];
+
+/// Serve requests.
+#[derive(Args)]
+pub(super) struct Serve {
+    /// The policy file. Without it, and without --upstream: the shipped policy, with an embedded model server
+    #[arg(long, value_name = "FILE", env = "INFERGATE_POLICY", conflicts_with = "upstream")]
+    policy: Option<PathBuf>,
+    /// The settings file: listeners, TLS, threads, memory
+    #[arg(long, value_name = "FILE", env = "INFERGATE_SETTINGS")]
+    settings: Option<PathBuf>,
+    /// Where clients connect, instead of what the settings say: IP:PORT or unix:/path
+    #[arg(long, value_name = "ADDR", env = "INFERGATE_LISTEN", value_parser = address)]
+    listen: Option<String>,
+    /// Where operators connect, instead of what the settings say: IP:PORT or unix:/path
+    #[arg(long, value_name = "ADDR", env = "INFERGATE_ADMIN", value_parser = address)]
+    admin: Option<String>,
+    /// Serve every model that this server lists, without a policy file. May be given several times
+    #[arg(long, value_name = "URL")]
+    upstream: Vec<String>,
+    /// The environment variable with the key that the --upstream servers want
+    #[arg(long, value_name = "NAME", requires = "upstream")]
+    upstream_key_env: Option<String>,
+    /// Take over the listeners of the running gateway (settings: upgrade_socket), then send it SIGQUIT
+    #[arg(long)]
+    upgrade: bool,
+    #[command(flatten)]
+    logging: Logging,
+}
+
+fn address(text: &str) -> Result<String, String> {
+    check_address(text).map(|()| text.to_owned())
+}
+
+/// Where the policy comes from.
+enum Source {
+    /// A file, watched.
+    File(PathBuf),
+    /// The shipped policy, in front of the embedded model server; watched if it lies where we stand.
+    Demo(Option<PathBuf>),
+    /// What the upstreams say of themselves.
+    Upstreams(Upstreams),
+}
+
+impl Serve {
+    pub(super) fn run(self) -> Result<ExitCode, String> {
+        self.logging.start()?;
+        // Before anything that speaks TLS: one provider for all of it.
+        let _already_there = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let settings = self.settings()?;
+        let house = Arc::new(House::new(settings));
+        let source = self.source();
+        source.load(&house)?;
+        let running = Running::prepare(house.clone(), self.upgrade)?;
+        let certificates = running.certificates();
+        let admin = Admin::new(house.clone(), source.path(), certificates.clone());
+        let background = Box::pin(beside(house, source, certificates));
+        running.run(admin, background)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn settings(&self) -> Result<Settings, String> {
+        let mut settings = match &self.settings {
+            Some(path) => Settings::load(path).map_err(|problems| problems.lines(&path.display().to_string()).join("\n"))?,
+            None => Settings::default(),
+        };
+        if let Some(listen) = &self.listen {
+            settings.listeners.truncate(1);
+            for listener in &mut settings.listeners {
+                listener.address.clone_from(listen);
+            }
+        }
+        if let Some(admin) = &self.admin {
+            settings.admin.address.clone_from(admin);
+        }
+        Ok(settings)
+    }
+
+    fn source(&self) -> Source {
+        let shipped = Path::new(SHIPPED_PATH);
+        match &self.policy {
+            Some(path) => Source::File(path.clone()),
+            None if !self.upstream.is_empty() => {
+                Source::Upstreams(Upstreams { urls: self.upstream.clone(), key_env: self.upstream_key_env.clone() })
+            }
+            None => Source::Demo(shipped.is_file().then(|| shipped.to_owned())),
+        }
+    }
+}
+
+impl Source {
+    /// The file that is watched.
+    fn path(&self) -> Option<PathBuf> {
+        match self {
+            Self::File(path) | Self::Demo(Some(path)) => Some(path.clone()),
+            Self::Demo(None) | Self::Upstreams(_) => None,
+        }
+    }
+
+    /// Puts the first policy in force, before anything listens. What upstreams serve is asked later.
+    fn load(&self, house: &House) -> Result<(), String> {
+        match (self, self.path()) {
+            (_, Some(path)) => {
+                let told = |problems: crate::policy::Problems| problems.lines(&path.display().to_string()).join("\n");
+                reload::reload(house, &path).map(drop).map_err(told)
+            }
+            (Self::Demo(_), None) => {
+                let env = |name: &str| std::env::var(name).ok();
+                let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
+                let policy = compile(SHIPPED_POLICY, &world).map_err(|problems| problems.lines(SHIPPED_PATH).join("\n"))?;
+                reload::swap(house, policy);
+                Ok(())
+            }
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+/// Everything that goes on beside the requests.
+async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
+    let names = Arc::new(Names::new(&house.settings.dns_servers));
+    let _demo = match start_demo(&source).await {
+        Ok(demo) => demo,
+        Err(message) => {
+            eprintln!("infergate: {message}");
+            std::process::exit(1);
+        }
+    };
+    let mut jobs = tokio::task::JoinSet::new();
+    jobs.spawn(watch::run(house.clone(), names.clone()));
+    jobs.spawn(memory::watch(house.clone()));
+    match &source {
+        Source::Upstreams(upstreams) => {
+            let complete = upstreams.discover(&house, &names).await.unwrap_or_else(|error| {
+                eprintln!("infergate: {error}");
+                std::process::exit(1);
+            });
+            jobs.spawn(upstreams.clone().watch(house.clone(), names.clone(), complete));
+        }
+        Source::File(_) | Source::Demo(_) => watch::look_up_all(&names, &house.policy.get()).await,
+    }
+    if let Some(path) = source.path() {
+        let files = house.settings.tls_files();
+        jobs.spawn(reload::watch(house.clone(), path, files, move || certificates.reload()));
+    }
+    house.set_started();
+    listening(&house.settings).await;
+    greet(&house, &source);
+    while jobs.join_next().await.is_some() {}
+}
+
+async fn start_demo(source: &Source) -> Result<Option<Simulated>, String> {
+    if !matches!(source, Source::Demo(_)) {
+        return Ok(None);
+    }
+    let models = DEMO_MODELS.map(str::to_owned).to_vec();
+    let options = Options { listen: DEMO, models, ttft_ms: 80, tokens_per_second: 60.0, ..Options::default() };
+    let started = Simulated::start(options).await;
+    started.map(Some).map_err(|error| {
+        format!("the embedded model server cannot listen on {DEMO}: {error}. Give --policy or --upstream to serve without it")
+    })
+}
+
+/// Waits until the first listener takes connections.
+async fn listening(settings: &Settings) {
+    let Some(listener) = settings.listeners.first() else { return };
+    for _ in 0..200 {
+        let connected = match listener.address.strip_prefix("unix:") {
+            Some(path) => tokio::net::UnixStream::connect(path).await.is_ok(),
+            None => tokio::net::TcpStream::connect(&listener.address).await.is_ok(),
+        };
+        if connected {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tracing::error!(address = %listener.address, "nothing listens there");
+}
+
+/// What a person at a terminal wants to know, with a line to paste.
+fn greet(house: &House, source: &Source) {
+    let policy = house.policy.get();
+    let address = house.settings.listeners.first().map_or("", |listener| listener.address.as_str());
+    let scheme = if house.settings.listeners.first().is_some_and(|listener| listener.tls.is_some()) { "https" } else { "http" };
+    let (base, socket) = match address.strip_prefix("unix:") {
+        Some(path) => ("http://localhost".to_owned(), format!("--unix-socket {path} ")),
+        None => (format!("{scheme}://{}", address.replace("0.0.0.0", "127.0.0.1")), String::new()),
+    };
+    let model = policy.listed().iter().map(|(name, _)| name.as_str()).find(|name| !name.contains('*')).unwrap_or("MODEL");
+    println!("Infergate {} listens on {address}, admin on {}", env!("CARGO_PKG_VERSION"), house.settings.admin.address);
+    println!("{} models, {} pools, policy {}", policy.listed().len(), policy.pools.len(), source.described());
+    println!("\nTry it:\n  curl -N {socket}{base}/v1/chat/completions -H 'content-type: application/json' \\");
+    println!("    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello!\"}}]}}'\n");
+}
+
+impl Source {
+    fn described(&self) -> String {
+        match self {
+            Self::File(path) => format!("{} (reloads when saved)", path.display()),
+            Self::Demo(Some(path)) => format!("{} (reloads when saved), in front of an embedded model server on {DEMO}", path.display()),
+            Self::Demo(None) => format!("as shipped, in front of an embedded model server on {DEMO}"),
+            Self::Upstreams(upstreams) => format!("made of what {} serve", upstreams.urls.join(", ")),
+        }
+    }
+}

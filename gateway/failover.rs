@@ -1,0 +1,447 @@
+//! Asking: the pools of a route in order, the upstreams of a pool, until one gives an answer to pass on.
+//!
+//! Everything here happens before the first piece of an answer has reached the client.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use infergate_plugins::provider::Reason;
+
+use crate::exchange::Exchange;
+use crate::house::House;
+use crate::local;
+use crate::pipeline::{Planned, Stop, waiting};
+use crate::policy::{Route, Stage};
+use crate::policy::file::Cause;
+use crate::pool::origin::Endpoint;
+use crate::pool::queue::{Full, Permit};
+use crate::pool::{Picked, Pool, Upstream};
+use crate::refusal::{Code, Refusal};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
+use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
+use crate::scan;
+use crate::telemetry::server_timing;
+
+/// The longest pause that an upstream's `Retry-After` can ask for.
+const PAUSE_MAX: Duration = Duration::from_secs(600);
+
+/// An answer to pass on, and whom it came from.
+pub struct Asked<'a> {
+    /// The answer.
+    pub answer: Answer,
+    /// Who gave it.
+    pub picked: Picked<'a>,
+    /// The place in the pool.
+    pub permit: Permit,
+    /// The pool.
+    pub stage: &'a Stage,
+}
+
+/// What one attempt came to, where that is no answer to pass on.
+struct Miss {
+    cause: Option<Cause>,
+    refusal: Refusal,
+}
+
+/// What asking one pool came to, where that is no answer to pass on.
+enum Outcome<'a> {
+    Answered(Asked<'a>),
+    Missed(Miss),
+}
+
+/// Asks the pools of `route` until there is an answer to pass on.
+pub async fn ask<'a>(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+    route: &'a Route,
+) -> Result<Asked<'a>, Stop> {
+    let mut stages = route.stages.iter().filter(|stage| stage.pool.serves(planned.identified.surface.operation));
+    let mut stage = stages.next();
+    let mut last = None;
+    while let Some(current) = stage {
+        let rest = stages.clone();
+        match ask_stage(house, exchange, downstream, planned, current, &rest.collect::<Vec<_>>()).await? {
+            Outcome::Answered(asked) => return Ok(asked),
+            Outcome::Missed(miss) => {
+                let cause = miss.cause;
+                let spent = exchange.attempts >= planned.attempts_max();
+                last = Some(miss.refusal);
+                stage = if spent { None } else { stages.find(|next| cause.is_some_and(|cause| next.on.contains(&cause))) };
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| Refusal::new(Code::NoUpstream, "no pool can serve this request")).into())
+}
+
+impl Planned {
+    /// One number bounds all attempts of a request, on whatever pools.
+    fn attempts_max(&self) -> u32 {
+        self.route.stages[0].pool.retry.attempts
+    }
+}
+
+/// Asks the upstreams of one pool. `rest` are the pools that could be asked after it.
+async fn ask_stage<'a>(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+    stage: &'a Stage,
+    rest: &[&Stage],
+) -> Result<Outcome<'a>, Stop> {
+    let pool = &*stage.pool;
+    let permit = match enter(exchange, downstream, planned, pool).await? {
+        Ok(permit) => permit,
+        Err(miss) => return Ok(Outcome::Missed(miss)),
+    };
+    exchange.times.queued = Instant::now();
+    pool.state.retries.request(exchange.times.queued);
+    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    loop {
+        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+            return Ok(Outcome::Missed(nobody(pool)));
+        };
+        back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
+        tried.push(picked.endpoint.clone());
+        exchange.attempts += 1;
+        match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
+            Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
+            Err(miss) if !may_retry(exchange, planned, pool, &miss) || !granted(pool) => {
+                return Ok(Outcome::Missed(miss));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// A place in the pool, or why there is none.
+async fn enter(
+    exchange: &Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+    pool: &Pool,
+) -> Result<Result<Permit, Miss>, Stop> {
+    let mut parameters = pool.concurrency;
+    let level = planned.priority.map_or(0, |priority| priority.level);
+    if let Some(ms) = planned.priority.and_then(|priority| priority.queue_ms) {
+        parameters.wait = Duration::from_millis(ms);
+    }
+    let entering = pool.state.queue.enter(parameters, level);
+    let entered = waiting(downstream, exchange, planned).until(planned.total, entering).await;
+    let (code, message, after) = match entered {
+        Ok(Ok(permit)) => return Ok(Ok(permit)),
+        Ok(Err(Full::Queue(after))) => (Code::QueueFull, format!("the queue of pool {} is full", pool.name), after),
+        Ok(Err(Full::Wait(after))) => {
+            let waited = parameters.wait.as_millis();
+            (Code::QueueTimeout, format!("no place in pool {} came free within {waited} ms", pool.name), after)
+        }
+        Err(Interrupted::Gone) => return Err(Stop::Gone),
+        Err(_) => return Err(too_long(planned).into()),
+    };
+    Ok(Err(Miss { cause: Some(Cause::Unavailable), refusal: Refusal::new(code, message).retry_after(after) }))
+}
+
+fn too_long(planned: &Planned) -> Refusal {
+    let ms = planned.route.stages[0].pool.timeouts.total_ms;
+    Refusal::new(Code::TotalTimeout, format!("the whole request took longer than {ms} ms"))
+}
+
+/// Nobody in the pool can be asked.
+fn nobody(pool: &Pool) -> Miss {
+    let message = format!("every upstream of pool {} is out: unhealthy, failing, drained or not resolved", pool.name);
+    let refusal = Refusal::new(Code::NoUpstream, message).retry_after(pool.back_in(Instant::now()));
+    Miss { cause: Some(Cause::Unavailable), refusal }
+}
+
+/// Waits before an upstream is asked again that has failed already in this request: twice as long each time, with
+/// full jitter over the upper half.
+async fn back_off(
+    exchange: &Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+    pool: &Pool,
+    tried: &[Arc<Endpoint>],
+    endpoint: &Arc<Endpoint>,
+) -> Result<(), Stop> {
+    let repeats = tried.iter().filter(|other| Arc::ptr_eq(other, endpoint)).count() as u32;
+    if repeats == 0 || pool.retry.backoff_ms == 0 {
+        return Ok(());
+    }
+    let longest = pool.retry.backoff_ms.saturating_mul(1 << repeats.min(10));
+    let wait = Duration::from_millis(longest / 2 + fastrand::u64(0..=longest / 2));
+    let limit = Instant::now() + wait;
+    match waiting(downstream, exchange, planned).until(limit, std::future::pending::<()>()).await {
+        Err(Interrupted::Gone) => Err(Stop::Gone),
+        Err(Interrupted::Total) => Err(too_long(planned).into()),
+        _ => Ok(()),
+    }
+}
+
+/// One attempt: an answer to pass on, or why there is none.
+async fn attempt(
+    house: &House,
+    exchange: &Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+    stage: &Stage,
+    rest: &[&Stage],
+    picked: &Picked<'_>,
+) -> Result<Result<Answer, Miss>, Stop> {
+    let client = downstream.head().clone();
+    let body = body_for(planned, stage, picked.upstream);
+    let path = format!("{}{}", picked.upstream.path, planned.identified.path);
+    let order = Order {
+        head: request_head(exchange, planned, picked.upstream, &client, &path, Some(body.len())),
+        body: &body,
+        streaming: planned.streaming,
+        timeouts: &stage.pool.timeouts,
+    };
+    let target = &picked.endpoint.target;
+    let mut waits = waiting(downstream, exchange, planned);
+    let asked = relay::ask(&house.connections, target, &order, &mut waits).await;
+    let mut answer = match asked {
+        Ok(answer) => answer,
+        Err(failure) => return failed(planned, stage, picked, failure).map(Err),
+    };
+    if answer.stale {
+        picked.upstream.attempts.stale.inc();
+    }
+    let looks = rest.iter().any(|next| [Cause::ContextLength, Cause::ContentFilter].iter().any(|cause| next.on.contains(cause)));
+    if looks && answer.head.status.is_client_error() {
+        answer.read_reason(&mut waits).await;
+    }
+    let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
+    let status = answer.head.status.as_u16();
+    let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
+    let miss = Miss { cause: Some(cause), refusal };
+    let elsewhere = may_retry(exchange, planned, &stage.pool, &miss) || may_fall_back(exchange, planned, rest, &miss);
+    if !elsewhere && !downstream.head_sent() {
+        // The upstream's own error says more than ours would.
+        return Ok(Ok(answer));
+    }
+    picked.upstream.attempts.status.inc();
+    answer.discard(&house.connections, target).await;
+    Ok(Err(miss))
+}
+
+/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another.
+fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
+    let name = upstream.model.as_deref().or(stage.rename.as_deref());
+    let edit = name.and_then(|name| planned.scan.rename_model(name));
+    scan::splice(&planned.received.body, &mut edit.into_iter().collect::<Vec<_>>())
+}
+
+fn request_head<'a>(
+    exchange: &'a Exchange,
+    planned: &'a Planned,
+    upstream: &'a Upstream,
+    client: &'a http::request::Parts,
+    path: &'a str,
+    length: Option<usize>,
+) -> RequestHead<'a> {
+    RequestHead {
+        client,
+        path,
+        authority: &upstream.authority,
+        set: &upstream.headers,
+        required: upstream.provider.required_headers(),
+        id: &exchange.id,
+        inspected: planned.identified.passthrough.is_none(),
+        length: length.filter(|_| planned.received.has_body),
+        upgrade: planned.identified.upgrade.as_ref(),
+    }
+}
+
+/// What an answer's status tells about its upstream, and whether it may be looked for elsewhere.
+fn judge(stage: &Stage, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Option<Cause> {
+    let (breaker, now) = (&picked.endpoint.breaker, Instant::now());
+    let status = answer.head.status.as_u16();
+    match status {
+        500 | 502..=504 | 529 => {
+            if breaker.failure(&stage.pool.breaker, now) {
+                tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, status, "breaker opened");
+            }
+            Some(Cause::Status5xx)
+        }
+        429 => {
+            match retry_after(&answer.head) {
+                Some(pause) => breaker.pause(pause.min(PAUSE_MAX), now),
+                None => breaker.released(),
+            }
+            Some(Cause::Status429)
+        }
+        _ => {
+            breaker.success(&stage.pool.breaker, now);
+            let reason = if looks { picked.upstream.provider.reason(status, &answer.first) } else { None };
+            reason.map(|reason| match reason {
+                Reason::ContextLength => Cause::ContextLength,
+                Reason::ContentFilter => Cause::ContentFilter,
+            })
+        }
+    }
+}
+
+/// `Retry-After` in seconds, the only form that model servers use.
+fn retry_after(head: &AnswerHead) -> Option<Duration> {
+    let seconds: f64 = head.headers.get(http::header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok().filter(|pause| !pause.is_zero())
+}
+
+/// An attempt that gave no answer: what it tells about the upstream, and how it is told to the client.
+fn failed(planned: &Planned, stage: &Stage, picked: &Picked<'_>, failure: Failure) -> Result<Miss, Stop> {
+    let (attempts, breaker, now) = (&picked.upstream.attempts, &picked.endpoint.breaker, Instant::now());
+    let timeouts = &stage.pool.timeouts;
+    let (counter, cause, code, message) = match failure {
+        Failure::Gone => {
+            attempts.cancelled.inc();
+            breaker.released();
+            return Err(Stop::Gone);
+        }
+        Failure::TotalTimeout => {
+            attempts.timeout.inc();
+            breaker.released();
+            return Err(too_long(planned).into());
+        }
+        Failure::Connect(why) => {
+            let message = format!("the upstream cannot be reached: {why}");
+            (&attempts.connect, Some(Cause::Connect), Code::ConnectFailed, message)
+        }
+        Failure::ConnectTimeout => {
+            let message = format!("no connection to the upstream within {} ms", timeouts.connect_ms);
+            (&attempts.connect, Some(Cause::Connect), Code::ConnectTimeout, message)
+        }
+        Failure::Reset(why) => {
+            let message = format!("the upstream closed the connection without an answer: {why}");
+            (&attempts.reset, Some(Cause::Reset), Code::UpstreamClosed, message)
+        }
+        Failure::Invalid(why) => {
+            let message = format!("the upstream's answer is no HTTP: {why}");
+            (&attempts.reset, Some(Cause::Reset), Code::UpstreamInvalid, message)
+        }
+        Failure::FirstTokenTimeout => {
+            let message = format!("no first token within {} ms", timeouts.first_token_ms);
+            (&attempts.timeout, Some(Cause::Timeout), Code::FirstTokenTimeout, message)
+        }
+        Failure::AnswerTimeout => {
+            let message = format!("no answer within {} ms", timeouts.answer_ms);
+            (&attempts.timeout, Some(Cause::Timeout), Code::AnswerTimeout, message)
+        }
+    };
+    counter.inc();
+    tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, code = code.name(), %message, "attempt failed");
+    if breaker.failure(&stage.pool.breaker, now) {
+        tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, "breaker opened");
+    }
+    Ok(Miss { cause, refusal: Refusal::new(code, message) })
+}
+
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, miss: &Miss) -> bool {
+    let listed = miss.cause.is_some_and(|cause| pool.retry.on.contains(&cause));
+    listed && exchange.attempts < planned.attempts_max() && pool.available(Instant::now())
+}
+
+fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], miss: &Miss) -> bool {
+    let helps = |next: &&Stage| miss.cause.is_some_and(|cause| next.on.contains(&cause));
+    exchange.attempts < planned.attempts_max() && rest.iter().any(helps)
+}
+
+/// Whether the pool's budget still has a retry.
+fn granted(pool: &Pool) -> bool {
+    let granted = pool.state.retries.retry(pool.retry.budget, Instant::now());
+    if !granted {
+        pool.state.retries_refused.inc();
+    }
+    granted
+}
+
+impl Asked<'_> {
+    /// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the
+    /// client can use put on.
+    pub fn head_for_client(&self, exchange: &Exchange, planned: &Planned) -> Result<Box<AnswerHead>, Refusal> {
+        let mut head = self.answer.head.clone();
+        for name in &HOP_BY_HOP {
+            if head.headers.contains_key(name) {
+                head.remove_header(name);
+            }
+        }
+        if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
+            local::set(&mut head, "x-upstream-request-id", theirs)?;
+        }
+        if self.answer.is_event_stream() {
+            head.remove_header(&http::header::CONTENT_LENGTH);
+            local::set(&mut head, "cache-control", "no-cache")?;
+            local::set(&mut head, "x-accel-buffering", "no")?;
+        }
+        local::set(&mut head, "x-request-id", exchange.id.as_str())?;
+        let model = planned.model.as_deref().unwrap_or(&planned.route.model.name);
+        // A name that no header can carry was the client's own; it knows it.
+        let _ = local::set(&mut head, "x-infergate-model", model);
+        if exchange.policy.requests.name_upstream {
+            local::set(&mut head, "x-infergate-upstream", self.picked.upstream.name.clone())?;
+        }
+        local::set(&mut head, "x-infergate-attempts", exchange.attempts.to_string())?;
+        local::set(&mut head, "server-timing", self.timing(exchange))?;
+        Ok(head)
+    }
+
+    fn timing(&self, exchange: &Exchange) -> String {
+        let times = &exchange.times;
+        server_timing(&[
+            ("body", times.body - times.received),
+            ("admit", times.admitted - times.body),
+            ("queue", times.queued - times.admitted),
+            ("upstream", self.answer.head_at.saturating_duration_since(times.queued)),
+            ("relay", self.answer.head_at.elapsed()),
+        ])
+    }
+}
+
+/// Opens a WebSocket to an upstream and carries it. It is tried on another upstream only if none was reached.
+pub async fn tunnel(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    planned: &Planned,
+) -> Result<(), Stop> {
+    let stage = &planned.route.stages[0];
+    let pool = &*stage.pool;
+    let _permit = match enter(exchange, downstream, planned, pool).await? {
+        Ok(permit) => permit,
+        Err(miss) => return Err(miss.refusal.into()),
+    };
+    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    loop {
+        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+            return Err(nobody(pool).refusal.into());
+        };
+        tried.push(picked.endpoint.clone());
+        exchange.attempts += 1;
+        let client = downstream.head().clone();
+        let path = format!("{}{}", picked.upstream.path, planned.identified.path);
+        let head = request_head(exchange, planned, picked.upstream, &client, &path, None);
+        let mut waits = waiting(downstream, exchange, planned);
+        let opened = relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
+        match opened {
+            Ok(Tunnelled::Closed) => {
+                picked.endpoint.breaker.success(&pool.breaker, Instant::now());
+                picked.upstream.attempts.answered.inc();
+                exchange.completed();
+                return Ok(());
+            }
+            Ok(Tunnelled::Refused(answer)) => {
+                let status = answer.status.as_u16();
+                let message = format!("the upstream refused to open a WebSocket: status {status}");
+                return Err(Refusal::new(Code::UpstreamInvalid, message).into());
+            }
+            Err(failure) => {
+                let miss = failed(planned, stage, &picked, failure)?;
+                if miss.cause != Some(Cause::Connect) || !may_retry(exchange, planned, pool, &miss) || !granted(pool) {
+                    return Err(miss.refusal.into());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Answers that need no upstream: the list of models, health, version.
+
+use bytes::Bytes;
+use http::{HeaderName, StatusCode};
+use serde_json::{Value, json};
+
+use crate::exchange::Exchange;
+use crate::house::House;
+use crate::pipeline::{Identified, Stop};
+use crate::policy::{Policy, Route};
+use crate::refusal::{Code, Refusal};
+use crate::relay::{AnswerHead, Downstream};
+
+/// Answers for the gateway itself.
+pub async fn answer(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    identified: &Identified,
+) -> Result<(), Stop> {
+    let (status, body) = match identified.surface.path {
+        "/v1/models" => (StatusCode::OK, models(&exchange.policy)),
+        "/version" => (StatusCode::OK, json!({"version": env!("CARGO_PKG_VERSION"), "server": "infergate"})),
+        _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, json!({"status": "not ready"})),
+    };
+    let head = head(status, "application/json", &exchange.id)?;
+    // A body on such a request is not read, so the connection cannot be used again.
+    let close = downstream.content_length().is_some_and(|length| length > 0);
+    downstream.answer(Box::new(head), Bytes::from(body.to_string()), close).await.map_err(|_| Stop::Gone)?;
+    exchange.completed();
+    Ok(())
+}
+
+/// `GET /v1/models` in OpenAI's shape, with what each model is and where it lives.
+fn models(policy: &Policy) -> Value {
+    let entry = |name: &str, route: &Route| {
+        let stages: Vec<&str> = route.stages.iter().map(|stage| stage.pool.name.as_str()).collect();
+        let providers: Vec<&str> =
+            route.stages.iter().flat_map(|stage| &stage.pool.upstreams).map(|upstream| upstream.provider.kind()).collect();
+        json!({
+            "id": name, "object": "model", "created": 0, "owned_by": "infergate",
+            "description": route.model.description,
+            "alias_of": (name != route.model.name).then_some(&route.model.name),
+            "pools": stages,
+            "providers": dedup(providers),
+        })
+    };
+    // A pattern is no name that a client could send.
+    let named = policy.listed().iter().filter(|(name, _)| !name.contains('*'));
+    json!({"object": "list", "data": named.map(|(name, route)| entry(name, route)).collect::<Vec<_>>()})
+}
+
+fn dedup(mut words: Vec<&str>) -> Vec<&str> {
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+/// The head of an answer of our own.
+pub fn head(status: StatusCode, content_type: &'static str, request_id: &str) -> Result<AnswerHead, Refusal> {
+    let mut head = AnswerHead::build(status, Some(8)).map_err(|_| broken_header())?;
+    set(&mut head, "content-type", content_type)?;
+    set(&mut head, "x-request-id", request_id)?;
+    Ok(head)
+}
+
+/// Sets one header of an answer.
+pub fn set<V: TryInto<http::HeaderValue>>(head: &mut AnswerHead, name: &'static str, value: V) -> Result<(), Refusal> {
+    let value = value.try_into().map_err(|_| broken_header())?;
+    head.insert_header(HeaderName::from_static(name), value).map_err(|_| broken_header())
+}
+
+fn broken_header() -> Refusal {
+    Refusal::new(Code::Internal, "a header of the answer could not be written")
+}

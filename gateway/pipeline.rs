@@ -1,0 +1,366 @@
+//! The life of a request on one page: identify, read, admit, ask, relay, settle.
+//!
+//! Cheap before expensive; the head before the body; the body before the model; the decision before the
+//! connection. Each stage owns what it produced and hands it to the next.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, UPGRADE};
+use http::{HeaderValue, Method};
+use infergate_plugins::operation::Operation;
+
+use crate::exchange::Exchange;
+use crate::failover::{self, Asked};
+use crate::house::House;
+use crate::local;
+use crate::policy::Route;
+use crate::policy::file::Priority;
+use crate::refusal::{Code, Refusal};
+use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Waiting, headers};
+use crate::scan::{self, Scan};
+use crate::state::Lease;
+use crate::surface::{self, Body, Surface};
+
+/// Why a request went no further.
+pub enum Stop {
+    /// We said no.
+    Refused(Refusal),
+    /// The client left.
+    Gone,
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// What the head told.
+pub struct Identified {
+    /// Its endpoint.
+    pub surface: &'static Surface,
+    /// The path at the upstream, behind its base path, with the query.
+    pub path: String,
+    /// The policy's entry, if the path passes through unread.
+    pub passthrough: Option<(Arc<Route>, bool)>,
+    /// The protocol that the client wants to change to.
+    pub upgrade: Option<HeaderValue>,
+}
+
+/// A body in memory, and the right to keep it there.
+pub struct Received {
+    /// The bytes as they came.
+    pub body: Bytes,
+    /// Whether the request had a body at all.
+    pub has_body: bool,
+    _lease: Lease,
+}
+
+/// Everything that is decided before an upstream is asked.
+pub struct Planned {
+    /// What the head told.
+    pub identified: Identified,
+    /// The body as it came.
+    pub received: Received,
+    /// Where the deciding fields stand.
+    pub scan: Scan,
+    /// The model that the client asked for.
+    pub model: Option<String>,
+    /// Whether the answer is to be a stream.
+    pub streaming: bool,
+    /// The pools to ask.
+    pub route: Arc<Route>,
+    /// The class of urgency.
+    pub priority: Option<Priority>,
+    /// When all must be over.
+    pub total: Instant,
+}
+
+/// Serves one request from its head to its end.
+pub async fn serve(house: &House, downstream: &mut Downstream) {
+    let mut exchange = Exchange::begin(house, headers::sane_request_id(&downstream.head().headers));
+    downstream.set_write_timeout(Duration::from_millis(exchange.policy.requests.write_ms));
+    match line(house, &mut exchange, downstream).await {
+        Ok(()) => {}
+        Err(Stop::Gone) => exchange.client_closed(),
+        Err(Stop::Refused(refusal)) => refuse(&mut exchange, downstream, refusal).await,
+    }
+}
+
+async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(), Stop> {
+    let identified = identify(house, exchange, downstream)?;
+    if identified.surface.is_local() {
+        return local::answer(house, exchange, downstream, &identified).await;
+    }
+    let received = read(house, exchange, downstream).await?;
+    exchange.times.body = Instant::now();
+    let planned = admit(exchange, downstream, identified, received)?;
+    exchange.admitted();
+    if planned.identified.upgrade.is_some() {
+        return failover::tunnel(house, exchange, downstream, &planned).await;
+    }
+    let route = planned.route.clone();
+    let asked = failover::ask(house, exchange, downstream, &planned, &route).await?;
+    relay(house, exchange, downstream, planned, asked).await
+}
+
+/// From the head alone: is it well formed, and whose is it?
+fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> Result<Identified, Stop> {
+    let head = downstream.head();
+    let policy = exchange.policy.clone();
+    let path = policy.stripped(head.uri.path());
+    let found = surface::find(path);
+    let passthrough = policy.passthrough(&head.method, path);
+    // The endpoint is known before anything is refused, so that the refusal speaks its dialect.
+    exchange.surface = match (found, passthrough) {
+        (Some(surface), _) => surface,
+        (None, Some(_)) => &surface::PASSTHROUGH,
+        (None, None) => &surface::UNKNOWN,
+    };
+    downstream.check_head()?;
+    if house.state.shedding.load(std::sync::atomic::Ordering::Relaxed) {
+        let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
+        return Err(refusal.retry_after(Duration::from_secs(1)).into());
+    }
+    if found.is_none() && passthrough.is_none() {
+        let path: String = path.chars().take(200).collect();
+        return Err(Refusal::new(Code::NotFound, format!("nothing is served at {path}")).into());
+    }
+    if found.is_some() && exchange.surface.method != head.method {
+        let message = format!("{} takes {}, not {}", exchange.surface.path, exchange.surface.method, head.method);
+        return Err(Refusal::new(Code::MethodNotAllowed, message).into());
+    }
+    let upgrade = upgrade(exchange.surface, downstream, passthrough.is_some_and(|entry| entry.websocket))?;
+    let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
+    Ok(Identified {
+        surface: exchange.surface,
+        path: format!("{path}{query}"),
+        passthrough: passthrough.filter(|_| found.is_none()).map(|entry| (entry.route.clone(), entry.websocket)),
+        upgrade,
+    })
+}
+
+/// The protocol to change to: only a WebSocket, only where one is expected, only from HTTP/1.1.
+fn upgrade(surface: &Surface, downstream: &Downstream, allowed: bool) -> Result<Option<HeaderValue>, Refusal> {
+    let wanted = downstream.head().headers.get(UPGRADE).filter(|_| !downstream.is_http2());
+    let expected = surface.operation == Operation::Realtime;
+    match wanted {
+        Some(protocol) if (expected || allowed) && protocol.as_bytes().eq_ignore_ascii_case(b"websocket") => {
+            Ok(Some(protocol.clone()))
+        }
+        Some(_) => Err(Refusal::new(Code::UpgradeUnsupported, "this path does not change its protocol").closing()),
+        None if expected => {
+            let message = "this endpoint is a WebSocket: open it over HTTP/1.1 with `Upgrade: websocket`";
+            Err(Refusal::new(Code::UpgradeUnsupported, message))
+        }
+        None => Ok(None),
+    }
+}
+
+/// Reads the body, under the budget for all bodies together, which is asked before the first byte is read.
+async fn read(house: &House, exchange: &Exchange, downstream: &mut Downstream) -> Result<Received, Stop> {
+    let requests = &exchange.policy.requests;
+    let (max, length) = (requests.body_bytes_max, downstream.content_length());
+    if length.is_some_and(|length| length > max) {
+        return Err(too_large(max).into());
+    }
+    let Some(mut lease) = house.state.bodies.lease(length.unwrap_or(0)) else { return Err(no_room().into()) };
+    let has_body = length.is_some() || exchange.surface.method == Method::POST;
+    let reading = downstream.read_body(max, &mut lease);
+    let body = match tokio::time::timeout(Duration::from_millis(requests.body_ms), reading).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(BodyFault::Gone)) => return Err(Stop::Gone),
+        Ok(Err(BodyFault::TooLarge)) => return Err(too_large(max).into()),
+        Ok(Err(BodyFault::NoRoom)) => return Err(no_room().into()),
+        Ok(Err(BodyFault::Malformed)) => {
+            return Err(Refusal::new(Code::BadRequest, "the body's framing is broken").closing().into());
+        }
+        Ok(Err(BodyFault::Slow)) | Err(_) => {
+            let message = format!("the body did not arrive within {} ms", requests.body_ms);
+            return Err(Refusal::new(Code::RequestTimeout, message).closing().into());
+        }
+    };
+    Ok(Received { body, has_body, _lease: lease })
+}
+
+fn too_large(max: u64) -> Refusal {
+    Refusal::new(Code::RequestTooLarge, format!("the body is larger than the {max} bytes allowed")).closing()
+}
+
+fn no_room() -> Refusal {
+    let refusal = Refusal::new(Code::Overloaded, "the gateway holds as many bytes of bodies as it may");
+    refusal.retry_after(Duration::from_secs(1)).closing()
+}
+
+/// Parses and routes.
+fn admit(
+    exchange: &mut Exchange,
+    downstream: &Downstream,
+    identified: Identified,
+    received: Received,
+) -> Result<Planned, Stop> {
+    let policy = exchange.policy.clone();
+    let scan = scan_body(identified.surface, downstream, &received.body)?;
+    let model = asked_model(identified.surface, &scan, downstream, &received.body)?;
+    let streaming = identified.surface.always_streams() || scan.stream(&received.body).map_err(invalid)?;
+    let route = match &identified.passthrough {
+        Some((route, _)) => route.clone(),
+        None => policy.route(model.as_deref())?.clone(),
+    };
+    let operation = identified.surface.operation;
+    if !route.stages.iter().any(|stage| stage.pool.serves(operation)) {
+        let name = model.as_deref().unwrap_or(&route.model.name);
+        let message = format!("no upstream of the model `{name}` can do {}", identified.surface.path);
+        return Err(Refusal::new(Code::NotFound, message).into());
+    }
+    let header = policy.priority_header.as_ref().and_then(|name| downstream.head().headers.get(name));
+    let priority = policy.priority(header, &route);
+    let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
+    let model = model.map(Cow::into_owned);
+    Ok(Planned { identified, scan, model, streaming, route, priority, total, received })
+}
+
+fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
+    match surface.body {
+        Body::Json => scan::json(body).map_err(invalid),
+        Body::Multipart => {
+            let content_type = downstream.head().headers.get(CONTENT_TYPE).map_or(b"".as_slice(), HeaderValue::as_bytes);
+            scan::multipart(body, content_type).map_err(invalid)
+        }
+        Body::None | Body::Opaque => Ok(Scan::default()),
+    }
+}
+
+fn invalid(fault: scan::Fault) -> Refusal {
+    let (code, param) = match &fault {
+        scan::Fault::Malformed(..) => (Code::InvalidBody, None),
+        scan::Fault::Twice(field) => (Code::DuplicateField, Some(field.name())),
+        scan::Fault::Kind(field, _) => (Code::InvalidBody, Some(field.name())),
+    };
+    Refusal { param, ..Refusal::new(code, fault.to_string()) }
+}
+
+/// The model's name, in the body or in the query.
+fn asked_model<'a>(
+    surface: &Surface,
+    scan: &Scan,
+    downstream: &Downstream,
+    body: &'a Bytes,
+) -> Result<Option<Cow<'a, str>>, Refusal> {
+    if surface.body != Body::None {
+        return scan.model(body).map_err(invalid);
+    }
+    let query = downstream.head().uri.query().unwrap_or_default();
+    let named = query.split('&').find_map(|pair| pair.strip_prefix("model="));
+    Ok(named.map(|name| Cow::Owned(name.to_owned())))
+}
+
+/// Passes the answer on, and ends it properly if the upstream did not.
+async fn relay(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    planned: Planned,
+    asked: Asked<'_>,
+) -> Result<(), Stop> {
+    let requests = &exchange.policy.requests;
+    let pace = Pace {
+        between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
+        total: planned.total,
+        heartbeat: heartbeat(exchange),
+        on_disconnect: requests.on_disconnect,
+        drain: Duration::from_millis(requests.drain_ms),
+    };
+    let head = (!downstream.head_sent()).then(|| asked.head_for_client(exchange, &planned)).transpose()?;
+    exchange.answering(asked.answer.head_at);
+    // Nothing can be sent a second time from here on: the body's memory goes to the next request.
+    drop(planned);
+    let Asked { answer, picked, permit, stage, .. } = asked;
+    let is_events = answer.is_event_stream();
+    let passed = relay::pass_on(downstream, &house.connections, &picked.endpoint.target, head, answer, pace).await;
+    drop(permit);
+    match passed {
+        Passed::Whole => {
+            picked.upstream.attempts.answered.inc();
+            exchange.completed();
+            Ok(())
+        }
+        Passed::Gone => {
+            picked.upstream.attempts.cancelled.inc();
+            Err(Stop::Gone)
+        }
+        Passed::Broken(code, why) => {
+            picked.upstream.attempts.broken.inc();
+            picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
+            let message = format!("the upstream broke off its answer: {why}");
+            broken_off(exchange, downstream, Refusal::new(code, message), is_events).await;
+            Ok(())
+        }
+    }
+}
+
+/// How often a silent stream gets a sign of life.
+pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
+    let every = exchange.policy.requests.heartbeat_ms;
+    (every > 0).then(|| Duration::from_millis(every))
+}
+
+/// Waits for an upstream while minding the client; a stream's client gets signs of life.
+pub fn waiting<'a>(
+    downstream: &'a mut Downstream,
+    exchange: &'a Exchange,
+    planned: &Planned,
+) -> Waiting<'a> {
+    let beats = if planned.streaming { heartbeat(exchange) } else { None };
+    Waiting::new(downstream, planned.total, beats, &exchange.id, Instant::now())
+}
+
+/// Says no, in the caller's dialect: as a whole answer, or as the last event of a stream that has begun.
+async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal) {
+    if downstream.head_sent() {
+        return broken_off(exchange, downstream, refusal, true).await;
+    }
+    exchange.refused(refusal.code);
+    tracing::debug!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "refused");
+    let body = refusal.body(exchange.surface.dialect, &exchange.id);
+    if let Ok(head) = refusal_head(exchange, &refusal)
+        && downstream.answer(Box::new(head), body.into(), refusal.close).await.is_err()
+    {
+        exchange.client_closed();
+    }
+}
+
+fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Refusal> {
+    let mut head = local::head(refusal.code.status(), "application/json", &exchange.id)?;
+    let mut set = |name: &'static str, value: String| local::set(&mut head, name, value);
+    set("x-should-retry", refusal.code.retryable().to_string())?;
+    set("x-infergate-attempts", exchange.attempts.to_string())?;
+    if let Some(seconds) = refusal.retry_after_s() {
+        set("retry-after", seconds.to_string())?;
+    }
+    if refusal.code == Code::MethodNotAllowed {
+        set("allow", exchange.surface.method.to_string())?;
+    }
+    Ok(head)
+}
+
+/// Ends an answer that has begun and cannot be completed: an event stream with an error event, anything else with a
+/// connection that breaks off, so that nobody takes it for whole.
+async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
+    exchange.refused(refusal.code);
+    tracing::warn!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "an answer broke off");
+    if !is_events {
+        return downstream.abort().await;
+    }
+    let event = refusal.event(exchange.surface.dialect, &exchange.id);
+    let ended = async {
+        downstream.write(event.into()).await?;
+        downstream.finish().await
+    };
+    if ended.await.is_err() {
+        exchange.client_closed();
+    }
+}

@@ -1,0 +1,187 @@
+//! Reload: watch -> compile -> swap. The last good policy stays until a better one has been compiled whole.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwapOption;
+use notify_debouncer_full::notify::RecursiveMode;
+use notify_debouncer_full::{DebounceEventResult, new_debouncer};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use super::{Policy, Problems, World, load};
+use crate::house::House;
+
+/// The policy in force.
+#[derive(Debug, Default)]
+pub struct InForce {
+    policy: ArcSwapOption<Policy>,
+    last: Mutex<Last>,
+}
+
+/// What the newest load came to.
+#[derive(Clone, Debug, Default)]
+pub struct Last {
+    /// When the policy in force was loaded.
+    pub loaded: Option<SystemTime>,
+    /// What was wrong with the newest file, if it was refused.
+    pub problems: Vec<String>,
+}
+
+impl InForce {
+    /// The policy of this moment. Before the first one it is empty: everything gets 404.
+    pub fn get(&self) -> Arc<Policy> {
+        self.policy.load_full().unwrap_or_else(|| Arc::new(Policy::empty()))
+    }
+
+    /// What the newest load came to.
+    pub fn last(&self) -> Last {
+        self.last.lock().clone()
+    }
+}
+
+/// What a reload did.
+#[derive(Debug)]
+pub enum Reloaded {
+    /// A new policy is in force: its revision and hash.
+    Swapped(u64, String),
+    /// The policy in force is the same already.
+    Unchanged,
+}
+
+/// Puts `policy` in force.
+pub fn swap(house: &House, mut policy: Policy) -> Reloaded {
+    let mut last = house.policy.last.lock();
+    let before = house.policy.policy.load_full();
+    last.problems.clear();
+    if before.as_ref().is_some_and(|before| before.hash == policy.hash) {
+        return Reloaded::Unchanged;
+    }
+    let revision = before.map_or(1, |before| before.revision + 1);
+    let hash = policy.hash.clone();
+    policy.revision = revision;
+    house.policy.policy.store(Some(Arc::new(policy)));
+    last.loaded = Some(SystemTime::now());
+    drop(last);
+    house.telemetry.policy_loaded(revision, &hash);
+    house.state.sweep();
+    tracing::info!(revision, hash = %&hash[..12], "policy in force");
+    Reloaded::Swapped(revision, hash)
+}
+
+/// Loads the file at `path` and puts it in force, or leaves everything as it is and says what is wrong.
+pub fn reload(house: &House, path: &Path) -> Result<Reloaded, Problems> {
+    let env = |name: &str| std::env::var(name).ok();
+    let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
+    match load(path, &world) {
+        Ok(policy) => Ok(swap(house, policy)),
+        Err(problems) => {
+            house.state.sweep();
+            house.telemetry.policy_refused();
+            let lines = problems.lines(&path.display().to_string());
+            for line in &lines {
+                tracing::error!("{line}");
+            }
+            tracing::error!("the policy was refused; the one before stays in force");
+            house.policy.last.lock().problems = lines;
+            Err(problems)
+        }
+    }
+}
+
+/// Why the file should be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nudge {
+    /// Something changed on the disk, or enough time went by.
+    Maybe,
+    /// Somebody asked.
+    Asked,
+}
+
+/// Watches the file until the process ends: its directory (so that atomic renames and a mounted ConfigMap's symlink
+/// swap are seen), SIGHUP, and every ten seconds in case the file system tells nothing.
+///
+/// `others` are files that are looked at too; `changed` is called whenever anything was read again.
+pub async fn watch(house: Arc<House>, path: PathBuf, others: Vec<PathBuf>, changed: impl Fn() + Send) {
+    let (sender, mut nudges) = mpsc::channel(8);
+    let _watcher = watch_directory(&path, sender.clone())
+        .inspect_err(|error| tracing::warn!(%error, "the policy's directory cannot be watched; it is read every 10 s"));
+    let mut hangups = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
+    let mut seen = fingerprint(&house, &path, &others);
+    loop {
+        let nudge = tokio::select! {
+            nudge = nudges.recv() => nudge.unwrap_or(Nudge::Maybe),
+            () = hangup(&mut hangups) => Nudge::Asked,
+            () = tokio::time::sleep(Duration::from_secs(10)) => Nudge::Maybe,
+        };
+        let now = fingerprint(&house, &path, &others);
+        if nudge == Nudge::Maybe && now == seen {
+            continue;
+        }
+        seen = now;
+        let _told_in_the_log = reload(&house, &path);
+        changed();
+    }
+}
+
+async fn hangup(signal: &mut Option<tokio::signal::unix::Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+type Watcher = notify_debouncer_full::Debouncer<
+    notify_debouncer_full::notify::RecommendedWatcher,
+    notify_debouncer_full::RecommendedCache,
+>;
+
+fn watch_directory(path: &Path, sender: mpsc::Sender<Nudge>) -> notify_debouncer_full::notify::Result<Watcher> {
+    let tell = move |_: DebounceEventResult| {
+        // A full channel holds a nudge already.
+        let _ = sender.try_send(Nudge::Maybe);
+    };
+    let mut watcher = new_debouncer(Duration::from_millis(200), None, tell)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    watcher.watch(directory, RecursiveMode::NonRecursive)?;
+    Ok(watcher)
+}
+
+/// The contents of the file, of every secret file that the policy in force names, and of `others`.
+fn fingerprint(house: &House, path: &Path, others: &[PathBuf]) -> Vec<Option<Vec<u8>>> {
+    let policy = house.policy.get();
+    std::iter::once(path.to_owned())
+        .chain(policy.secret_files.iter().chain(others).cloned())
+        .map(|path| std::fs::read(path).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::Settings;
+
+    fn write(path: &Path, pool: &str) {
+        let text = format!("version: 1\npools:\n  {pool}: {{upstreams: [{{url: 'http://127.0.0.1:1'}}]}}\nmodels: [{{name: m, pool: {pool}}}]\n");
+        std::fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn a_broken_policy_changes_nothing_and_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("policy.yaml");
+        let house = House::new(Settings::default());
+        write(&path, "good");
+        assert!(matches!(reload(&house, &path), Ok(Reloaded::Swapped(1, _))));
+        assert!(matches!(reload(&house, &path), Ok(Reloaded::Unchanged)));
+        std::fs::write(&path, "version: 1\npools: {p: {}}\n").unwrap();
+        assert!(reload(&house, &path).is_err());
+        assert!(house.policy.get().pools.contains_key("good"));
+        assert!(house.policy.last().problems[0].contains("policy.yaml:2:"), "{:?}", house.policy.last());
+        write(&path, "better");
+        assert!(matches!(reload(&house, &path), Ok(Reloaded::Swapped(2, _))));
+        assert!(house.policy.last().problems.is_empty());
+        assert_eq!(house.state.sizes(), (1, 1), "what no policy names is forgotten");
+    }
+}

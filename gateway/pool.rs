@@ -1,0 +1,172 @@
+//! Pools of upstreams: which one a request goes to, and what its fate tells about the others.
+
+pub mod breaker;
+pub mod origin;
+pub mod queue;
+pub mod retry;
+pub mod watch;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderName, HeaderValue};
+use infergate_plugins::operation::Operation;
+use infergate_plugins::provider::Provider;
+use prometheus_client::metrics::counter::Counter;
+
+use self::breaker::State as BreakerState;
+use self::origin::{Endpoint, InFlight, OriginState};
+use crate::policy::file;
+use crate::telemetry::AttemptCounters;
+
+/// A pool as the policy means it.
+#[derive(Debug)]
+pub struct Pool {
+    /// Its name.
+    pub name: String,
+    /// The upstreams, in the order of the file.
+    pub upstreams: Vec<Upstream>,
+    /// How long each phase may take.
+    pub timeouts: file::Timeouts,
+    /// When an attempt is made again.
+    pub retry: file::Retry,
+    /// When an endpoint is left alone.
+    pub breaker: breaker::Parameters,
+    /// How endpoints are asked for their health.
+    pub health: file::Health,
+    /// How many requests run and wait.
+    pub concurrency: queue::Parameters,
+    /// How long a joining endpoint takes to get its full share.
+    pub slow_start: Duration,
+    /// The levels, which outlive this policy.
+    pub state: Arc<PoolState>,
+}
+
+/// One upstream as the policy means it.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Its name in headers and metrics.
+    pub name: HeaderValue,
+    /// The path before `/v1`.
+    pub path: String,
+    /// The `Host` header.
+    pub authority: HeaderValue,
+    /// Its dialect.
+    pub provider: Arc<dyn Provider>,
+    /// Its key and the policy's own headers, ready to send.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Its share.
+    pub weight: u32,
+    /// Whether it is in the gateway's own zone; true where neither says a zone.
+    pub near: bool,
+    /// The name it knows the model by.
+    pub model: Option<String>,
+    /// The endpoints behind it.
+    pub origin: Arc<OriginState>,
+    /// Its counters.
+    pub attempts: AttemptCounters,
+}
+
+/// A pool's levels.
+#[derive(Debug)]
+pub struct PoolState {
+    /// The gate.
+    pub queue: Arc<queue::Queue>,
+    /// The retry budget.
+    pub retries: retry::Budget,
+    /// Retries that the budget refused.
+    pub retries_refused: Counter,
+}
+
+/// A picked endpoint, counted as in flight until dropped.
+#[derive(Debug)]
+pub struct Picked<'a> {
+    /// The upstream.
+    pub upstream: &'a Upstream,
+    /// The address.
+    pub endpoint: Arc<Endpoint>,
+    _in_flight: InFlight,
+}
+
+impl Pool {
+    /// Picks an endpoint that can do `operation`: the less busy of two drawn by weight, near ones first, none of
+    /// `tried` as long as there is another.
+    pub fn pick(&self, operation: Operation, tried: &[Arc<Endpoint>], now: Instant) -> Option<Picked<'_>> {
+        let fresh = |endpoint: &Arc<Endpoint>| !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
+        let can = |upstream: &Upstream| upstream.provider.serves(operation);
+        self.draw(now, |upstream, endpoint| upstream.near && can(upstream) && fresh(endpoint))
+            .or_else(|| self.draw(now, |upstream, endpoint| !upstream.near && can(upstream) && fresh(endpoint)))
+            .or_else(|| if tried.is_empty() { None } else { self.draw(now, |upstream, _| can(upstream)) })
+    }
+
+    /// Whether any upstream can do `operation` at all.
+    pub fn serves(&self, operation: Operation) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.provider.serves(operation))
+    }
+
+    /// How long until some endpoint may be asked again, as far as is known.
+    pub fn back_in(&self, now: Instant) -> Duration {
+        let wait = |endpoint: &Arc<Endpoint>| match endpoint.breaker.state(now) {
+            BreakerState::Open(left) => left,
+            _ => Duration::from_millis(self.health.interval_ms),
+        };
+        let soonest = |upstream: &Upstream| upstream.origin.endpoints().iter().map(wait).min();
+        self.upstreams.iter().filter_map(soonest).min().unwrap_or(Duration::from_secs(1))
+    }
+
+    /// Whether any endpoint may be asked now.
+    pub fn available(&self, now: Instant) -> bool {
+        self.upstreams.iter().any(|upstream| {
+            upstream.weight > 0 && upstream.origin.endpoints().iter().any(|endpoint| endpoint.available(now))
+        })
+    }
+
+    /// Power of two choices over the endpoints that `fits`: two are drawn by weight (Efraimidis and Spirakis 2006,
+    /// weighted sampling in one pass), the less busy one is taken.
+    fn draw(&self, now: Instant, fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+        let mut drawn: [Option<Drawn<'_>>; 2] = [None, None];
+        for upstream in self.upstreams.iter().filter(|upstream| upstream.weight > 0) {
+            for endpoint in upstream.origin.endpoints().iter() {
+                if endpoint.available(now) && fits(upstream, endpoint) {
+                    let weight = f64::from(upstream.weight) * endpoint.warmth(self.slow_start, now);
+                    keep_two(&mut drawn, upstream, endpoint, weight);
+                }
+            }
+        }
+        drawn.sort_by(|a, b| load(a).total_cmp(&load(b)));
+        // A half-open breaker lets one request through; where that was another one, the second is taken.
+        drawn.into_iter().flatten().find(|drawn| drawn.endpoint.breaker.admit(now)).map(|drawn| Picked {
+            upstream: drawn.upstream,
+            _in_flight: drawn.endpoint.enter(),
+            endpoint: drawn.endpoint,
+        })
+    }
+}
+
+/// One of the two that were drawn.
+struct Drawn<'a> {
+    key: f64,
+    weight: f64,
+    upstream: &'a Upstream,
+    endpoint: Arc<Endpoint>,
+}
+
+fn keep_two<'a>(drawn: &mut [Option<Drawn<'a>>; 2], upstream: &'a Upstream, endpoint: &Arc<Endpoint>, weight: f64) {
+    let chance = fastrand::f64();
+    let key = if weight == 1.0 { chance } else { chance.powf(1.0 / weight) };
+    let beats = |place: &Option<Drawn<'_>>| place.as_ref().is_none_or(|kept| key > kept.key);
+    let place = match (beats(&drawn[0]), beats(&drawn[1])) {
+        (true, _) => {
+            drawn.swap(0, 1);
+            0
+        }
+        (false, true) => 1,
+        (false, false) => return,
+    };
+    drawn[place] = Some(Drawn { key, weight, upstream, endpoint: endpoint.clone() });
+}
+
+/// Requests a unit of weight, this one included; what was not drawn comes last.
+fn load(drawn: &Option<Drawn<'_>>) -> f64 {
+    drawn.as_ref().map_or(f64::INFINITY, |drawn| f64::from(drawn.endpoint.in_flight() + 1) / drawn.weight)
+}

@@ -1,0 +1,251 @@
+//! Looking after upstreams in the background: their health, their addresses, their kept connections.
+//!
+//! Nothing of this ever stands on a request's way.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use tokio::task::JoinSet;
+
+use super::origin::{Address, Endpoint, Host, Origin, OriginState};
+use super::{Pool, Upstream};
+use crate::house::House;
+use crate::policy::Policy;
+use crate::relay;
+
+/// How often the levels are looked over.
+const TICK: Duration = Duration::from_millis(100);
+/// The bounds of how long an answer of the name service is believed.
+const TTL: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(300);
+/// How soon a name that could not be looked up is tried again.
+const LOOKUP_AGAIN: Duration = Duration::from_secs(1);
+/// How long the start waits for names.
+const LOOKUP_FIRST: Duration = Duration::from_secs(3);
+
+/// Looks names up.
+pub struct Names(Option<TokioResolver>);
+
+impl Names {
+    /// Asks `servers`, or whom the system asks.
+    pub fn new(servers: &[SocketAddr]) -> Self {
+        let resolver = if servers.is_empty() {
+            TokioResolver::builder_tokio().ok().map(|builder| builder.build())
+        } else {
+            let mut config = ResolverConfig::default();
+            for server in servers {
+                let mut name_server = NameServerConfig::udp_and_tcp(server.ip());
+                for connection in &mut name_server.connections {
+                    connection.port = server.port();
+                }
+                config.add_name_server(name_server);
+            }
+            Some(TokioResolver::builder_with_config(config, Default::default()).build())
+        };
+        let resolver = resolver.and_then(|built| {
+            built.inspect_err(|error| tracing::error!(%error, "no resolver: upstreams with names cannot be reached")).ok()
+        });
+        Self(resolver)
+    }
+
+    /// The addresses of `name`, and for how long they may be believed.
+    pub async fn look_up(&self, name: &str) -> Result<(Vec<IpAddr>, Duration), String> {
+        let Some(resolver) = &self.0 else { return Err("there is no resolver".to_owned()) };
+        let found = resolver.lookup_ip(name).await.map_err(|error| error.to_string())?;
+        let ttl = found.valid_until().saturating_duration_since(Instant::now());
+        Ok((found.iter().collect(), ttl.clamp(*TTL.start(), *TTL.end())))
+    }
+}
+
+/// Looks up every name of the policy once, for a few seconds at most, so that the first requests find somebody.
+pub async fn look_up_all(names: &Arc<Names>, policy: &Policy) {
+    let mut lookups = JoinSet::new();
+    for origin in origins(policy).into_values().filter(|origin| origin.endpoints().is_empty()) {
+        let names = names.clone();
+        lookups.spawn(async move { resolve(&names, &origin).await });
+    }
+    let all = async { while lookups.join_next().await.is_some() {} };
+    if tokio::time::timeout(LOOKUP_FIRST, all).await.is_err() {
+        tracing::warn!("some upstreams' names are still being looked up");
+    }
+}
+
+/// Looks after the upstreams of the policy in force, until the process ends.
+pub async fn run(house: Arc<House>, names: Arc<Names>) {
+    let mut due = Due::default();
+    let mut jobs = JoinSet::new();
+    loop {
+        tokio::time::sleep(TICK).await;
+        due.finish(&mut jobs);
+        let policy = house.policy.get();
+        let now = Instant::now();
+        let current = origins(&policy);
+        due.lookups.retain(|key, _| current.contains_key(key));
+        for (key, origin) in current {
+            if due.lookups.get(&key).is_none_or(|at| now >= *at) && matches!(key.host, Host::Name(..)) {
+                // Until it has come back, whatever it comes back with.
+                due.lookups.insert(key.clone(), now + Duration::from_secs(30));
+                let names = names.clone();
+                jobs.spawn(async move { Job::Resolved(key, resolve(&names, &origin).await) });
+            }
+        }
+        for pool in policy.pools.values() {
+            due.check(&house, pool, now, &mut jobs);
+        }
+        due.tidy(&policy, now);
+    }
+}
+
+/// What is to be done when.
+#[derive(Default)]
+struct Due {
+    lookups: HashMap<Origin, Instant>,
+    /// By pool and endpoint: the next check, and the results in a row (good ones above zero).
+    checks: HashMap<(String, usize), Check>,
+    swept: Option<Instant>,
+}
+
+struct Check {
+    endpoint: Arc<Endpoint>,
+    next: Instant,
+    running: bool,
+    in_a_row: i64,
+    seen: Instant,
+}
+
+/// A background job's end.
+enum Job {
+    Resolved(Origin, Duration),
+    Checked { key: (String, usize), well: bool, healthy_after: u32, unhealthy_after: u32 },
+}
+
+impl Due {
+    /// Starts the health checks that are due. The first one comes at a random moment of the interval, so that
+    /// checks do not march in step.
+    fn check(&mut self, house: &Arc<House>, pool: &Arc<Pool>, now: Instant, jobs: &mut JoinSet<Job>) {
+        if !pool.health.enabled {
+            return;
+        }
+        let interval = Duration::from_millis(pool.health.interval_ms);
+        for (index, upstream) in pool.upstreams.iter().enumerate() {
+            for endpoint in upstream.origin.endpoints().iter() {
+                let key = (pool.name.clone(), Arc::as_ptr(endpoint) as usize);
+                let check = self.checks.entry(key.clone()).or_insert_with(|| Check {
+                    endpoint: endpoint.clone(),
+                    next: now + interval.mul_f64(fastrand::f64()),
+                    running: false,
+                    in_a_row: 0,
+                    seen: now,
+                });
+                check.seen = now;
+                if check.running || now < check.next {
+                    continue;
+                }
+                check.running = true;
+                check.next = now + interval;
+                let (house, pool, endpoint) = (house.clone(), pool.clone(), endpoint.clone());
+                jobs.spawn(async move {
+                    let well = probe(&house, &pool, &pool.upstreams[index], &endpoint).await;
+                    let (healthy_after, unhealthy_after) = (pool.health.healthy_after, pool.health.unhealthy_after);
+                    Job::Checked { key, well, healthy_after, unhealthy_after }
+                });
+            }
+        }
+    }
+
+    /// Takes the results that have come.
+    fn finish(&mut self, jobs: &mut JoinSet<Job>) {
+        while let Some(done) = jobs.try_join_next() {
+            match done {
+                Ok(Job::Resolved(key, ttl)) => drop(self.lookups.insert(key, Instant::now() + ttl)),
+                Ok(Job::Checked { key, well, healthy_after, unhealthy_after }) => {
+                    if let Some(check) = self.checks.get_mut(&key) {
+                        check.result(well, healthy_after, unhealthy_after);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "a background job broke"),
+            }
+        }
+    }
+
+    /// Forgets endpoints that are gone, and drops kept connections that have lain too long.
+    fn tidy(&mut self, policy: &Policy, now: Instant) {
+        if self.swept.is_some_and(|at| now < at + Duration::from_secs(1)) {
+            return;
+        }
+        self.swept = Some(now);
+        self.checks.retain(|_, check| check.running || check.seen == now);
+        for pool in policy.pools.values() {
+            let idle = Duration::from_millis(pool.timeouts.idle_ms);
+            for upstream in &pool.upstreams {
+                for endpoint in upstream.origin.endpoints().iter() {
+                    endpoint.target.sweep(idle, now);
+                }
+            }
+        }
+    }
+}
+
+impl Check {
+    fn result(&mut self, well: bool, healthy_after: u32, unhealthy_after: u32) {
+        let now = Instant::now();
+        self.running = false;
+        self.in_a_row = match (well, self.in_a_row) {
+            (true, row) => row.max(0) + 1,
+            (false, row) => row.min(0) - 1,
+        };
+        if self.in_a_row >= i64::from(healthy_after) {
+            self.endpoint.breaker.recovered(now);
+            if self.endpoint.set_healthy(true, now) {
+                tracing::info!(address = %self.endpoint.address, "upstream is healthy again");
+            }
+        }
+        if self.in_a_row <= -i64::from(unhealthy_after) && self.endpoint.set_healthy(false, now) {
+            tracing::warn!(address = %self.endpoint.address, "upstream is unhealthy");
+        }
+    }
+}
+
+/// Asks one endpoint for its health: any status below 500 but 429 says that a server is there and at work.
+async fn probe(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpoint) -> bool {
+    let path = pool.health.path.as_deref().unwrap_or(upstream.provider.health_path());
+    let path = format!("{}{path}", upstream.path);
+    let timeout = Duration::from_millis(pool.health.timeout_ms);
+    let asked = relay::fetch(&house.connections, &endpoint.target, upstream, &path);
+    let status = match tokio::time::timeout(timeout, asked).await {
+        Ok(Ok((status, _))) => Ok(status),
+        Ok(Err(why)) => Err(why),
+        Err(_) => Err("no answer in time".to_owned()),
+    };
+    let well = status.as_ref().is_ok_and(|status| *status < 500 && *status != 429);
+    if !well {
+        tracing::debug!(address = %endpoint.address, ?status, "health check failed");
+    }
+    well
+}
+
+/// Every origin of a policy, once.
+fn origins(policy: &Policy) -> HashMap<Origin, Arc<OriginState>> {
+    let upstreams = policy.pools.values().flat_map(|pool| &pool.upstreams);
+    upstreams.map(|upstream| (upstream.origin.origin.clone(), upstream.origin.clone())).collect()
+}
+
+/// Looks an origin's name up and hands it the addresses. Returns when to do it again.
+async fn resolve(names: &Names, origin: &OriginState) -> Duration {
+    let Host::Name(name, port) = &origin.origin.host else { return *TTL.end() };
+    match names.look_up(name).await {
+        Ok((addresses, ttl)) => {
+            let mut addresses: Vec<_> = addresses.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect();
+            addresses.sort_unstable();
+            origin.resolved(addresses.into_iter().map(Address::Tcp).collect(), Instant::now());
+            ttl
+        }
+        Err(error) => {
+            tracing::warn!(%name, %error, "the name of an upstream could not be looked up");
+            LOOKUP_AGAIN
+        }
+    }
+}

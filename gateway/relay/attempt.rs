@@ -1,0 +1,410 @@
+//! One attempt: connect, send, and wait for the first piece of an answer.
+//!
+//! Until the first piece nothing of the answer has reached the client, so whatever fails here can be tried
+//! elsewhere.
+
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http::{StatusCode, Version};
+use pingora::http::RequestHeader;
+use pingora::protocols::Stream;
+use pingora::protocols::http::v1::client::HttpSession as Http1Session;
+use pingora::protocols::http::v2::client::Http2Session;
+use tokio::io::AsyncWriteExt;
+
+use super::AnswerHead;
+use super::connection::{Connection, Connections, Target, plain};
+use super::headers::RequestHead;
+use super::waiting::{Interrupted, Waiting};
+use crate::policy::file::Timeouts;
+use crate::pool::Upstream;
+use crate::sse::{Framer, has_data};
+
+/// The most of an unfinished event that is held back; a longer one passes in pieces.
+const EVENT_HELD_MAX: usize = 1 << 20;
+/// The most of an error answer that is read to find its reason.
+const ERROR_READ_MAX: usize = 64 << 10;
+/// How long an upstream may take over the rest of an error answer.
+const ERROR_READ: Duration = Duration::from_secs(2);
+
+/// The most that is read of what the gateway asks for itself.
+const FETCH_MAX: usize = 1 << 20;
+
+/// What is asked of an upstream.
+pub struct Order<'a> {
+    /// The head, but for its length.
+    pub head: RequestHead<'a>,
+    /// The body.
+    pub body: &'a Bytes,
+    /// Whether the client asked for a stream.
+    pub streaming: bool,
+    /// How long each phase may take.
+    pub timeouts: &'a Timeouts,
+}
+
+/// Why an attempt gave nothing to pass on.
+#[derive(Debug)]
+pub enum Failure {
+    /// No connection: nothing was sent.
+    Connect(String),
+    /// No connection in time.
+    ConnectTimeout,
+    /// The connection was lost before an answer.
+    Reset(String),
+    /// What came back was no HTTP.
+    Invalid(String),
+    /// No first event of a stream in time.
+    FirstTokenTimeout,
+    /// No answer in time.
+    AnswerTimeout,
+    /// The whole request's time is up.
+    TotalTimeout,
+    /// The client left.
+    Gone,
+}
+
+/// An answer whose head and first piece are here.
+pub struct Answer {
+    /// Its head, as the upstream sent it.
+    pub head: Box<AnswerHead>,
+    /// What has come of its body and can be passed on.
+    pub first: Bytes,
+    /// When the head came.
+    pub head_at: Instant,
+    /// Whether a kept connection was found stale on the way.
+    pub stale: bool,
+    pub(super) body: AnswerBody,
+}
+
+/// The rest of an answer.
+pub(super) struct AnswerBody {
+    leg: Leg,
+    /// Follows the events, where the answer is an event stream.
+    pub(super) framer: Option<Framer>,
+    /// The beginning of an event whose end has not come.
+    held: BytesMut,
+    /// Whether an event too long to be held is on its way in pieces.
+    split: bool,
+    /// A fault that was met while pieces were gathered; the next read tells it.
+    fault: Option<String>,
+    pub(super) ended: bool,
+}
+
+/// The upstream's side of a request.
+enum Leg {
+    Http1(Box<Http1Session>),
+    Http2(Box<Http2Session>),
+}
+
+/// Asks one endpoint. A kept connection that turns out to be closed is replaced once, for free.
+pub async fn ask(
+    connections: &Connections,
+    target: &Target,
+    order: &Order<'_>,
+    waiting: &mut Waiting<'_>,
+) -> Result<Answer, Failure> {
+    match ask_once(connections, target, order, waiting, false).await {
+        Err((Failure::Reset(_), true)) => {
+            let again = ask_once(connections, target, order, waiting, true).await;
+            again.map(|answer| Answer { stale: true, ..answer }).map_err(|(failure, _)| failure)
+        }
+        other => other.map_err(|(failure, _)| failure),
+    }
+}
+
+/// The failure's flag says that the connection had been kept from an earlier request.
+async fn ask_once(
+    connections: &Connections,
+    target: &Target,
+    order: &Order<'_>,
+    waiting: &mut Waiting<'_>,
+    fresh: bool,
+) -> Result<Answer, (Failure, bool)> {
+    let timeouts = order.timeouts;
+    let limit = Instant::now() + Duration::from_millis(timeouts.connect_ms);
+    let idle = Duration::from_millis(timeouts.idle_ms);
+    let connection = match waiting.until(limit, connections.connect(target, idle, fresh)).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return Err((Failure::Connect(error), false)),
+        Err(interrupted) => return Err((interrupted.during(Failure::ConnectTimeout), false)),
+    };
+    let kept = matches!(connection, Connection::Http1(_, true) | Connection::Http2(_, true));
+    answer(connection, order, waiting).await.map_err(|failure| (failure, kept))
+}
+
+/// Gets `path` from an endpoint of `upstream` without a client behind it: the status, and the body's first MiB.
+/// Whoever stops waiting closes the connection.
+pub async fn fetch(
+    connections: &Connections,
+    target: &Target,
+    upstream: &Upstream,
+    path: &str,
+) -> Result<(u16, Bytes), String> {
+    let (client, ()) = http::Request::get("/").body(()).map_err(|error| error.to_string())?.into_parts();
+    let order = Order {
+        head: RequestHead {
+            client: &client,
+            path,
+            authority: &upstream.authority,
+            set: &upstream.headers,
+            required: upstream.provider.required_headers(),
+            id: "infergate",
+            inspected: true,
+            length: None,
+            upgrade: None,
+        },
+        body: &Bytes::new(),
+        streaming: false,
+        timeouts: &Timeouts::default(),
+    };
+    let connection = connections.connect(target, Duration::ZERO, true).await?;
+    let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
+    let mut body = AnswerBody::new(leg, &head, &order);
+    let mut read = BytesMut::new();
+    while read.len() < FETCH_MAX {
+        match body.next().await? {
+            Some(piece) => read.extend_from_slice(&piece),
+            None => break,
+        }
+    }
+    body.release(connections, target).await;
+    Ok((head.status.as_u16(), read.freeze()))
+}
+
+/// Sends the order and waits for the first piece.
+async fn answer(connection: Connection, order: &Order<'_>, waiting: &mut Waiting<'_>) -> Result<Answer, Failure> {
+    let sent_at = Instant::now();
+    let (allowed, late) = if order.streaming {
+        (order.timeouts.first_token_ms, Failure::FirstTokenTimeout)
+    } else {
+        (order.timeouts.answer_ms, Failure::AnswerTimeout)
+    };
+    let limit = sent_at + Duration::from_millis(allowed);
+    let (leg, head) = match waiting.until(limit, exchange(connection, order)).await {
+        Ok(done) => done?,
+        Err(interrupted) => return Err(interrupted.during(late)),
+    };
+    let head_at = Instant::now();
+    let mut body = AnswerBody::new(leg, &head, order);
+    let limit = match order.streaming {
+        true => limit,
+        false => head_at + Duration::from_millis(order.timeouts.between_tokens_ms),
+    };
+    let first = match waiting.until(limit, body.first()).await {
+        Ok(first) => first.map_err(Failure::Reset)?,
+        Err(interrupted) => return Err(interrupted.during(late)),
+    };
+    Ok(Answer { head, first, head_at, stale: false, body })
+}
+
+/// Writes the request and reads the head of its answer.
+async fn exchange(connection: Connection, order: &Order<'_>) -> Result<(Leg, Box<AnswerHead>), Failure> {
+    match connection {
+        Connection::Http1(stream, _) => exchange_http1(stream, order).await,
+        Connection::Http2(session, _) => exchange_http2(session, order).await,
+    }
+}
+
+async fn exchange_http1(mut stream: Stream, order: &Order<'_>) -> Result<(Leg, Box<AnswerHead>), Failure> {
+    let head = order.head.http1();
+    // Head and body leave in one system call where they fit.
+    let written = async {
+        stream.write_all_buf(&mut head.as_slice().chain(order.body.as_ref())).await?;
+        stream.flush().await
+    };
+    // An upstream may answer before it has read everything (413): its answer is worth more than our error.
+    let written = written.await;
+    let mut session = Box::new(Http1Session::new(stream));
+    loop {
+        session.read_response().await.map_err(|error| match (&written, error.etype()) {
+            (Err(error), _) => Failure::Reset(error.to_string()),
+            (_, pingora::ErrorType::InvalidHTTPHeader) => Failure::Invalid(plain(&error)),
+            _ => Failure::Reset(plain(&error)),
+        })?;
+        let Some(head) = session.resp_header() else { return Err(Failure::Invalid("no head".to_owned())) };
+        if !head.status.is_informational() {
+            let head = Box::new(head.clone());
+            return Ok((Leg::Http1(session), head));
+        }
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Failure::Invalid("the upstream changed the protocol unasked".to_owned()));
+        }
+    }
+}
+
+async fn exchange_http2(
+    mut session: Box<Http2Session>,
+    order: &Order<'_>,
+) -> Result<(Leg, Box<AnswerHead>), Failure> {
+    let lost = |error: pingora::BError| Failure::Reset(plain(&error));
+    let mut request = pingora_head(&order.head).map_err(|error| Failure::Connect(plain(&error)))?;
+    request.set_version(Version::HTTP_2);
+    let empty = order.body.is_empty();
+    session.write_request_header(Box::new(request), empty).map_err(lost)?;
+    if !empty {
+        session.write_request_body(order.body.clone(), true).await.map_err(lost)?;
+    }
+    session.read_response_header().await.map_err(lost)?;
+    match session.response_header().cloned() {
+        Some(head) => Ok((Leg::Http2(session), Box::new(head))),
+        None => Err(Failure::Invalid("no head".to_owned())),
+    }
+}
+
+/// The head as Pingora's own clients want it.
+pub(super) fn pingora_head(head: &RequestHead<'_>) -> pingora::Result<RequestHeader> {
+    let mut request = RequestHeader::build(head.client.method.clone(), head.path.as_bytes(), Some(24))?;
+    request.insert_header(http::header::HOST, head.authority)?;
+    let mut wrong = None;
+    head.each(|name, value| {
+        let name = String::from_utf8_lossy(name).into_owned();
+        if let Err(error) = request.append_header(name, value) {
+            wrong = Some(error);
+        }
+    });
+    if let Some(length) = head.length {
+        request.insert_header(CONTENT_LENGTH, length)?;
+    }
+    if let Some(protocol) = head.upgrade {
+        request.insert_header(http::header::CONNECTION, "upgrade")?;
+        request.insert_header(http::header::UPGRADE, protocol)?;
+    }
+    wrong.map_or(Ok(request), Err)
+}
+
+impl Interrupted {
+    fn during(self, late: Failure) -> Failure {
+        match self {
+            Self::Gone => Failure::Gone,
+            Self::Limit => late,
+            Self::Total => Failure::TotalTimeout,
+        }
+    }
+}
+
+impl Leg {
+    async fn read(&mut self) -> Result<Option<Bytes>, String> {
+        let read = match self {
+            Self::Http1(session) => session.read_body_bytes().await,
+            Self::Http2(session) => session.read_response_body().await,
+        };
+        read.map_err(|error| plain(&error))
+    }
+}
+
+impl AnswerBody {
+    fn new(leg: Leg, head: &AnswerHead, order: &Order<'_>) -> Self {
+        let events = head.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+        let encoded = head.headers.contains_key(http::header::CONTENT_ENCODING);
+        let bodiless = order.head.client.method == http::Method::HEAD;
+        Self {
+            leg,
+            // A compressed stream is no text: it passes as it is.
+            framer: (events && !encoded).then(Framer::default),
+            held: BytesMut::new(),
+            split: false,
+            fault: None,
+            ended: bodiless,
+        }
+    }
+
+    /// The first piece: of an event stream everything up to its first event with data, else whatever comes first.
+    async fn first(&mut self) -> Result<Bytes, String> {
+        let mut first = Bytes::new();
+        while !self.ended {
+            let Some(piece) = self.next().await? else { break };
+            let enough = self.framer.is_none() || has_data(&piece);
+            first = if first.is_empty() { piece } else { [first, piece].concat().into() };
+            if enough && !first.is_empty() {
+                break;
+            }
+        }
+        Ok(first)
+    }
+
+    /// The next piece that can be passed on; of an event stream only whole events. It may be empty. `None` at the
+    /// end. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, String> {
+        if self.ended {
+            return Ok(None);
+        }
+        if let Some(fault) = self.fault.take() {
+            return Err(fault);
+        }
+        match self.leg.read().await? {
+            Some(piece) => Ok(Some(self.whole_events(piece))),
+            None => {
+                self.ended = true;
+                let rest = std::mem::take(&mut self.held).freeze();
+                Ok((!rest.is_empty()).then_some(rest))
+            }
+        }
+    }
+
+    /// Keeps a fault for the next read.
+    pub(super) fn keep_fault(&mut self, fault: String) {
+        self.fault = Some(fault);
+    }
+
+    /// Whether the bytes that were passed on end between two events.
+    pub(super) fn at_boundary(&self) -> bool {
+        !self.split
+    }
+
+    fn whole_events(&mut self, piece: Bytes) -> Bytes {
+        let Some(framer) = &mut self.framer else { return piece };
+        let complete = framer.push(&piece);
+        if complete == piece.len() && self.held.is_empty() {
+            self.split = false;
+            return piece;
+        }
+        let too_long = self.held.len() + piece.len() > EVENT_HELD_MAX;
+        let cut = match complete {
+            0 if self.split || too_long => piece.len(),
+            complete => complete,
+        };
+        self.split = cut > complete;
+        let out = if cut > 0 { [std::mem::take(&mut self.held).as_ref(), &piece[..cut]].concat() } else { Vec::new() };
+        self.held.extend_from_slice(&piece[cut..]);
+        out.into()
+    }
+
+    /// Gives the connection back if the answer has been read to its end; closes it otherwise, which tells the
+    /// upstream to stop.
+    pub(super) async fn release(self, connections: &Connections, target: &Target) {
+        match self.leg {
+            Leg::Http1(mut session) if self.ended => {
+                session.respect_keepalive();
+                if let Some(stream) = session.reuse().await {
+                    connections.keep(target, stream);
+                }
+            }
+            Leg::Http1(mut session) => session.shutdown().await,
+            Leg::Http2(session) if self.ended => connections.release(target, *session).await,
+            Leg::Http2(mut session) => session.shutdown(),
+        }
+    }
+}
+
+impl Answer {
+    /// Reads the rest of an error answer, as far as it is worth, so that its reason can be found.
+    pub async fn read_reason(&mut self, waiting: &mut Waiting<'_>) {
+        let limit = Instant::now() + ERROR_READ;
+        while self.first.len() < ERROR_READ_MAX {
+            let Ok(Ok(Some(piece))) = waiting.until(limit, self.body.next()).await else { return };
+            self.first = [std::mem::take(&mut self.first), piece].concat().into();
+        }
+    }
+
+    /// Whether it is a stream of events that can be told apart.
+    pub fn is_event_stream(&self) -> bool {
+        self.body.framer.is_some()
+    }
+
+    /// Lets an answer go that is not passed on.
+    pub async fn discard(self, connections: &Connections, target: &Target) {
+        self.body.release(connections, target).await;
+    }
+}

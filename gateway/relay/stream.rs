@@ -1,0 +1,211 @@
+//! The way of an answer: pieces in, pieces out, as they came and when they came.
+
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_now::now;
+use tokio::time::sleep_until;
+
+use super::attempt::{Answer, AnswerBody};
+use super::connection::{Connections, Target};
+use super::waiting::HEARTBEAT;
+use super::{AnswerHead, Downstream, Gone};
+use crate::policy::file::OnDisconnect;
+use crate::refusal::Code;
+
+/// The most that leaves in one write when several pieces have come already.
+const GATHER_MAX: usize = 64 << 10;
+
+/// How an answer ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Complete.
+    Whole,
+    /// The client left.
+    Gone,
+    /// The upstream broke off: why. The client still waits for an ending.
+    Broken(Code, String),
+}
+
+/// What holds while an answer is passed on.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Between two pieces.
+    pub between: Duration,
+    /// When the whole request must be over.
+    pub total: Instant,
+    /// How often a silent event stream's client gets a sign of life.
+    pub heartbeat: Option<Duration>,
+    /// What happens when the client leaves.
+    pub on_disconnect: OnDisconnect,
+    /// How long an answer is read on without its client.
+    pub drain: Duration,
+}
+
+/// Passes `answer` on to its end. `head` is what the client gets for a head; `None` if it has one already.
+pub async fn pass_on(
+    downstream: &mut Downstream,
+    connections: &Connections,
+    target: &Target,
+    head: Option<Box<AnswerHead>>,
+    answer: Answer,
+    mut pace: Pace,
+) -> Passed {
+    let Answer { first, mut body, .. } = answer;
+    let written = begin(downstream, head, first).await;
+    let passed = match written {
+        Ok(()) => pieces(downstream, &mut body, &mut pace).await,
+        Err(Gone) => Err(Stop::Gone),
+    };
+    let passed = match passed {
+        Err(Stop::Gone) if pace.on_disconnect == OnDisconnect::Drain => drain(downstream, &mut body, pace).await,
+        Err(Stop::Gone) => Passed::Gone,
+        Err(Stop::Broken(code, why)) => Passed::Broken(code, why),
+        Ok(()) => match downstream.finish().await {
+            Ok(()) => Passed::Whole,
+            Err(Gone) => Passed::Gone,
+        },
+    };
+    body.release(connections, target).await;
+    passed
+}
+
+/// Why pieces stopped coming or going.
+enum Stop {
+    Gone,
+    Broken(Code, String),
+}
+
+impl From<Gone> for Stop {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+async fn begin(downstream: &mut Downstream, head: Option<Box<AnswerHead>>, first: Bytes) -> Result<(), Gone> {
+    if let Some(head) = head {
+        downstream.write_head(head).await?;
+    }
+    downstream.write(first).await
+}
+
+/// Every piece until the end. One timer serves the whole answer: it is set anew only when it has gone off.
+async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &mut Pace) -> Result<(), Stop> {
+    let mut clock = Clock::new(Instant::now());
+    let alarm = sleep_until(clock.alarm(pace).into());
+    tokio::pin!(alarm);
+    while !body.ended {
+        tokio::select! {
+            biased;
+            piece = body.next() => {
+                let piece = piece.map_err(broken)?;
+                clock.heard();
+                match piece {
+                    Some(piece) => downstream.write(gather(body, piece)).await?,
+                    None => break,
+                }
+                clock.said();
+            }
+            gone = downstream.departed() => return Err(gone.into()),
+            () = alarm.as_mut() => {
+                rang(downstream, body, &mut clock, pace).await?;
+                alarm.as_mut().reset(clock.alarm(pace).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Everything that is here already leaves in one write; nothing is waited for.
+fn gather(body: &mut AnswerBody, first: Bytes) -> Bytes {
+    let mut all: Option<BytesMut> = None;
+    let mut length = first.len();
+    while length < GATHER_MAX && !body.ended {
+        match now(body.next()) {
+            Some(Ok(Some(piece))) => {
+                length += piece.len();
+                all.get_or_insert_with(|| BytesMut::from(first.as_ref())).extend_from_slice(&piece);
+            }
+            Some(Err(fault)) => {
+                body.keep_fault(fault);
+                break;
+            }
+            Some(Ok(None)) | None => break,
+        }
+    }
+    all.map_or(first, BytesMut::freeze)
+}
+
+fn broken(why: String) -> Stop {
+    Stop::Broken(Code::UpstreamClosed, why)
+}
+
+/// The timer went off: the upstream is too slow, or the client needs a sign of life.
+async fn rang(downstream: &mut Downstream, body: &AnswerBody, clock: &mut Clock, pace: &Pace) -> Result<(), Stop> {
+    let now = Instant::now();
+    if now >= pace.total {
+        return Err(Stop::Broken(Code::TotalTimeout, "the whole request took too long".to_owned()));
+    }
+    if now >= clock.heard + pace.between {
+        return Err(Stop::Broken(Code::BetweenTokensTimeout, "the next piece of the answer did not come in time".to_owned()));
+    }
+    let due = pace.heartbeat.is_some_and(|every| now >= clock.said + every);
+    if due {
+        clock.said = now;
+        if body.framer.is_some() && body.at_boundary() {
+            downstream.write(HEARTBEAT).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads an answer to its end without its client, so that the upstream finishes and tells what it used.
+async fn drain(downstream: &mut Downstream, body: &mut AnswerBody, mut pace: Pace) -> Passed {
+    downstream.mute();
+    pace.total = pace.total.min(Instant::now() + pace.drain);
+    pace.heartbeat = None;
+    // Whether it ended well or not: the client is gone.
+    let _ = pieces(downstream, body, &mut pace).await;
+    Passed::Gone
+}
+
+/// When the last pieces came and went.
+struct Clock {
+    heard: Instant,
+    said: Instant,
+}
+
+impl Clock {
+    fn new(now: Instant) -> Self {
+        Self { heard: now, said: now }
+    }
+
+    fn heard(&mut self) {
+        self.heard = Instant::now();
+    }
+
+    /// A piece left as soon as it came.
+    fn said(&mut self) {
+        self.said = self.heard;
+    }
+
+    fn alarm(&self, pace: &Pace) -> Instant {
+        let sign = pace.heartbeat.map(|every| self.said + every);
+        let slow = self.heard + pace.between;
+        sign.unwrap_or(slow).min(slow).min(pace.total)
+    }
+}
+
+mod futures_now {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    /// The result of `work` if it has one already.
+    pub(super) fn now<T>(work: impl Future<Output = T>) -> Option<T> {
+        match pin!(work).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(done) => Some(done),
+            Poll::Pending => None,
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! A connection that changes its protocol (WebSocket): after the handshake the bytes pass both ways, unread.
+
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, StatusCode};
+use pingora::protocols::http::v1::client::HttpSession as Http1Session;
+
+use super::attempt::{Failure, pingora_head};
+use super::connection::{Connection, Connections, Target, plain};
+use super::headers::{HOP_BY_HOP, RequestHead};
+use super::waiting::Waiting;
+use super::{AnswerHead, Downstream};
+use crate::policy::file::Timeouts;
+
+/// How a tunnel ended.
+#[derive(Debug)]
+pub enum Tunnelled {
+    /// It stood, and one side closed it.
+    Closed,
+    /// The upstream did not want it: its answer's head. The client has not been answered.
+    Refused(Box<AnswerHead>),
+}
+
+/// Opens a tunnel to `target` and carries bytes until one side closes, or nothing passes for `quiet`.
+pub async fn tunnel(
+    connections: &Connections,
+    target: &Target,
+    head: &RequestHead<'_>,
+    timeouts: &Timeouts,
+    waiting: &mut Waiting<'_>,
+) -> Result<Tunnelled, Failure> {
+    let limit = Instant::now() + Duration::from_millis(timeouts.connect_ms);
+    let connect = connections.connect(target, Duration::ZERO, true);
+    let connection = waiting.until(limit, connect).await.map_err(|_| Failure::ConnectTimeout)?.map_err(Failure::Connect)?;
+    let Connection::Http1(stream, _) = connection else {
+        return Err(Failure::Invalid("WebSockets need HTTP/1.1 to the upstream: set `http2: never`".to_owned()));
+    };
+    let lost = |error: pingora::BError| Failure::Reset(plain(&error));
+    let mut upstream = Http1Session::new(stream);
+    upstream.write_request_header(Box::new(pingora_head(head).map_err(lost)?)).await.map_err(lost)?;
+    let limit = Instant::now() + Duration::from_millis(timeouts.answer_ms);
+    let read = waiting.until(limit, upstream.read_response()).await.map_err(|_| Failure::AnswerTimeout)?;
+    read.map_err(lost)?;
+    let Some(answer) = upstream.resp_header().cloned() else { return Err(Failure::Invalid("no head".to_owned())) };
+    if answer.status != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Tunnelled::Refused(Box::new(answer)));
+    }
+    upstream.maybe_upgrade_body_writer();
+    carry(waiting.downstream, upstream, answer, Duration::from_millis(timeouts.between_tokens_ms)).await;
+    Ok(Tunnelled::Closed)
+}
+
+async fn carry(downstream: &mut Downstream, mut upstream: Http1Session, mut answer: AnswerHead, quiet: Duration) {
+    let protocol = answer.headers.get(http::header::UPGRADE).cloned();
+    for name in &HOP_BY_HOP {
+        answer.remove_header(name);
+    }
+    let _ = answer.insert_header(http::header::CONNECTION, "upgrade");
+    let _ = answer.insert_header(http::header::UPGRADE, protocol.unwrap_or(HeaderValue::from_static("websocket")));
+    downstream.tunnelled();
+    let session = downstream.session();
+    let mut open = session.write_response_header(Box::new(answer)).await.is_ok();
+    while open {
+        open = tokio::select! {
+            // After the handshake both sessions read a body that ends with its connection.
+            sent = session.read_request_body() => match sent {
+                Ok(Some(bytes)) => upstream.write_body(&bytes).await.is_ok(),
+                _ => false,
+            },
+            read = upstream.read_body_bytes() => match read {
+                Ok(Some(bytes)) => session.write_response_body(bytes, false).await.is_ok(),
+                _ => false,
+            },
+            () = tokio::time::sleep(quiet) => false,
+        }
+    }
+    upstream.shutdown().await;
+    session.shutdown().await;
+}

@@ -1,0 +1,94 @@
+//! Waiting for an upstream while minding the client: has it left, does it need a sign of life, is the time up?
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::StatusCode;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use tokio::time::sleep_until;
+
+use super::headers::X_REQUEST_ID;
+use super::{AnswerHead, Downstream};
+
+/// The comment that a silent stream gets. It is no event, so no parser hands it on.
+pub const HEARTBEAT: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
+/// Why a wait ended without its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupted {
+    /// The client left.
+    Gone,
+    /// The wait's own limit passed.
+    Limit,
+    /// The whole request's limit passed.
+    Total,
+}
+
+/// A client that waits for an answer.
+pub struct Waiting<'a> {
+    /// The client.
+    pub downstream: &'a mut Downstream,
+    /// When the whole request must be over.
+    pub total: Instant,
+    /// How often a stream's client gets a sign of life.
+    pub heartbeat: Option<Duration>,
+    /// The request's id, for the head that the first heartbeat must send.
+    pub request_id: &'a str,
+    last_sign: Instant,
+}
+
+impl<'a> Waiting<'a> {
+    /// Waits for no longer than `total`; `heartbeat` only for requests whose answer is an event stream.
+    pub fn new(
+        downstream: &'a mut Downstream,
+        total: Instant,
+        heartbeat: Option<Duration>,
+        request_id: &'a str,
+        now: Instant,
+    ) -> Self {
+        Self { downstream, total, heartbeat, request_id, last_sign: now }
+    }
+
+    /// Waits for `work` until `limit`.
+    pub async fn until<T>(&mut self, limit: Instant, work: impl Future<Output = T>) -> Result<T, Interrupted> {
+        tokio::pin!(work);
+        loop {
+            let sign = self.heartbeat.map(|every| self.last_sign + every);
+            let alarm = [Some(limit), Some(self.total), sign].into_iter().flatten().min().unwrap_or(limit);
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                _ = self.downstream.departed() => return Err(Interrupted::Gone),
+                () = sleep_until(alarm.into()) => {}
+            }
+            let now = Instant::now();
+            match () {
+                () if now >= self.total => return Err(Interrupted::Total),
+                () if now >= limit => return Err(Interrupted::Limit),
+                () => self.give_sign(now).await?,
+            }
+        }
+    }
+
+    /// Sends a comment, and before the first one the head of an event stream. What comes after can only be events.
+    async fn give_sign(&mut self, now: Instant) -> Result<(), Interrupted> {
+        self.last_sign = now;
+        if !self.downstream.head_sent()
+            && let Some(head) = event_stream_head(self.request_id)
+        {
+            self.downstream.write_head(head).await.map_err(|_| Interrupted::Gone)?;
+        }
+        self.downstream.write(HEARTBEAT).await.map_err(|_| Interrupted::Gone)
+    }
+}
+
+/// The head of an event stream whose upstream has not answered yet.
+fn event_stream_head(request_id: &str) -> Option<Box<AnswerHead>> {
+    let mut head = AnswerHead::build(StatusCode::OK, Some(8)).ok()?;
+    head.insert_header(CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
+    head.insert_header(CACHE_CONTROL, "no-cache").ok()?;
+    head.insert_header("x-accel-buffering", "no").ok()?;
+    head.insert_header(X_REQUEST_ID, request_id).ok()?;
+    Some(Box::new(head))
+}

@@ -1,0 +1,249 @@
+//! What needs a restart: listeners, TLS, threads, memory, directories. `settings.yaml`, or nothing at all.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::policy::Problems;
+use crate::policy::problem::{Document, Problem};
+
+/// How the process is set up. Every key has a default.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Where clients connect.
+    #[schemars(length(min = 1))]
+    pub listeners: Vec<Listener>,
+    /// Where operators connect: health, metrics, reload. Never on a public address.
+    pub admin: Admin,
+    /// Threads that serve requests. Absent: one a core.
+    #[schemars(range(min = 1, max = 1024))]
+    pub threads: Option<usize>,
+    /// How the process ends.
+    pub shutdown: Shutdown,
+    /// How much memory it may use.
+    pub memory: Memory,
+    /// The zone this gateway is in; upstreams of the same zone are asked first.
+    pub zone: Option<String>,
+    /// A PEM file of certificate authorities that upstreams are checked against. Absent: the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Kept connections to upstreams, in all.
+    #[schemars(range(min = 1))]
+    pub kept_connections: usize,
+    /// DNS servers to ask, as `IP:PORT`. Absent: the system's.
+    pub dns_servers: Vec<SocketAddr>,
+    /// The socket over which a new process takes over the listeners of the running one (`infergate serve
+    /// --upgrade`). Keep it in a directory that only the gateway's user can write to.
+    pub upgrade_socket: Option<PathBuf>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            listeners: vec![Listener::default()],
+            admin: Admin::default(),
+            threads: None,
+            shutdown: Shutdown::default(),
+            memory: Memory::default(),
+            zone: None,
+            ca_file: None,
+            kept_connections: 4_096,
+            dns_servers: Vec::new(),
+            upgrade_socket: None,
+        }
+    }
+}
+
+/// One place where clients connect.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Listener {
+    /// `IP:PORT`, or `unix:/path/of/a/socket`.
+    pub address: String,
+    /// The permissions of a Unix socket, in octal.
+    pub permissions: String,
+    /// TLS. Absent: none.
+    pub tls: Option<Tls>,
+    /// Whether HTTP/2 is understood without TLS too.
+    pub h2c: bool,
+    /// How long a client's connection may lie idle, in milliseconds.
+    #[schemars(range(min = 1))]
+    pub idle_ms: u64,
+}
+
+impl Default for Listener {
+    fn default() -> Self {
+        Self {
+            address: "127.0.0.1:8080".to_owned(),
+            permissions: "660".to_owned(),
+            tls: None,
+            h2c: true,
+            idle_ms: 75_000,
+        }
+    }
+}
+
+/// TLS on a listener. Certificates are read again whenever the policy is.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// Certificates. The one whose names fit the client's SNI is used, the first one otherwise.
+    #[schemars(length(min = 1))]
+    pub certificates: Vec<Certificate>,
+    /// A PEM file of the authorities whose client certificates are accepted.
+    #[serde(default)]
+    pub client_ca: Option<PathBuf>,
+    /// Whether a client must show a certificate.
+    #[serde(default)]
+    pub require_client_certificate: bool,
+}
+
+/// A certificate and its key.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Certificate {
+    /// The PEM file of the chain, the server's own certificate first.
+    pub chain: PathBuf,
+    /// The PEM file of the private key.
+    pub key: PathBuf,
+}
+
+/// Where operators connect.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// `IP:PORT`, or `unix:/path/of/a/socket`.
+    pub address: String,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: "127.0.0.1:9090".to_owned() }
+    }
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Shutdown {
+    /// How long new connections are still served after SIGTERM while `/readyz` says no, in milliseconds. Longer
+    /// than the load balancer takes to notice.
+    pub drain_delay_ms: u64,
+    /// How long running requests may go on after that, in milliseconds.
+    pub drain_ms: u64,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self { drain_delay_ms: 1_000, drain_ms: 300_000 }
+    }
+}
+
+/// How much memory the process may use.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// Resident bytes beyond which new requests get 503. Absent: 90 % of the container's limit or of the machine.
+    pub ceiling_bytes: Option<u64>,
+    /// Bytes of request bodies in flight, in all, beyond which new requests get 503. Absent: a quarter of the
+    /// ceiling.
+    pub bodies_bytes: Option<u64>,
+}
+
+impl Settings {
+    /// Reads the file at `path`, or says all that is wrong with it.
+    pub fn load(path: &Path) -> Result<Self, Problems> {
+        let one = |problem| Problems(vec![problem]);
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| one(Problem { place: None, path: String::new(), message: format!("cannot be read: {error}") }))?;
+        Self::parse(&text)
+    }
+
+    /// Reads `text`.
+    pub fn parse(text: &str) -> Result<Self, Problems> {
+        let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
+        if document.value.is_null() {
+            return Ok(Self::default());
+        }
+        let mut problems = document.against(&schemars::schema_for!(Self));
+        if !problems.is_empty() {
+            return Err(Problems(problems));
+        }
+        let settings: Self = serde_json::from_value(document.value.clone())
+            .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
+        settings.check(&document, &mut problems);
+        if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
+    }
+
+    /// Threads that serve requests.
+    pub fn thread_count(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    /// Resident bytes beyond which new requests are refused.
+    pub fn memory_ceiling(&self) -> u64 {
+        self.memory.ceiling_bytes.unwrap_or_else(|| crate::memory::available() / 10 * 9)
+    }
+
+    /// Bytes of bodies in flight, in all.
+    pub fn bodies_bytes(&self) -> u64 {
+        self.memory.bodies_bytes.unwrap_or_else(|| self.memory_ceiling() / 4)
+    }
+
+    /// Every file with a certificate, a key or an authority.
+    pub fn tls_files(&self) -> Vec<PathBuf> {
+        let tls = self.listeners.iter().filter_map(|listener| listener.tls.as_ref());
+        tls.flat_map(|tls| {
+            let certificates = tls.certificates.iter().flat_map(|certificate| [&certificate.chain, &certificate.key]);
+            certificates.chain(&tls.client_ca).cloned()
+        })
+        .collect()
+    }
+
+    fn check(&self, document: &Document, problems: &mut Vec<Problem>) {
+        let addresses = self.listeners.iter().enumerate();
+        let addresses = addresses.map(|(index, listener)| (format!("listeners[{index}].address"), &listener.address));
+        for (path, address) in addresses.chain([("admin.address".to_owned(), &self.admin.address)]) {
+            if let Err(message) = check_address(address) {
+                problems.push(document.problem(&path, message));
+            }
+        }
+        for (index, listener) in self.listeners.iter().enumerate() {
+            if u32::from_str_radix(&listener.permissions, 8).is_err() {
+                let path = format!("listeners[{index}].permissions");
+                problems.push(document.problem(&path, format!("{} is not octal, like 660", listener.permissions)));
+            }
+        }
+    }
+}
+
+/// Whether something can listen on `address`, as far as its text tells.
+pub fn check_address(address: &str) -> Result<(), String> {
+    let unix = address.strip_prefix("unix:").is_some_and(|path| path.starts_with('/'));
+    if unix || address.parse::<SocketAddr>().is_ok() {
+        return Ok(());
+    }
+    Err(format!("{address} is no address: give IP:PORT, like 0.0.0.0:8080, or unix:/path"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_a_whole_set_of_settings() {
+        let settings = Settings::parse("").unwrap();
+        assert_eq!(settings.listeners[0].address, "127.0.0.1:8080");
+        assert_eq!(settings.admin.address, "127.0.0.1:9090");
+    }
+
+    #[test]
+    fn a_wrong_address_is_told_at_its_place() {
+        let problems = Settings::parse("listeners:\n  - address: localhost\nadmin: {address: 'unix:x'}\n").unwrap_err();
+        let told = problems.lines("settings.yaml");
+        assert!(told[0].starts_with("settings.yaml:2:5: listeners[0].address: localhost is no address"), "{told:?}");
+        assert_eq!(told.len(), 2);
+    }
+}

@@ -1,0 +1,428 @@
+//! Every metric, in one list, with the handles that the request path keeps.
+//!
+//! Labels come from bounded sets only: the table of surfaces, the refusals, the policy's pools and upstreams.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::refusal::{CODES, Code};
+use crate::surface::{ROWS, Surface, TABLE};
+
+/// Seconds, from a millisecond to the longest answers.
+const BUCKETS: [f64; 15] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    surface: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SurfaceLabels {
+    surface: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CodeLabels {
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct AttemptLabels {
+    pool: String,
+    upstream: String,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct PoolLabels {
+    pool: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct EndpointLabels {
+    pool: String,
+    upstream: String,
+    address: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct HashLabels {
+    hash: String,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The upstream's answer was passed on to its end, whatever its status.
+    Ok,
+    /// We said no.
+    Refused,
+    /// No upstream could answer, or one broke off.
+    UpstreamError,
+    /// A time-out of the policy.
+    Timeout,
+    /// The client left.
+    ClientClosed,
+    /// The exchange was dropped: shutdown, or a panic.
+    Aborted,
+}
+
+const OUTCOMES: [(Outcome, &str); 6] = [
+    (Outcome::Ok, "ok"),
+    (Outcome::Refused, "refused"),
+    (Outcome::UpstreamError, "upstream_error"),
+    (Outcome::Timeout, "timeout"),
+    (Outcome::ClientClosed, "client_closed"),
+    (Outcome::Aborted, "aborted"),
+];
+
+impl Outcome {
+    /// Its name on metrics and in logs.
+    pub fn name(self) -> &'static str {
+        OUTCOMES[self as usize].1
+    }
+}
+
+/// The results of attempts on one upstream.
+#[derive(Clone, Debug, Default)]
+pub struct AttemptCounters {
+    /// An answer was passed on.
+    pub answered: Counter,
+    /// No connection.
+    pub connect: Counter,
+    /// The connection was lost before an answer.
+    pub reset: Counter,
+    /// No answer in time.
+    pub timeout: Counter,
+    /// A status that the policy counts as a failure.
+    pub status: Counter,
+    /// A kept connection was stale; one more was opened, for free.
+    pub stale: Counter,
+    /// The client left first.
+    pub cancelled: Counter,
+    /// The answer broke off on its way.
+    pub broken: Counter,
+}
+
+/// All metrics of the process.
+#[derive(Debug)]
+pub struct Telemetry {
+    registry: Mutex<Registry>,
+    requests: [[Counter; OUTCOMES.len()]; ROWS],
+    durations: [Histogram; ROWS],
+    first_tokens: [Histogram; ROWS],
+    refusals: [Counter; CODES.len()],
+    attempts: Family<AttemptLabels, Counter>,
+    retries_refused: Family<PoolLabels, Counter>,
+    pool_in_flight: Family<PoolLabels, Gauge>,
+    pool_waiting: Family<PoolLabels, Gauge>,
+    endpoint_in_flight: Family<EndpointLabels, Gauge>,
+    endpoint_healthy: Family<EndpointLabels, Gauge>,
+    endpoint_breaker: Family<EndpointLabels, Gauge>,
+    policy_hash: Family<HashLabels, Gauge>,
+    policy_revision: Gauge,
+    policy_age: Gauge<f64, AtomicU64>,
+    policy_failed: Gauge,
+    reloads: Counter,
+    reloads_failed: Counter,
+    body_bytes: Gauge,
+    resident: Gauge,
+    shedding: Gauge,
+    /// Requests that run now.
+    pub in_flight: Gauge,
+    /// Time that a request spent in the gateway itself before its upstream was asked.
+    pub self_time: Histogram,
+    loaded_at: AtomicU64,
+}
+
+/// What an endpoint is doing, for the gauges.
+pub struct EndpointLevel {
+    /// The pool's name.
+    pub pool: String,
+    /// The upstream's name.
+    pub upstream: String,
+    /// The address.
+    pub address: String,
+    /// Requests on it.
+    pub in_flight: u32,
+    /// Whether its health checks are good.
+    pub healthy: bool,
+    /// 0 closed, 1 half open, 2 open.
+    pub breaker: i64,
+}
+
+fn histogram() -> Histogram {
+    Histogram::new(BUCKETS)
+}
+
+fn surface_name(row: usize) -> &'static str {
+    match row {
+        row if row < TABLE.len() => TABLE[row].path,
+        row if row == TABLE.len() => "passthrough",
+        _ => "unknown",
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Telemetry {
+    /// All metrics at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("infergate");
+        let requests = Family::<RequestLabels, Counter>::default();
+        let durations = Family::<SurfaceLabels, Histogram>::new_with_constructor(histogram);
+        let first_tokens = Family::<SurfaceLabels, Histogram>::new_with_constructor(histogram);
+        let refusals = Family::<CodeLabels, Counter>::default();
+        let telemetry = Self {
+            requests: std::array::from_fn(|row| {
+                std::array::from_fn(|outcome| {
+                    let labels = RequestLabels { surface: surface_name(row), outcome: OUTCOMES[outcome].1 };
+                    requests.get_or_create(&labels).clone()
+                })
+            }),
+            durations: std::array::from_fn(|row| {
+                durations.get_or_create(&SurfaceLabels { surface: surface_name(row) }).clone()
+            }),
+            first_tokens: std::array::from_fn(|row| {
+                first_tokens.get_or_create(&SurfaceLabels { surface: surface_name(row) }).clone()
+            }),
+            refusals: std::array::from_fn(|code| refusals.get_or_create(&CodeLabels { code: CODES[code].name() }).clone()),
+            attempts: Family::default(),
+            retries_refused: Family::default(),
+            pool_in_flight: Family::default(),
+            pool_waiting: Family::default(),
+            endpoint_in_flight: Family::default(),
+            endpoint_healthy: Family::default(),
+            endpoint_breaker: Family::default(),
+            policy_hash: Family::default(),
+            policy_revision: Gauge::default(),
+            policy_age: Gauge::default(),
+            policy_failed: Gauge::default(),
+            reloads: Counter::default(),
+            reloads_failed: Counter::default(),
+            body_bytes: Gauge::default(),
+            resident: Gauge::default(),
+            shedding: Gauge::default(),
+            in_flight: Gauge::default(),
+            self_time: Histogram::new([10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 5e-3, 25e-3]),
+            loaded_at: AtomicU64::new(0),
+            registry: Mutex::default(),
+        };
+        let t = &telemetry;
+        registry.register("requests", "Requests by surface and outcome", requests);
+        registry.register_with_unit("request_duration", "From head to end of answer", Unit::Seconds, durations);
+        registry.register_with_unit("time_to_first_token", "From head to first piece", Unit::Seconds, first_tokens);
+        registry.register("refusals", "Refusals by code", refusals);
+        registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
+        registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
+        registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
+        registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
+        registry.register("pool_waiting", "Requests in a pool's queue", t.pool_waiting.clone());
+        registry.register("endpoint_in_flight", "Requests on an endpoint", t.endpoint_in_flight.clone());
+        registry.register("endpoint_healthy", "1 if the health checks are good", t.endpoint_healthy.clone());
+        registry.register("endpoint_breaker", "0 closed, 1 half open, 2 open", t.endpoint_breaker.clone());
+        registry.register("policy_info", "1 for the policy in force", t.policy_hash.clone());
+        registry.register("policy_revision", "Counts the policies since the start", t.policy_revision.clone());
+        registry.register_with_unit("policy_age", "Since the policy was loaded", Unit::Seconds, t.policy_age.clone());
+        registry.register("policy_failed", "1 if the newest policy was refused", t.policy_failed.clone());
+        registry.register("policy_reloads", "Policies that came into force", t.reloads.clone());
+        registry.register("policy_reloads_failed", "Policies that were refused", t.reloads_failed.clone());
+        registry.register_with_unit("bodies_in_flight", "Bodies held in memory", Unit::Bytes, t.body_bytes.clone());
+        registry.register_with_unit("resident_memory", "Of the process", Unit::Bytes, t.resident.clone());
+        registry.register("shedding", "1 while requests are refused for memory", t.shedding.clone());
+        registry.register_with_unit("self_time", "Before the upstream was asked", Unit::Seconds, t.self_time.clone());
+        *telemetry.registry.lock() = registry;
+        telemetry
+    }
+
+    /// A request has ended.
+    pub fn ended(&self, surface: &Surface, outcome: Outcome, took: Duration) {
+        let row = surface.index();
+        self.requests[row][outcome as usize].inc();
+        self.durations[row].observe(took.as_secs_f64());
+    }
+
+    /// The first piece of an answer is on its way.
+    pub fn first_token(&self, surface: &Surface, took: Duration) {
+        self.first_tokens[surface.index()].observe(took.as_secs_f64());
+    }
+
+    /// We said no.
+    pub fn refused(&self, code: Code) {
+        self.refusals[code as usize].inc();
+    }
+
+    /// The counters of one upstream, to be kept with it.
+    pub fn attempts(&self, pool: &str, upstream: &str) -> AttemptCounters {
+        let counter = |result| {
+            let labels = AttemptLabels { pool: pool.to_owned(), upstream: upstream.to_owned(), result };
+            self.attempts.get_or_create_owned(&labels)
+        };
+        AttemptCounters {
+            answered: counter("answered"),
+            connect: counter("connect"),
+            reset: counter("reset"),
+            timeout: counter("timeout"),
+            status: counter("status"),
+            stale: counter("stale"),
+            cancelled: counter("cancelled"),
+            broken: counter("broken"),
+        }
+    }
+
+    /// The counter of one pool's refused retries, to be kept with it.
+    pub fn retries_refused(&self, pool: &str) -> Counter {
+        self.retries_refused.get_or_create_owned(&PoolLabels { pool: pool.to_owned() })
+    }
+
+    /// A policy came into force.
+    pub fn policy_loaded(&self, revision: u64, hash: &str) {
+        self.policy_hash.clear();
+        self.policy_hash.get_or_create(&HashLabels { hash: hash.to_owned() }).set(1);
+        self.policy_revision.set(i64::try_from(revision).unwrap_or(i64::MAX));
+        self.policy_failed.set(0);
+        self.reloads.inc();
+        self.loaded_at.store(now_ms(), Ordering::Relaxed);
+    }
+
+    /// A policy was refused; the one before stays.
+    pub fn policy_refused(&self) {
+        self.policy_failed.set(1);
+        self.reloads_failed.inc();
+    }
+
+    /// Puts the levels of a moment into the gauges; pools and endpoints that are gone leave them.
+    pub fn levels(&self, pools: &[(String, u32, usize)], endpoints: &[EndpointLevel], body_bytes: u64) {
+        self.pool_in_flight.clear();
+        self.pool_waiting.clear();
+        for (pool, in_flight, waiting) in pools {
+            let labels = PoolLabels { pool: pool.clone() };
+            self.pool_in_flight.get_or_create(&labels).set(i64::from(*in_flight));
+            self.pool_waiting.get_or_create(&labels).set(*waiting as i64);
+        }
+        for family in [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker] {
+            family.clear();
+        }
+        for level in endpoints {
+            let labels = EndpointLabels {
+                pool: level.pool.clone(),
+                upstream: level.upstream.clone(),
+                address: level.address.clone(),
+            };
+            self.endpoint_in_flight.get_or_create(&labels).set(i64::from(level.in_flight));
+            self.endpoint_healthy.get_or_create(&labels).set(i64::from(level.healthy));
+            self.endpoint_breaker.get_or_create(&labels).set(level.breaker);
+        }
+        self.body_bytes.set(i64::try_from(body_bytes).unwrap_or(i64::MAX));
+        self.policy_age.set(now_ms().saturating_sub(self.loaded_at.load(Ordering::Relaxed)) as f64 / 1e3);
+    }
+
+    /// The process's memory, and whether requests are refused for it.
+    pub fn memory(&self, resident: u64, shedding: bool) {
+        self.resident.set(i64::try_from(resident).unwrap_or(i64::MAX));
+        self.shedding.set(i64::from(shedding));
+    }
+
+    /// Everything in OpenMetrics' text format.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        match text::encode(&mut out, &self.registry.lock()) {
+            Ok(()) => out,
+            Err(error) => format!("# the metrics could not be written: {error}\n# EOF\n"),
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// Counts a request in as long as it lives.
+#[derive(Debug)]
+pub struct InFlight(Arc<Telemetry>);
+
+impl InFlight {
+    /// Counts one in.
+    pub fn enter(telemetry: &Arc<Telemetry>) -> Self {
+        telemetry.in_flight.inc();
+        Self(telemetry.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.dec();
+    }
+}
+
+/// Milliseconds with three decimals, as `Server-Timing` wants them.
+pub fn server_timing(stages: &[(&'static str, Duration)]) -> String {
+    use std::fmt::Write;
+    let mut out = String::with_capacity(stages.len() * 20);
+    for (index, (name, took)) in stages.iter().enumerate() {
+        let separator = if index == 0 { "" } else { ", " };
+        let micros = took.as_micros();
+        let _ = write!(out, "{separator}{name};dur={}.{:03}", micros / 1000, micros % 1000);
+    }
+    out
+}
+
+/// When each stage of a request began.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// The head had been read.
+    pub received: Instant,
+    /// The body had been read.
+    pub body: Instant,
+    /// The request had been parsed and routed.
+    pub admitted: Instant,
+    /// It had its place in the pool.
+    pub queued: Instant,
+    /// The upstream's head had come.
+    pub answered: Instant,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcomes_are_named_in_the_order_of_the_enum() {
+        for (index, (outcome, name)) in OUTCOMES.iter().enumerate() {
+            assert_eq!((*outcome as usize, outcome.name()), (index, *name));
+        }
+        for (index, code) in CODES.iter().enumerate() {
+            assert_eq!(*code as usize, index, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn stages_are_told_in_milliseconds() {
+        let stages = [("body", Duration::from_micros(1_500)), ("admit", Duration::from_micros(7))];
+        assert_eq!(server_timing(&stages), "body;dur=1.500, admit;dur=0.007");
+    }
+
+    #[test]
+    fn a_pool_that_is_gone_leaves_the_gauges() {
+        let telemetry = Telemetry::new();
+        telemetry.levels(&[("old".to_owned(), 1, 0)], &[], 0);
+        assert!(telemetry.text().contains("pool=\"old\""));
+        telemetry.levels(&[], &[], 0);
+        assert!(!telemetry.text().contains("pool=\"old\""));
+    }
+}
