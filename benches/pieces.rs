@@ -1,1 +1,103 @@
-fn main(){}
+//! The pieces of a request's way, one by one: the body scan, the splice, the event framer, the route, the pick.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use infergate::policy::{Policy, World, compile};
+use infergate::scan;
+use infergate::sse::Framer;
+use infergate::state::State;
+use infergate::telemetry::Telemetry;
+use infergate_plugins::operation::Operation;
+
+/// A chat request of `bytes` bytes, nearly all of it prose with a line end now and then.
+fn chat(bytes: usize) -> Bytes {
+    let prose = "The quick brown fox jumps over the lazy dog, and then it does so once more.\\n".repeat(bytes / 78 + 1);
+    let frame = r#"{"messages":[{"role":"user","content":""}],"temperature":0.7,"stream":true,"model":"llama-3"}"#;
+    let content = &prose[..bytes.saturating_sub(frame.len()) / 78 * 78];
+    frame.replace("\"content\":\"\"", &format!("\"content\":\"{content}\"")).into()
+}
+
+fn policy(upstreams: usize) -> Policy {
+    let urls: String = (0..upstreams).map(|n| format!("      - url: http://127.0.0.1:{}\n", 10_000 + n)).collect();
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: 'llama-*', pool: p}}\n  - {{name: llama-3, pool: p}}\npools:\n  p:\n    upstreams:\n{urls}"
+    );
+    let (state, telemetry) = (State::new(0), Telemetry::new());
+    let world = World {
+        env: &|_| None,
+        state: &state,
+        telemetry: &telemetry,
+        zone: None,
+        now: Instant::now(),
+        secret_files: true,
+    };
+    match compile(&text, &world) {
+        Ok(policy) => policy,
+        Err(problems) => panic!("{:?}", problems.lines("bench")),
+    }
+}
+
+fn scans(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("scan");
+    for kib in [1, 16, 100, 1024] {
+        let body = chat(kib << 10);
+        group.throughput(Throughput::Bytes(body.len() as u64));
+        group.bench_function(format!("{kib} KiB"), |bencher| {
+            bencher.iter(|| {
+                scan::json(black_box(&body)).map(|scan| scan.model(&body).map(|model| model.map(|m| m.len())))
+            });
+        });
+    }
+    group.finish();
+}
+
+fn splices(criterion: &mut Criterion) {
+    let body = chat(16 << 10);
+    let Ok(found) = scan::json(&body) else { return };
+    criterion.bench_function("splice a model's name into 16 KiB", |bencher| {
+        bencher.iter_batched(
+            || found.rename_model("another").into_iter().collect::<Vec<_>>(),
+            |mut edits| scan::splice(black_box(&body), &mut edits),
+            BatchSize::SmallInput,
+        );
+    });
+}
+
+fn frames(criterion: &mut Criterion) {
+    let event = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n", "x".repeat(150));
+    let mut group = criterion.benchmark_group("sse");
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("an event of 200 bytes", |bencher| {
+        let mut framer = Framer::default();
+        bencher.iter(|| framer.push(black_box(event.as_bytes())));
+    });
+    group.finish();
+}
+
+fn routes(criterion: &mut Criterion) {
+    let policy = policy(1);
+    criterion.bench_function("route a model by name", |bencher| {
+        bencher.iter(|| policy.route(black_box(Some("llama-3"))).is_ok());
+    });
+    criterion.bench_function("route a model by pattern", |bencher| {
+        bencher.iter(|| policy.route(black_box(Some("llama-4"))).is_ok());
+    });
+}
+
+fn picks(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("pick");
+    for upstreams in [1, 5, 25, 100] {
+        let policy = policy(upstreams);
+        let pool = &policy.pools["p"];
+        group.bench_function(format!("of {upstreams}"), |bencher| {
+            bencher.iter(|| pool.pick(Operation::Chat, &[], black_box(Instant::now())).is_some());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(pieces, scans, splices, frames, routes, picks);
+criterion_main!(pieces);

@@ -190,18 +190,16 @@ async fn attempt(
     rest: &[&Stage],
     picked: &Picked<'_>,
 ) -> Result<Result<Answer, Miss>, Stop> {
-    let client = downstream.head().clone();
+    let target = &picked.endpoint.target;
     let body = body_for(planned, stage, picked.upstream);
     let path = format!("{}{}", picked.upstream.path, planned.identified.path);
-    let order = Order {
-        head: request_head(exchange, planned, picked.upstream, &client, &path, Some(body.len())),
-        body: &body,
-        streaming: planned.streaming,
-        timeouts: &stage.pool.timeouts,
-    };
-    let target = &picked.endpoint.target;
+    let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
+    let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
-    let asked = relay::ask(&house.connections, target, &order, &mut waits).await;
+    let asked = match order {
+        Ok(order) => relay::ask(&house.connections, target, &order, &mut waits).await,
+        Err(failure) => Err(failure),
+    };
     let mut answer = match asked {
         Ok(answer) => answer,
         Err(failure) => return failed(planned, stage, picked, failure).map(Err),
@@ -357,46 +355,49 @@ fn granted(pool: &Pool) -> bool {
     granted
 }
 
-impl Asked<'_> {
-    /// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the
-    /// client can use put on.
-    pub fn head_for_client(&self, exchange: &Exchange, planned: &Planned) -> Result<Box<AnswerHead>, Refusal> {
-        let mut head = self.answer.head.clone();
-        for name in &HOP_BY_HOP {
-            if head.headers.contains_key(name) {
-                head.remove_header(name);
-            }
+/// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the client
+/// can use put on.
+pub fn head_for_client(
+    mut head: Box<AnswerHead>,
+    head_at: Instant,
+    is_event_stream: bool,
+    upstream: &Upstream,
+    exchange: &Exchange,
+    model: &str,
+) -> Result<Box<AnswerHead>, Refusal> {
+    for name in &HOP_BY_HOP {
+        if head.headers.contains_key(name) {
+            head.remove_header(name);
         }
-        if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
-            local::set(&mut head, "x-upstream-request-id", theirs)?;
-        }
-        if self.answer.is_event_stream() {
-            head.remove_header(&http::header::CONTENT_LENGTH);
-            local::set(&mut head, "cache-control", "no-cache")?;
-            local::set(&mut head, "x-accel-buffering", "no")?;
-        }
-        local::set(&mut head, "x-request-id", exchange.id.as_str())?;
-        let model = planned.model.as_deref().unwrap_or(&planned.route.model.name);
-        // A name that no header can carry was the client's own; it knows it.
-        let _ = local::set(&mut head, "x-infergate-model", model);
-        if exchange.policy.requests.name_upstream {
-            local::set(&mut head, "x-infergate-upstream", self.picked.upstream.name.clone())?;
-        }
-        local::set(&mut head, "x-infergate-attempts", exchange.attempts.to_string())?;
-        local::set(&mut head, "server-timing", self.timing(exchange))?;
-        Ok(head)
     }
+    if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
+        local::set(&mut head, "x-upstream-request-id", theirs)?;
+    }
+    if is_event_stream {
+        head.remove_header(&http::header::CONTENT_LENGTH);
+        local::set(&mut head, "cache-control", "no-cache")?;
+        local::set(&mut head, "x-accel-buffering", "no")?;
+    }
+    local::set(&mut head, "x-request-id", exchange.id.as_str())?;
+    // A name that no header can carry was the client's own; it knows it.
+    let _ = local::set(&mut head, "x-infergate-model", model);
+    if exchange.policy.requests.name_upstream {
+        local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
+    }
+    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempts))?;
+    local::set(&mut head, "server-timing", timing(exchange, head_at))?;
+    Ok(head)
+}
 
-    fn timing(&self, exchange: &Exchange) -> String {
-        let times = &exchange.times;
-        server_timing(&[
-            ("body", times.body - times.received),
-            ("admit", times.admitted - times.body),
-            ("queue", times.queued - times.admitted),
-            ("upstream", self.answer.head_at.saturating_duration_since(times.queued)),
-            ("relay", self.answer.head_at.elapsed()),
-        ])
-    }
+fn timing(exchange: &Exchange, head_at: Instant) -> String {
+    let times = &exchange.times;
+    server_timing(&[
+        ("body", times.body - times.received),
+        ("admit", times.admitted - times.body),
+        ("queue", times.queued - times.admitted),
+        ("upstream", head_at.saturating_duration_since(times.queued)),
+        ("relay", head_at.elapsed()),
+    ])
 }
 
 /// Opens a WebSocket to an upstream and carries it. It is tried on another upstream only if none was reached.

@@ -274,12 +274,24 @@ async fn relay(
         on_disconnect: requests.on_disconnect,
         drain: Duration::from_millis(requests.drain_ms),
     };
-    let head = (!downstream.head_sent()).then(|| asked.head_for_client(exchange, &planned)).transpose()?;
-    exchange.answering(asked.answer.head_at);
+    let Asked { answer, picked, permit, stage } = asked;
+    let is_events = answer.is_event_stream();
+    if downstream.head_sent() && !is_events {
+        // A sign of life has promised an event stream already.
+        let message = format!("the upstream answered with status {} and no stream", answer.head.status.as_u16());
+        answer.discard(&house.connections, &picked.endpoint.target).await;
+        return Err(Refusal::new(Code::UpstreamInvalid, message).into());
+    }
+    let (head, answer) = answer.split();
+    let head = if downstream.head_sent() {
+        None
+    } else {
+        let model = planned.model.as_deref().unwrap_or(&planned.route.model.name);
+        Some(failover::head_for_client(head, answer.head_at, is_events, picked.upstream, exchange, model)?)
+    };
+    exchange.answering(answer.head_at);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
-    let Asked { answer, picked, permit, stage, .. } = asked;
-    let is_events = answer.is_event_stream();
     let passed = relay::pass_on(downstream, &house.connections, &picked.endpoint.target, head, answer, pace).await;
     drop(permit);
     match passed {

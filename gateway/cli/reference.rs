@@ -1,6 +1,7 @@
 //! `infergate reference`: the reference of the policy or the settings as Markdown, made from their schema.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -15,14 +16,36 @@ pub(super) struct Reference {
     /// The reference of the settings instead
     #[arg(long)]
     settings: bool,
+    /// Put it into this file, between the lines `<!-- reference -->` and `<!-- /reference -->`
+    #[arg(long, value_name = "FILE")]
+    into: Option<PathBuf>,
 }
+
+const BEGIN: &str = "<!-- reference -->\n";
+const END: &str = "<!-- /reference -->";
+
 
 impl Reference {
     pub(super) fn run(self) -> Result<ExitCode, String> {
         let schema = if self.settings { schemars::schema_for!(Settings) } else { policy::schema() };
-        print!("{}", markdown(schema.as_value()));
+        let text = markdown(schema.as_value());
+        match self.into {
+            Some(file) => put(&file, &text)?,
+            None => print!("{text}"),
+        }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Replaces what stands between the two marks.
+fn put(file: &Path, text: &str) -> Result<(), String> {
+    let told = |error: std::io::Error| format!("{}: {error}", file.display());
+    let before = std::fs::read_to_string(file).map_err(told)?;
+    let marks = before.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
+    let Some((head, tail)) = marks else {
+        return Err(format!("{} lacks the lines {} and {END}", file.display(), BEGIN.trim_end()));
+    };
+    std::fs::write(file, format!("{head}{BEGIN}{text}{END}{tail}")).map_err(told)
 }
 
 /// A section for the top, then one for each shape, with a row a key.

@@ -32,16 +32,34 @@ const ERROR_READ: Duration = Duration::from_secs(2);
 /// The most that is read of what the gateway asks for itself.
 const FETCH_MAX: usize = 1 << 20;
 
-/// What is asked of an upstream.
+/// What is asked of an upstream, ready to be sent.
 pub struct Order<'a> {
-    /// The head, but for its length.
-    pub head: RequestHead<'a>,
-    /// The body.
-    pub body: &'a Bytes,
-    /// Whether the client asked for a stream.
-    pub streaming: bool,
-    /// How long each phase may take.
-    pub timeouts: &'a Timeouts,
+    http1: Vec<u8>,
+    /// For a target that may speak HTTP/2.
+    http2: Option<Box<RequestHeader>>,
+    bodiless: bool,
+    body: &'a Bytes,
+    streaming: bool,
+    timeouts: &'a Timeouts,
+}
+
+impl<'a> Order<'a> {
+    /// The order for `target`: `streaming` says that the client asked for a stream.
+    pub fn new(
+        target: &Target,
+        head: &RequestHead<'_>,
+        body: &'a Bytes,
+        streaming: bool,
+        timeouts: &'a Timeouts,
+    ) -> Result<Self, Failure> {
+        let http2 = if target.may_speak_http2() { Some(Box::new(pingora_head(head).map_err(broken)?)) } else { None };
+        let bodiless = head.client.method == http::Method::HEAD;
+        Ok(Self { http1: head.http1(), http2, bodiless, body, streaming, timeouts })
+    }
+}
+
+fn broken(error: pingora::BError) -> Failure {
+    Failure::Connect(plain(&error))
 }
 
 /// Why an attempt gave nothing to pass on.
@@ -75,6 +93,14 @@ pub struct Answer {
     pub head_at: Instant,
     /// Whether a kept connection was found stale on the way.
     pub stale: bool,
+    body: AnswerBody,
+}
+
+/// An answer without its head.
+pub struct Rest {
+    /// When the head came.
+    pub head_at: Instant,
+    pub(super) first: Bytes,
     pub(super) body: AnswerBody,
 }
 
@@ -143,22 +169,19 @@ pub async fn fetch(
     path: &str,
 ) -> Result<(u16, Bytes), String> {
     let (client, ()) = http::Request::get("/").body(()).map_err(|error| error.to_string())?.into_parts();
-    let order = Order {
-        head: RequestHead {
-            client: &client,
-            path,
-            authority: &upstream.authority,
-            set: &upstream.headers,
-            required: upstream.provider.required_headers(),
-            id: "infergate",
-            inspected: true,
-            length: None,
-            upgrade: None,
-        },
-        body: &Bytes::new(),
-        streaming: false,
-        timeouts: &Timeouts::default(),
+    let head = RequestHead {
+        client: &client,
+        path,
+        authority: &upstream.authority,
+        set: &upstream.headers,
+        required: upstream.provider.required_headers(),
+        id: "infergate",
+        inspected: true,
+        length: None,
+        upgrade: None,
     };
+    let (nothing, timeouts) = (Bytes::new(), Timeouts::default());
+    let order = Order::new(target, &head, &nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
     let connection = connections.connect(target, Duration::ZERO, true).await?;
     let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
     let mut body = AnswerBody::new(leg, &head, &order);
@@ -208,10 +231,9 @@ async fn exchange(connection: Connection, order: &Order<'_>) -> Result<(Leg, Box
 }
 
 async fn exchange_http1(mut stream: Stream, order: &Order<'_>) -> Result<(Leg, Box<AnswerHead>), Failure> {
-    let head = order.head.http1();
     // Head and body leave in one system call where they fit.
     let written = async {
-        stream.write_all_buf(&mut head.as_slice().chain(order.body.as_ref())).await?;
+        stream.write_all_buf(&mut order.http1.as_slice().chain(order.body.as_ref())).await?;
         stream.flush().await
     };
     // An upstream may answer before it has read everything (413): its answer is worth more than our error.
@@ -239,10 +261,12 @@ async fn exchange_http2(
     order: &Order<'_>,
 ) -> Result<(Leg, Box<AnswerHead>), Failure> {
     let lost = |error: pingora::BError| Failure::Reset(plain(&error));
-    let mut request = pingora_head(&order.head).map_err(|error| Failure::Connect(plain(&error)))?;
+    let Some(mut request) = order.http2.clone() else {
+        return Err(Failure::Invalid("the upstream chose HTTP/2 unasked".to_owned()));
+    };
     request.set_version(Version::HTTP_2);
     let empty = order.body.is_empty();
-    session.write_request_header(Box::new(request), empty).map_err(lost)?;
+    session.write_request_header(request, empty).map_err(lost)?;
     if !empty {
         session.write_request_body(order.body.clone(), true).await.map_err(lost)?;
     }
@@ -298,7 +322,6 @@ impl AnswerBody {
     fn new(leg: Leg, head: &AnswerHead, order: &Order<'_>) -> Self {
         let events = head.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
         let encoded = head.headers.contains_key(http::header::CONTENT_ENCODING);
-        let bodiless = order.head.client.method == http::Method::HEAD;
         Self {
             leg,
             // A compressed stream is no text: it passes as it is.
@@ -306,7 +329,7 @@ impl AnswerBody {
             held: BytesMut::new(),
             split: false,
             fault: None,
-            ended: bodiless,
+            ended: order.bodiless,
         }
     }
 
@@ -396,6 +419,11 @@ impl Answer {
             let Ok(Ok(Some(piece))) = waiting.until(limit, self.body.next()).await else { return };
             self.first = [std::mem::take(&mut self.first), piece].concat().into();
         }
+    }
+
+    /// Its head, and what comes behind it.
+    pub fn split(self) -> (Box<AnswerHead>, Rest) {
+        (self.head, Rest { head_at: self.head_at, first: self.first, body: self.body })
     }
 
     /// Whether it is a stream of events that can be told apart.

@@ -16,7 +16,7 @@ use pingora::connectors::{ConnectorOptions, TransportConnector};
 use pingora::protocols::http::client::HttpSession;
 use pingora::protocols::http::v2::client::Http2Session;
 use pingora::protocols::{ALPN, Stream};
-use pingora::upstreams::peer::{HttpPeer, Peer};
+use pingora::upstreams::peer::HttpPeer;
 
 use crate::policy::file::Http2;
 use crate::pool::origin::{Address, Origin};
@@ -69,6 +69,11 @@ impl Target {
         peer.options.max_h2_streams = 100;
         peer.options.h2_ping_interval = Some(Duration::from_secs(30));
         Self { peer, kept: Mutex::default() }
+    }
+
+    /// Whether HTTP/2 may come out of a connection to it.
+    pub fn may_speak_http2(&self) -> bool {
+        !matches!(self.peer.options.alpn, ALPN::H1)
     }
 
     /// Drops the kept connections that have lain longer than `idle` or were closed. Called now and then.
@@ -152,7 +157,7 @@ impl Connections {
             return Ok(Connection::Http1(stream, true));
         }
         let told = |error: pingora::BError| plain(&error);
-        if target.peer.get_alpn().is_none_or(|alpn| matches!(alpn, ALPN::H1)) {
+        if !target.may_speak_http2() {
             return Ok(Connection::Http1(self.transport.new_stream(&target.peer).await.map_err(told)?, false));
         }
         let (session, reused) = self.http.get_http_session(&target.peer).await.map_err(told)?;

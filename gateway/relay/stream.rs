@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use futures_now::now;
 use tokio::time::sleep_until;
 
-use super::attempt::{Answer, AnswerBody};
+use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
@@ -48,10 +48,10 @@ pub async fn pass_on(
     connections: &Connections,
     target: &Target,
     head: Option<Box<AnswerHead>>,
-    answer: Answer,
+    answer: Rest,
     mut pace: Pace,
 ) -> Passed {
-    let Answer { first, mut body, .. } = answer;
+    let Rest { first, mut body, .. } = answer;
     let written = begin(downstream, head, first).await;
     let passed = match written {
         Ok(()) => pieces(downstream, &mut body, &mut pace).await,
