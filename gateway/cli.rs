@@ -68,10 +68,10 @@ impl Logging {
     /// Sends logs to the standard error, readable on a terminal and as JSON lines elsewhere.
     fn start(&self) -> Result<(), String> {
         use std::io::IsTerminal;
-        // Pingora says the same at every start; its warnings are worth hearing.
+        // What our libraries have to say is mostly the same at every start; their warnings are worth hearing.
         let levels = match self.log.contains('=') || self.log.contains(',') {
             true => self.log.clone(),
-            false => format!("{},pingora_core=warn,pingora=warn,hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn", self.log),
+            false => format!("{},{},hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn", self.log, crate::relay::LOG_LEVELS),
         };
         let filter = tracing_subscriber::EnvFilter::try_new(&levels)
             .map_err(|error| format!("--log {}: {error}; try --log info", self.log))?;

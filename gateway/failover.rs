@@ -42,6 +42,8 @@ pub struct Asked<'a> {
 struct Miss {
     cause: Option<Cause>,
     refusal: Refusal,
+    /// Whether the same pool is to be asked again; its budget has paid for it then.
+    again: bool,
 }
 
 /// What asking one pool came to, where that is no answer to pass on.
@@ -74,6 +76,12 @@ pub async fn ask<'a>(
         }
     }
     Err(last.unwrap_or_else(|| Refusal::new(Code::NoUpstream, "no pool can serve this request")).into())
+}
+
+impl Miss {
+    fn unavailable(refusal: Refusal) -> Self {
+        Self { cause: Some(Cause::Unavailable), refusal, again: false }
+    }
 }
 
 impl Planned {
@@ -109,9 +117,7 @@ async fn ask_stage<'a>(
         exchange.attempts += 1;
         match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
             Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
-            Err(miss) if !may_retry(exchange, planned, pool, &miss) || !granted(pool) => {
-                return Ok(Outcome::Missed(miss));
-            }
+            Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
             Err(_) => {}
         }
     }
@@ -141,7 +147,7 @@ async fn enter(
         Err(Interrupted::Gone) => return Err(Stop::Gone),
         Err(_) => return Err(too_long(planned).into()),
     };
-    Ok(Err(Miss { cause: Some(Cause::Unavailable), refusal: Refusal::new(code, message).retry_after(after) }))
+    Ok(Err(Miss::unavailable(Refusal::new(code, message).retry_after(after))))
 }
 
 fn too_long(planned: &Planned) -> Refusal {
@@ -153,7 +159,7 @@ fn too_long(planned: &Planned) -> Refusal {
 fn nobody(pool: &Pool) -> Miss {
     let message = format!("every upstream of pool {} is out: unhealthy, failing, drained or not resolved", pool.name);
     let refusal = Refusal::new(Code::NoUpstream, message).retry_after(pool.back_in(Instant::now()));
-    Miss { cause: Some(Cause::Unavailable), refusal }
+    Miss::unavailable(refusal)
 }
 
 /// Waits before an upstream is asked again that has failed already in this request: twice as long each time, with
@@ -202,7 +208,11 @@ async fn attempt(
     };
     let mut answer = match asked {
         Ok(answer) => answer,
-        Err(failure) => return failed(planned, stage, picked, failure).map(Err),
+        Err(failure) => {
+            let mut miss = failed(planned, stage, picked, failure)?;
+            miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
+            return Ok(Err(miss));
+        }
     };
     if answer.stale {
         picked.upstream.attempts.stale.inc();
@@ -214,9 +224,9 @@ async fn attempt(
     let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
-    let miss = Miss { cause: Some(cause), refusal };
-    let elsewhere = may_retry(exchange, planned, &stage.pool, &miss) || may_fall_back(exchange, planned, rest, &miss);
-    if !elsewhere && !downstream.head_sent() {
+    let again = may_retry(exchange, planned, &stage.pool, Some(cause)) && granted(&stage.pool);
+    let miss = Miss { cause: Some(cause), refusal, again };
+    if !again && !may_fall_back(exchange, planned, rest, cause) && !downstream.head_sent() {
         // The upstream's own error says more than ours would.
         return Ok(Ok(answer));
     }
@@ -333,16 +343,17 @@ fn failed(planned: &Planned, stage: &Stage, picked: &Picked<'_>, failure: Failur
     if breaker.failure(&stage.pool.breaker, now) {
         tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, "breaker opened");
     }
-    Ok(Miss { cause, refusal: Refusal::new(code, message) })
+    Ok(Miss { cause, refusal: Refusal::new(code, message), again: false })
 }
 
-fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, miss: &Miss) -> bool {
-    let listed = miss.cause.is_some_and(|cause| pool.retry.on.contains(&cause));
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
+    let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
     listed && exchange.attempts < planned.attempts_max() && pool.available(Instant::now())
 }
 
-fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], miss: &Miss) -> bool {
-    let helps = |next: &&Stage| miss.cause.is_some_and(|cause| next.on.contains(&cause));
+fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
+    let now = Instant::now();
+    let helps = |next: &&Stage| next.on.contains(&cause) && next.pool.available(now);
     exchange.attempts < planned.attempts_max() && rest.iter().any(helps)
 }
 
@@ -439,7 +450,7 @@ pub async fn tunnel(
             }
             Err(failure) => {
                 let miss = failed(planned, stage, &picked, failure)?;
-                if miss.cause != Some(Cause::Connect) || !may_retry(exchange, planned, pool, &miss) || !granted(pool) {
+                if miss.cause != Some(Cause::Connect) || !may_retry(exchange, planned, pool, miss.cause) || !granted(pool) {
                     return Err(miss.refusal.into());
                 }
             }

@@ -7,5 +7,7 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    // Pages of 2 MiB would make every open stream cost twice its memory. Not every kernel has the switch.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     infergate::cli::run()
 }

@@ -100,7 +100,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     let planned = admit(exchange, downstream, identified, received)?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
-        return failover::tunnel(house, exchange, downstream, &planned).await;
+        return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;
     }
     let route = planned.route.clone();
     let asked = failover::ask(house, exchange, downstream, &planned, &route).await?;
@@ -118,6 +118,9 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
     exchange.surface = match (found, passthrough) {
         (Some(surface), _) => surface,
         (None, Some(_)) => &surface::PASSTHROUGH,
+        (None, None) if path.starts_with("/v1/messages/") || head.headers.contains_key("anthropic-version") => {
+            &surface::UNKNOWN_ANTHROPIC
+        }
         (None, None) => &surface::UNKNOWN,
     };
     downstream.check_head()?;

@@ -329,7 +329,7 @@ impl<'a> Compiler<'a> {
         let mut seen: HashMap<&str, String> = HashMap::new();
         for (index, model) in file.models.iter().enumerate() {
             let path = format!("models[{index}]");
-            let Some(route) = self.route(&path, model, file, pools) else { continue };
+            let route = self.route(&path, model, file, pools);
             let aliases = model.aliases.iter().enumerate().map(|(n, alias)| (alias, format!("{path}.aliases[{n}]")));
             for (name, place) in std::iter::once((&model.name, format!("{path}.name"))).chain(aliases) {
                 if let Some(before) = seen.insert(name, place.clone()) {
@@ -338,12 +338,15 @@ impl<'a> Compiler<'a> {
                 if name.matches('*').count() > 1 {
                     self.wrong(&place, format!("{name}: only one * is understood"));
                 }
-                models.add(name, route.clone());
+                if let Some(route) = &route {
+                    models.add(name, route.clone());
+                }
             }
         }
         models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
         if let Some(name) = &file.default_model
             && models.named(name).is_none()
+            && !seen.contains_key(name.as_str())
         {
             let hint = nearest(name, seen.keys().copied());
             self.wrong("default_model", format!("no model is named {name}{hint}"));
@@ -359,13 +362,18 @@ impl<'a> Compiler<'a> {
         pools: &BTreeMap<String, Arc<Pool>>,
     ) -> Option<Arc<Route>> {
         let first = self.find_pool(&format!("{path}.pool"), &model.pool, pools);
-        let mut stages = vec![Stage { pool: first?, rename: model.rename.clone(), on: Vec::new() }];
+        let mut complete = first.is_some();
+        let stage = |pool| Stage { pool, rename: model.rename.clone(), on: Vec::new() };
+        let mut stages: Vec<Stage> = first.into_iter().map(stage).collect();
         for (index, fallback) in model.fallbacks.iter().enumerate() {
             let place = format!("{path}.fallbacks[{index}].pool");
             if stages.iter().any(|stage| stage.pool.name == fallback.pool) {
                 self.wrong(&place, format!("{} is tried already before this", fallback.pool));
             }
-            let pool = self.find_pool(&place, &fallback.pool, pools)?;
+            let Some(pool) = self.find_pool(&place, &fallback.pool, pools) else {
+                complete = false;
+                continue;
+            };
             let rename = fallback.rename.clone().or_else(|| model.rename.clone());
             stages.push(Stage { pool, rename, on: fallback.on.clone().unwrap_or_else(usual_causes) });
         }
@@ -380,7 +388,7 @@ impl<'a> Compiler<'a> {
                 found
             }
         };
-        Some(Arc::new(Route { stages, priority, model: model.clone() }))
+        complete.then(|| Arc::new(Route { stages, priority, model: model.clone() }))
     }
 
     fn passthrough(

@@ -122,7 +122,7 @@ impl Pool {
     }
 
     /// Power of two choices over the endpoints that `fits`: two are drawn by weight (Efraimidis and Spirakis 2006,
-    /// weighted sampling in one pass), the less busy one is taken.
+    /// weighted sampling in one pass); the first is taken unless the second is less busy.
     fn draw(&self, now: Instant, fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
         let mut drawn: [Option<Drawn<'_>>; 2] = [None, None];
         for upstream in self.upstreams.iter().filter(|upstream| upstream.weight > 0) {
@@ -133,7 +133,9 @@ impl Pool {
                 }
             }
         }
-        drawn.sort_by(|a, b| load(a).total_cmp(&load(b)));
+        if second_is_less_busy(&drawn) {
+            drawn.swap(0, 1);
+        }
         // A half-open breaker lets one request through; where that was another one, the second is taken.
         drawn.into_iter().flatten().find(|drawn| drawn.endpoint.breaker.admit(now)).map(|drawn| Picked {
             upstream: drawn.upstream,
@@ -166,7 +168,10 @@ fn keep_two<'a>(drawn: &mut [Option<Drawn<'a>>; 2], upstream: &'a Upstream, endp
     drawn[place] = Some(Drawn { key, weight, upstream, endpoint: endpoint.clone() });
 }
 
-/// Requests a unit of weight, this one included; what was not drawn comes last.
-fn load(drawn: &Option<Drawn<'_>>) -> f64 {
-    drawn.as_ref().map_or(f64::INFINITY, |drawn| f64::from(drawn.endpoint.in_flight() + 1) / drawn.weight)
+/// Whether the second, with one request more, would be no busier for its weight than the first is already. Among
+/// equals that is the less busy one; among idle ones, whatever their weights, the draw stands, so weights are shares.
+fn second_is_less_busy(drawn: &[Option<Drawn<'_>>; 2]) -> bool {
+    let [Some(first), Some(second)] = drawn else { return false };
+    let busy = |drawn: &Drawn<'_>, more: u32| f64::from(drawn.endpoint.in_flight() + more) / drawn.weight;
+    busy(first, 0) >= busy(second, 1)
 }

@@ -181,7 +181,7 @@ impl Refusal {
     pub fn body(&self, dialect: Dialect, request_id: &str) -> String {
         let code = self.code.name();
         match dialect {
-            Dialect::OpenAi => json!({"error": {
+            Dialect::OpenAi | Dialect::Responses => json!({"error": {
                 "message": self.message, "type": self.openai_type(), "param": self.param, "code": code,
             }}),
             Dialect::Anthropic => json!({
@@ -198,6 +198,13 @@ impl Refusal {
     pub fn event(&self, dialect: Dialect, request_id: &str) -> String {
         let body = self.body(dialect, request_id);
         match dialect {
+            // OpenAI's own event, with the envelope beside it: the SDKs raise an exception only for that.
+            Dialect::Responses => {
+                let (code, message, param) = (self.code.name(), &self.message, self.param);
+                let error = json!({"code": code, "message": message, "param": param, "type": self.openai_type()});
+                let event = json!({"type": "error", "code": code, "message": message, "param": param, "error": error});
+                format!("event: error\ndata: {event}\n\n")
+            }
             Dialect::Anthropic => format!("event: error\ndata: {body}\n\n"),
             Dialect::OpenAi | Dialect::Tgi => format!("data: {body}\n\n"),
         }

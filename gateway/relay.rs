@@ -33,6 +33,9 @@ pub use stream::{Pace, Passed, pass_on};
 pub use upgrade::{Tunnelled, tunnel};
 pub use waiting::{Interrupted, Waiting};
 
+/// What is heard of Pingora in the log.
+pub const LOG_LEVELS: &str = "pingora_core=warn,pingora=warn";
+
 /// The head of an answer, on its way from an upstream to the client.
 pub type AnswerHead = pingora::http::ResponseHeader;
 

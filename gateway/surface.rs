@@ -38,6 +38,8 @@ pub enum Body {
 pub enum Dialect {
     /// `{"error": {"message", "type", "param", "code"}}`
     OpenAi,
+    /// The same, but on a stream a named event: `{"type": "error", "code", "message", "param"}`
+    Responses,
     /// `{"type": "error", "error": {"type", "message"}}`
     Anthropic,
     /// `{"error", "error_type"}`
@@ -61,7 +63,7 @@ pub static TABLE: &[Surface] = &[
     json("/v1/chat/completions", Operation::Chat),
     json("/v1/completions", Operation::Completions),
     json("/v1/embeddings", Operation::Embeddings),
-    json("/v1/responses", Operation::Responses),
+    row(Method::POST, "/v1/responses", Operation::Responses, Body::Json, Dialect::Responses),
     row(Method::POST, "/v1/messages", Operation::Messages, Body::Json, Dialect::Anthropic),
     row(Method::POST, "/v1/messages/count_tokens", Operation::CountTokens, Body::Json, Dialect::Anthropic),
     json("/v1/rerank", Operation::Rerank),
@@ -89,6 +91,10 @@ pub static PASSTHROUGH: Surface = row(Method::POST, "*", Operation::Passthrough,
 
 /// Requests whose path is nobody's, so that their refusals have a row too.
 pub static UNKNOWN: Surface = row(Method::POST, "unknown", Operation::Passthrough, Body::Opaque, Dialect::OpenAi);
+
+/// The same where the caller speaks Anthropic's dialect.
+pub static UNKNOWN_ANTHROPIC: Surface =
+    row(Method::POST, "unknown", Operation::Passthrough, Body::Opaque, Dialect::Anthropic);
 
 /// The row for `path`, whatever the method.
 pub fn find(path: &str) -> Option<&'static Surface> {

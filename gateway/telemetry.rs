@@ -300,6 +300,11 @@ impl Telemetry {
         self.loaded_at.store(now_ms(), Ordering::Relaxed);
     }
 
+    /// The newest policy is the one in force already.
+    pub fn policy_kept(&self) {
+        self.policy_failed.set(0);
+    }
+
     /// A policy was refused; the one before stays.
     pub fn policy_refused(&self) {
         self.policy_failed.set(1);

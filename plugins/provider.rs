@@ -57,8 +57,11 @@ pub enum Reason {
     ContentFilter,
 }
 
+/// Makes one provider.
+pub type Build = fn() -> Arc<dyn Provider>;
+
 /// Every built-in provider: the word in `policy.yaml`, and the value.
-pub const KINDS: &[(&str, fn() -> Arc<dyn Provider>)] = &[
+pub const KINDS: &[(&str, Build)] = &[
     ("openai", || Arc::new(openai::OPENAI)),
     ("vllm", || Arc::new(openai::VLLM)),
     ("sglang", || Arc::new(openai::SGLANG)),

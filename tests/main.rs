@@ -1,6 +1,19 @@
 //! The promises of Infergate, each tried on the real thing.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
+mod bytes;
+mod command_line;
+mod disconnect;
+mod edge;
+mod failure;
+mod fuzz;
+mod lifecycle;
+mod overload;
+mod reload;
+mod routing;
 mod simulate;
 mod smoke;
+mod streams;
 mod support;
+mod surfaces;
+mod tls;

@@ -170,8 +170,8 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
         let files = house.settings.tls_files();
         jobs.spawn(reload::watch(house.clone(), path, files, move || certificates.reload()));
     }
-    house.set_started();
     listening(&house.settings).await;
+    house.set_started();
     greet(&house, &source);
     while jobs.join_next().await.is_some() {}
 }

@@ -41,7 +41,9 @@ pub struct Document {
 impl Document {
     /// Parses `text`. A file that is no YAML has one problem: everything behind it is unknown.
     pub fn parse(text: &str) -> Result<Self, Problem> {
-        let value = serde_saphyr::from_str::<Option<Value>>(text).map_err(|error| Problem {
+        // A model may be called `n` or `no`: only `true` and `false` are booleans.
+        let options = serde_saphyr::options! { strict_booleans: true };
+        let value = serde_saphyr::from_str_with_options::<Option<Value>>(text, options).map_err(|error| Problem {
             place: error.location().map(|at| (at.line() as usize, at.column() as usize)),
             path: String::new(),
             message: first_line(&error.to_string()),
@@ -160,10 +162,8 @@ impl Check<'_> {
             Value::Object(members) => self.object(path, members, &schema),
             Value::Array(elements) => self.list(path, elements, &schema),
             Value::Number(number) => self.range(path, number.as_f64().unwrap_or_default(), &schema),
-            Value::String(text) => {
-                if (text.chars().count() as u64) < least(&schema, "minLength") {
-                    self.wrong(path, "must not be empty");
-                }
+            Value::String(text) if (text.chars().count() as u64) < least(&schema, "minLength") => {
+                self.wrong(path, "must not be empty");
             }
             _ => {}
         }
@@ -294,7 +294,8 @@ fn shown(value: &Value) -> String {
 pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> String {
     let best = candidates.map(|candidate| (distance(text, candidate), candidate)).min();
     match best {
-        Some((distance, candidate)) if distance <= (text.len() / 3).max(1) => format!("; did you mean {candidate}?"),
+        // Two letters that changed places count as two, also in a short word.
+        Some((distance, candidate)) if distance <= (text.len() / 3).max(1 + usize::from(text.len() > 3)) => format!("; did you mean {candidate}?"),
         _ => String::new(),
     }
 }

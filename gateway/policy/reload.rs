@@ -17,6 +17,8 @@ use crate::house::House;
 #[derive(Debug, Default)]
 pub struct InForce {
     policy: ArcSwapOption<Policy>,
+    /// Held from reading a file to its swap, so that an older reading cannot overtake a newer one.
+    loading: Mutex<()>,
     last: Mutex<Last>,
 }
 
@@ -56,6 +58,7 @@ pub fn swap(house: &House, mut policy: Policy) -> Reloaded {
     let before = house.policy.policy.load_full();
     last.problems.clear();
     if before.as_ref().is_some_and(|before| before.hash == policy.hash) {
+        house.telemetry.policy_kept();
         return Reloaded::Unchanged;
     }
     let revision = before.map_or(1, |before| before.revision + 1);
@@ -74,6 +77,7 @@ pub fn swap(house: &House, mut policy: Policy) -> Reloaded {
 pub fn reload(house: &House, path: &Path) -> Result<Reloaded, Problems> {
     let env = |name: &str| std::env::var(name).ok();
     let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
+    let _one_at_a_time = house.policy.loading.lock();
     match load(path, &world) {
         Ok(policy) => Ok(swap(house, policy)),
         Err(problems) => {

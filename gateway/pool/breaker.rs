@@ -137,9 +137,12 @@ impl Breaker {
         opens
     }
 
-    /// The endpoint asked for a pause (429 with `Retry-After`): nothing passes until then, and nothing is counted.
+    /// The endpoint asked for a pause (429 with `Retry-After`): nothing passes until then, whatever health checks
+    /// say, and nothing is counted.
     pub fn pause(&self, pause: Duration, now: Instant) {
-        self.counts.lock().trial = None;
+        let mut counts = self.counts.lock();
+        (counts.trial, counts.opened) = (None, 0);
+        drop(counts);
         self.hold(self.at(now), pause);
     }
 

@@ -17,8 +17,8 @@ use crate::house::House;
 use crate::policy::Policy;
 use crate::relay;
 
-/// How often the levels are looked over.
-const TICK: Duration = Duration::from_millis(100);
+/// The bounds of how long the watch sleeps when nothing is due.
+const SLEEP: std::ops::RangeInclusive<Duration> = Duration::from_millis(20)..=Duration::from_millis(500);
 /// The bounds of how long an answer of the name service is believed.
 const TTL: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(300);
 /// How soon a name that could not be looked up is tried again.
@@ -78,7 +78,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
     let mut due = Due::default();
     let mut jobs = JoinSet::new();
     loop {
-        tokio::time::sleep(TICK).await;
+        tokio::time::sleep(due.sleep(Instant::now())).await;
         due.finish(&mut jobs);
         let policy = house.policy.get();
         let now = Instant::now();
@@ -154,6 +154,15 @@ impl Due {
                 });
             }
         }
+    }
+
+    /// How long nothing will be due. A new policy is noticed within half a second.
+    fn sleep(&self, now: Instant) -> Duration {
+        let checks = self.checks.values().filter(|check| !check.running).map(|check| check.next);
+        let next = checks.chain(self.lookups.values().copied()).min();
+        let sleep = next.map_or(*SLEEP.end(), |next| next.saturating_duration_since(now));
+        let running = self.checks.values().any(|check| check.running);
+        sleep.clamp(*SLEEP.start(), if running { Duration::from_millis(50) } else { *SLEEP.end() })
     }
 
     /// Takes the results that have come.

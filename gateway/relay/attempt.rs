@@ -29,6 +29,10 @@ const ERROR_READ_MAX: usize = 64 << 10;
 /// How long an upstream may take over the rest of an error answer.
 const ERROR_READ: Duration = Duration::from_secs(2);
 
+/// A kept connection that the upstream had closed fails within a round trip. One that fails later took the request,
+/// which may have been in work.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
+
 /// The most that is read of what the gateway asks for itself.
 const FETCH_MAX: usize = 1 << 20;
 
@@ -131,8 +135,9 @@ pub async fn ask(
     order: &Order<'_>,
     waiting: &mut Waiting<'_>,
 ) -> Result<Answer, Failure> {
+    let begun = Instant::now();
     match ask_once(connections, target, order, waiting, false).await {
-        Err((Failure::Reset(_), true)) => {
+        Err((Failure::Reset(_), true)) if begun.elapsed() < STALE_WITHIN => {
             let again = ask_once(connections, target, order, waiting, true).await;
             again.map(|answer| Answer { stale: true, ..answer }).map_err(|(failure, _)| failure)
         }
@@ -186,11 +191,8 @@ pub async fn fetch(
     let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
     let mut body = AnswerBody::new(leg, &head, &order);
     let mut read = BytesMut::new();
-    while read.len() < FETCH_MAX {
-        match body.next().await? {
-            Some(piece) => read.extend_from_slice(&piece),
-            None => break,
-        }
+    while read.len() < FETCH_MAX && !body.ended {
+        body.next(&mut read).await?;
     }
     body.release(connections, target).await;
     Ok((head.status.as_u16(), read.freeze()))
@@ -309,12 +311,19 @@ impl Interrupted {
 }
 
 impl Leg {
-    async fn read(&mut self) -> Result<Option<Bytes>, String> {
-        let read = match self {
-            Self::Http1(session) => session.read_body_bytes().await,
-            Self::Http2(session) => session.read_response_body().await,
-        };
-        read.map_err(|error| plain(&error))
+    /// Reads the next piece and hands it to `take`. Returns whether there was one.
+    async fn read(&mut self, take: impl FnOnce(&[u8])) -> Result<bool, String> {
+        let told = |error: pingora::BError| plain(&error);
+        match self {
+            Self::Http1(session) => {
+                let piece = session.read_body_ref().await.map_err(told)?;
+                Ok(piece.map(take).is_some())
+            }
+            Self::Http2(session) => {
+                let piece = session.read_response_body().await.map_err(told)?;
+                Ok(piece.map(|piece| take(&piece)).is_some())
+            }
+        }
     }
 }
 
@@ -335,35 +344,31 @@ impl AnswerBody {
 
     /// The first piece: of an event stream everything up to its first event with data, else whatever comes first.
     async fn first(&mut self) -> Result<Bytes, String> {
-        let mut first = Bytes::new();
+        let mut first = BytesMut::new();
         while !self.ended {
-            let Some(piece) = self.next().await? else { break };
-            let enough = self.framer.is_none() || has_data(&piece);
-            first = if first.is_empty() { piece } else { [first, piece].concat().into() };
+            let before = first.len();
+            self.next(&mut first).await?;
+            let enough = self.framer.is_none() || has_data(&first[before..]);
             if enough && !first.is_empty() {
                 break;
             }
         }
-        Ok(first)
+        Ok(first.freeze())
     }
 
-    /// The next piece that can be passed on; of an event stream only whole events. It may be empty. `None` at the
-    /// end. Dropping the future loses nothing.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, String> {
-        if self.ended {
-            return Ok(None);
-        }
+    /// Reads the next piece and appends to `out` what of it can be passed on, which may be nothing: of an event
+    /// stream only whole events. Sets `ended` at the end. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self, out: &mut BytesMut) -> Result<(), String> {
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
-        match self.leg.read().await? {
-            Some(piece) => Ok(Some(self.whole_events(piece))),
-            None => {
-                self.ended = true;
-                let rest = std::mem::take(&mut self.held).freeze();
-                Ok((!rest.is_empty()).then_some(rest))
-            }
+        let Self { leg, framer, held, split, .. } = self;
+        let more = leg.read(|piece| pass_whole_events(framer, held, split, piece, out)).await?;
+        if !more {
+            self.ended = true;
+            out.extend_from_slice(&std::mem::take(&mut self.held));
         }
+        Ok(())
     }
 
     /// Keeps a fault for the next read.
@@ -374,24 +379,6 @@ impl AnswerBody {
     /// Whether the bytes that were passed on end between two events.
     pub(super) fn at_boundary(&self) -> bool {
         !self.split
-    }
-
-    fn whole_events(&mut self, piece: Bytes) -> Bytes {
-        let Some(framer) = &mut self.framer else { return piece };
-        let complete = framer.push(&piece);
-        if complete == piece.len() && self.held.is_empty() {
-            self.split = false;
-            return piece;
-        }
-        let too_long = self.held.len() + piece.len() > EVENT_HELD_MAX;
-        let cut = match complete {
-            0 if self.split || too_long => piece.len(),
-            complete => complete,
-        };
-        self.split = cut > complete;
-        let out = if cut > 0 { [std::mem::take(&mut self.held).as_ref(), &piece[..cut]].concat() } else { Vec::new() };
-        self.held.extend_from_slice(&piece[cut..]);
-        out.into()
     }
 
     /// Gives the connection back if the answer has been read to its end; closes it otherwise, which tells the
@@ -411,14 +398,38 @@ impl AnswerBody {
     }
 }
 
+/// Appends the whole events of `held` and `piece` to `out`; the rest waits in `held`. What is no event stream passes.
+fn pass_whole_events(
+    framer: &mut Option<Framer>,
+    held: &mut BytesMut,
+    split: &mut bool,
+    piece: &[u8],
+    out: &mut BytesMut,
+) {
+    let complete = framer.as_mut().map_or(piece.len(), |framer| framer.push(piece));
+    let too_long = held.len() + piece.len() > EVENT_HELD_MAX;
+    let cut = match complete {
+        0 if *split || too_long => piece.len(),
+        complete => complete,
+    };
+    *split = cut > complete;
+    if cut > 0 {
+        out.extend_from_slice(held);
+        held.clear();
+        out.extend_from_slice(&piece[..cut]);
+    }
+    held.extend_from_slice(&piece[cut..]);
+}
+
 impl Answer {
     /// Reads the rest of an error answer, as far as it is worth, so that its reason can be found.
     pub async fn read_reason(&mut self, waiting: &mut Waiting<'_>) {
         let limit = Instant::now() + ERROR_READ;
-        while self.first.len() < ERROR_READ_MAX {
-            let Ok(Ok(Some(piece))) = waiting.until(limit, self.body.next()).await else { return };
-            self.first = [std::mem::take(&mut self.first), piece].concat().into();
+        let mut body = BytesMut::from(self.first.as_ref());
+        while body.len() < ERROR_READ_MAX && !self.body.ended {
+            let Ok(Ok(())) = waiting.until(limit, self.body.next(&mut body)).await else { break };
         }
+        self.first = body.freeze();
     }
 
     /// Its head, and what comes behind it.

@@ -153,9 +153,14 @@ impl Connections {
     /// not asked for, or a new one.
     pub async fn connect(&self, target: &Target, idle: Duration, fresh: bool) -> Result<Connection, String> {
         let kept = if fresh { None } else { target.take(idle, Instant::now()) };
-        if let Some(stream) = kept {
-            return Ok(Connection::Http1(stream, true));
+        match kept {
+            Some(stream) => Ok(Connection::Http1(stream, true)),
+            // Opening takes a state of many kilobytes (TLS, HTTP/2), which no other request should carry about.
+            None => Box::pin(self.open(target)).await,
         }
+    }
+
+    async fn open(&self, target: &Target) -> Result<Connection, String> {
         let told = |error: pingora::BError| plain(&error);
         if !target.may_speak_http2() {
             return Ok(Connection::Http1(self.transport.new_stream(&target.peer).await.map_err(told)?, false));
@@ -187,7 +192,9 @@ impl Connections {
 
 /// A Pingora error as one short sentence: its type and its cause.
 pub(super) fn plain(error: &pingora::Error) -> String {
+    // Where a head cannot be parsed the context is the head itself, credentials and all.
     let context = error.context.as_ref().map_or("", |context| context.as_str());
+    let context = if context.starts_with("buf:") { "" } else { context };
     let cause = error.cause.as_ref().map(ToString::to_string).unwrap_or_default();
     [error.etype().as_str(), context, cause.as_str()].iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(": ")
 }

@@ -45,10 +45,11 @@ fn is_private(name: &HeaderName) -> bool {
 pub fn forwarded(headers: &HeaderMap, inspected: bool) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
     let named = named_by_connection(headers);
     headers.iter().filter(move |(name, _)| {
-        !is_framing(name)
-            && !is_private(name)
-            && !(inspected && **name == ACCEPT_ENCODING)
-            && !named.iter().any(|other| other.eq_ignore_ascii_case(name.as_str()))
+        let stays = is_framing(name)
+            || is_private(name)
+            || (inspected && **name == ACCEPT_ENCODING)
+            || named.iter().any(|other| other.eq_ignore_ascii_case(name.as_str()));
+        !stays
     })
 }
 

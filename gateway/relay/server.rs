@@ -171,7 +171,9 @@ impl BackgroundService for Beside {
         // An error means that the server is gone, which is the same.
         let _ = shutdown.wait_for(|down| *down).await;
         self.house.drain();
-        let until = Instant::now() + Duration::from_millis(self.house.settings.shutdown.drain_ms);
+        // A moment before Pingora cuts what is left, so that it is told.
+        let drain = Duration::from_millis(self.house.settings.shutdown.drain_ms);
+        let until = Instant::now() + drain.saturating_sub(Duration::from_millis(100));
         tokio::time::sleep(LINGER + Duration::from_millis(50)).await;
         while Instant::now() < until {
             if self.house.telemetry.in_flight.get() == 0 {

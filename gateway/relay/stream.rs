@@ -60,7 +60,13 @@ pub async fn pass_on(
     let passed = match passed {
         Err(Stop::Gone) if pace.on_disconnect == OnDisconnect::Drain => drain(downstream, &mut body, pace).await,
         Err(Stop::Gone) => Passed::Gone,
-        Err(Stop::Broken(code, why)) => Passed::Broken(code, why),
+        Err(Stop::Broken(code, why)) => {
+            if !body.at_boundary() {
+                // A piece of a long event has left: what follows must not become part of it.
+                let _ = downstream.write(Bytes::from_static(b"\n\n")).await;
+            }
+            Passed::Broken(code, why)
+        }
         Ok(()) => match downstream.finish().await {
             Ok(()) => Passed::Whole,
             Err(Gone) => Passed::Gone,
@@ -94,17 +100,18 @@ async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &mut P
     let mut clock = Clock::new(Instant::now());
     let alarm = sleep_until(clock.alarm(pace).into());
     tokio::pin!(alarm);
+    let mut out = BytesMut::new();
     while !body.ended {
         tokio::select! {
             biased;
-            piece = body.next() => {
-                let piece = piece.map_err(broken)?;
+            read = body.next(&mut out) => {
+                read.map_err(broken)?;
                 clock.heard();
-                match piece {
-                    Some(piece) => downstream.write(gather(body, piece)).await?,
-                    None => break,
+                gather(body, &mut out);
+                if !out.is_empty() {
+                    downstream.write(out.split().freeze()).await?;
+                    clock.said();
                 }
-                clock.said();
             }
             gone = downstream.departed() => return Err(gone.into()),
             () = alarm.as_mut() => {
@@ -117,23 +124,14 @@ async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &mut P
 }
 
 /// Everything that is here already leaves in one write; nothing is waited for.
-fn gather(body: &mut AnswerBody, first: Bytes) -> Bytes {
-    let mut all: Option<BytesMut> = None;
-    let mut length = first.len();
-    while length < GATHER_MAX && !body.ended {
-        match now(body.next()) {
-            Some(Ok(Some(piece))) => {
-                length += piece.len();
-                all.get_or_insert_with(|| BytesMut::from(first.as_ref())).extend_from_slice(&piece);
-            }
-            Some(Err(fault)) => {
-                body.keep_fault(fault);
-                break;
-            }
-            Some(Ok(None)) | None => break,
+fn gather(body: &mut AnswerBody, out: &mut BytesMut) {
+    while out.len() < GATHER_MAX && !body.ended {
+        match now(body.next(out)) {
+            Some(Ok(())) => {}
+            Some(Err(fault)) => return body.keep_fault(fault),
+            None => return,
         }
     }
-    all.map_or(first, BytesMut::freeze)
 }
 
 fn broken(why: String) -> Stop {

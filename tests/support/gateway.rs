@@ -118,6 +118,13 @@ impl Gateway {
         text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
     }
 
+    /// The most memory that has ever been resident, in bytes.
+    pub fn peak_resident(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+
     /// What it has logged so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
@@ -144,7 +151,8 @@ fn base_command(directory: &TempDir, address: SocketAddr, admin: SocketAddr) -> 
     let log = File::options().create(true).append(true).open(directory.path().join("log")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_infergate"));
     command
-        .args(["serve", "--log", "info", "--listen", &address.to_string(), "--admin", &admin.to_string()])
+        .args(["serve", "--listen", &address.to_string(), "--admin", &admin.to_string()])
+        .env("INFERGATE_LOG", "info")
         .arg("--settings")
         .arg(directory.path().join("settings.yaml"))
         .current_dir(directory.path())

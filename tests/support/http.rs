@@ -103,6 +103,11 @@ impl Client {
         tokio::time::timeout(PATIENCE, self.0.request(post(address, path, headers, body))).await.expect("in time").unwrap()
     }
 
+    /// Sends a request and hands over the answer when its head is here.
+    pub async fn begin(&self, request: Request<Full<Bytes>>) -> http::Response<Incoming> {
+        tokio::time::timeout(PATIENCE, self.0.request(request)).await.expect("in time").unwrap()
+    }
+
     /// Sends a request and waits for its whole answer.
     pub async fn send(&self, request: Request<Full<Bytes>>) -> Answer {
         tokio::time::timeout(PATIENCE, async { collect(self.0.request(request).await.unwrap()).await }).await.expect("in time")
@@ -156,7 +161,7 @@ pub async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
 
 /// The `data:` of every event in a stream, in order.
 pub fn events(body: &[u8]) -> Vec<String> {
-    let text = String::from_utf8_lossy(body).replace("\r\n", "\n");
+    let text = String::from_utf8_lossy(body).replace("\r\n", "\n").replace('\r', "\n");
     let datas = text.split("\n\n").filter_map(|event| {
         let lines: Vec<&str> = event.lines().filter_map(|line| line.strip_prefix("data:")).map(str::trim_start).collect();
         (!lines.is_empty()).then(|| lines.join("\n"))

@@ -1,10 +1,17 @@
 //! What the promises are tried with: the real gateway as a process, model servers to stand behind it, clients.
 
+pub mod dns;
 pub mod gateway;
 pub mod http;
+pub mod requests;
+pub mod wire;
+pub mod load;
+pub mod process;
 
 pub use gateway::{Gateway, free_port};
 pub use http::{Answer, Client, events, raw};
+pub use load::Load;
+pub use process::Process;
 pub use infergate::simulate::{Engine, Fault, Options, Outcome, Simulated};
 
 use std::future::Future;

@@ -1,0 +1,154 @@
+//! Bytes from strangers: whatever comes, nothing panics, and what two readings say of the same bytes agrees.
+//!
+//! A smoke run of fixed seeds by default; `INFERGATE_FUZZ_SECONDS=3600 cargo test --release --test promises fuzz`
+//! goes on from random seeds for that long and prints the seed of what it finds.
+
+use std::time::{Duration, Instant};
+
+use infergate::policy::{World, compile};
+use infergate::scan::{self, Fault, Field};
+use infergate::sse::Framer;
+use infergate::state::State;
+use infergate::telemetry::Telemetry;
+use serde_json::{Map, Value};
+
+/// Calls `target` with mutations of `seeds`, each with its own random numbers: `rounds` of them, or for as long as the
+/// environment says.
+fn fuzz(rounds: u64, seeds: &[&[u8]], target: impl Fn(&[u8], &mut fastrand::Rng)) {
+    let long = std::env::var("INFERGATE_FUZZ_SECONDS").ok().map(|text| Duration::from_secs(text.parse().unwrap()));
+    let (start, first) = (Instant::now(), if long.is_some() { fastrand::u64(..) } else { 0 });
+    for round in 0.. {
+        if long.map_or(round >= rounds, |long| start.elapsed() >= long) {
+            return;
+        }
+        let seed = first.wrapping_add(round);
+        let mut random = fastrand::Rng::with_seed(seed);
+        let bytes = mutated(seeds, &mut random);
+        let told = format!("seed {seed}: {:?}", String::from_utf8_lossy(&bytes));
+        let fine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| target(&bytes, &mut random)));
+        assert!(fine.is_ok(), "{told}");
+    }
+}
+
+fn mutated(seeds: &[&[u8]], random: &mut fastrand::Rng) -> Vec<u8> {
+    let mut bytes = seeds[random.usize(..seeds.len())].to_vec();
+    for _ in 0..random.usize(0..6) {
+        let at = random.usize(0..=bytes.len());
+        let length = random.usize(0..=8.min(bytes.len() - at));
+        match random.u8(0..6) {
+            0 => drop(bytes.drain(at..at + length)),
+            1 => bytes.insert(at, random.u8(..)),
+            2 => drop(bytes.splice(at..at, b"{}[]\",:\\u\r\n-".iter().copied().skip(random.usize(..12)).take(1))),
+            3 => bytes[at..at + length].fill(random.u8(..)),
+            4 => {
+                let other = seeds[random.usize(..seeds.len())];
+                let from = random.usize(..=other.len());
+                bytes.splice(at..at, other[from..(from + 20).min(other.len())].iter().copied());
+            }
+            _ => bytes.truncate(at),
+        }
+    }
+    bytes
+}
+
+#[test]
+fn the_body_scan_agrees_with_serde_json() {
+    let seeds: [&[u8]; 5] = [
+        br#"{"model":"gpt-4","messages":[{"role":"user","content":"Hi \u00e9\n"}],"stream":true,"max_tokens":17}"#,
+        br#"{"n":1,"user":"u","stream_options":{"include_usage":true},"x":[1,-2.5e+3,null,{"model":"inner"}]}"#,
+        br#" { "model" : "a\\b\"c" , "stream":false } "#,
+        br#"{"m\u006fdel":"escaped","Model":"case"}"#,
+        b"{}",
+    ];
+    fuzz(30_000, &seeds, |bytes, _| {
+        let scanned = scan::json(bytes);
+        let Ok(object) = serde_json::from_slice::<Map<String, Value>>(bytes) else { return };
+        match scanned {
+            Ok(found) => {
+                let model = found.model(bytes);
+                match object.get("model") {
+                    Some(Value::String(name)) => assert_eq!(model.unwrap().as_deref(), Some(name.as_str())),
+                    None | Some(Value::Null) => assert_eq!(model, Ok(None)),
+                    Some(_) => assert!(model.is_err()),
+                }
+                assert_eq!(found.span(Field::Stream).is_some(), object.contains_key("stream"));
+            }
+            // serde_json takes the last of two; that is why they are refused.
+            Err(fault) => assert!(matches!(fault, Fault::Twice(_)), "{fault}"),
+        }
+    });
+}
+
+#[test]
+fn a_renamed_body_is_the_same_but_for_the_name() {
+    let seeds: [&[u8]; 2] = [br#"{"model":"a","x":[1.0,"\u0041"],"y":{}}"#, br#"{"y":null,"model" : "b"}"#];
+    fuzz(10_000, &seeds, |bytes, _| {
+        let Ok(found) = scan::json(bytes) else { return };
+        let Some(edit) = found.rename_model("new\"name") else { return };
+        let body = bytes::Bytes::copy_from_slice(bytes);
+        let renamed = scan::splice(&body, &mut [edit]);
+        if let Ok(mut before) = serde_json::from_slice::<Map<String, Value>>(bytes) {
+            before.insert("model".to_owned(), "new\"name".into());
+            assert_eq!(serde_json::from_slice::<Map<String, Value>>(&renamed).unwrap(), before);
+        }
+    });
+}
+
+#[test]
+fn the_form_scan_never_panics() {
+    let form = b"--xyz\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--xyz\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n\x00\xff\r\n--xyz--\r\n";
+    fuzz(20_000, &[form], |bytes, random| {
+        let types: [&[u8]; 3] =
+            [b"multipart/form-data; boundary=xyz", b"multipart/form-data; boundary=\"xyz\"", b"multipart/form-data"];
+        if let Ok(found) = scan::multipart(bytes, types[random.usize(..3)]) {
+            let _any = found.model(bytes);
+            let _any = found.stream(bytes);
+        }
+    });
+}
+
+#[test]
+fn the_event_framer_does_not_care_how_bytes_are_split() {
+    let seeds: [&[u8]; 4] = [
+        b"data: {\"a\":1}\n\ndata: [DONE]\n\n",
+        b": c\r\n\r\nevent: x\r\ndata: 1\r\ndata: 2\r\n\r\n",
+        b"data: a\r\rdata: b\r\r\n\n",
+        "\u{feff}data: \u{1f600}\n\n\n\nid: 1\n".as_bytes(),
+    ];
+    fuzz(30_000, &seeds, |bytes, random| {
+        let whole = Framer::default().push(bytes);
+        let (mut framer, mut at, mut complete) = (Framer::default(), 0, 0);
+        while at < bytes.len() {
+            let end = at + random.usize(1..=bytes.len() - at);
+            let reached = framer.push(&bytes[at..end]);
+            assert!(reached <= end - at);
+            complete = if reached > 0 { at + reached } else { complete };
+            at = end;
+        }
+        assert_eq!(complete, whole);
+    });
+}
+
+#[test]
+fn a_policy_of_any_bytes_is_compiled_or_explained() {
+    let (state, telemetry) = (State::new(0), Telemetry::new());
+    let seeds: [&[u8]; 3] = [
+        include_bytes!("../config/policy.yaml"),
+        b"version: 1\nmodels:\n  - {name: 'a*', pool: p, aliases: [b], fallbacks: [{pool: q, on: [5xx]}]}\npools:\n  p: {upstreams: [{url: 'http://x:1', weight: 2}]}\n  q: &q {upstreams: [{url: 'unix:/x'}], retry: {budget: 0.5}}\n",
+        b"version: 1\npools: {}\nrequests: {strip_prefixes: [/a], heartbeat_ms: 0}\npriorities: {x: {level: 3}}\n",
+    ];
+    fuzz(1_500, &seeds, |bytes, _| {
+        let text = String::from_utf8_lossy(bytes);
+        let world = World {
+            env: &|_| None,
+            state: &state,
+            telemetry: &telemetry,
+            zone: None,
+            now: Instant::now(),
+            secret_files: true,
+        };
+        if let Err(problems) = compile(&text, &world) {
+            assert!(!problems.0.is_empty() && problems.0.iter().all(|problem| !problem.message.is_empty()));
+        }
+    });
+}
