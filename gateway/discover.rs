@@ -96,7 +96,7 @@ impl Upstreams {
             });
         }
         // An upstream that has not answered has a pool of its own, so that it can be asked.
-        for index in 0..self.urls.len() {
+        for index in (0..self.urls.len()).filter(|index| served.get(*index).is_none_or(Option::is_none)) {
             file.pools.entry(pool_name(&[index])).or_insert_with(|| self.pool(&[index], served));
         }
         file

@@ -137,13 +137,22 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         return Err(Refusal::new(Code::MethodNotAllowed, message).into());
     }
     let upgrade = upgrade(exchange.surface, downstream, passthrough.is_some_and(|entry| entry.websocket))?;
-    let query = head.uri.query().map_or(String::new(), |query| format!("?{query}"));
+    let query = forwarded_query(head.uri.query().unwrap_or_default());
     Ok(Identified {
         surface: exchange.surface,
         path: format!("{path}{query}"),
         passthrough: passthrough.filter(|_| found.is_none()).map(|entry| (entry.route.clone(), entry.websocket)),
         upgrade,
     })
+}
+
+/// The query as the upstream gets it: what came, without the client's credentials.
+fn forwarded_query(query: &str) -> String {
+    const CREDENTIALS: [&str; 4] = ["key", "api_key", "api-key", "access_token"];
+    let secret = |pair: &str| CREDENTIALS.contains(&pair.split('=').next().unwrap_or_default());
+    let kept: Vec<&str> = query.split('&').filter(|pair| !secret(pair)).collect();
+    let kept = kept.join("&");
+    if kept.is_empty() { kept } else { format!("?{kept}") }
 }
 
 /// The protocol to change to: only a WebSocket, only where one is expected, only from HTTP/1.1.
@@ -377,5 +386,24 @@ async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusa
     };
     if ended.await.is_err() {
         exchange.client_closed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_loses_the_clients_credentials_and_nothing_else() {
+        let cases = [
+            ("", ""),
+            ("a=1&&b", "?a=1&&b"),
+            ("key=canary", ""),
+            ("a=1&api_key=canary&b=%20", "?a=1&b=%20"),
+            ("monkey=1", "?monkey=1"),
+        ];
+        for (came, goes) in cases {
+            assert_eq!(forwarded_query(came), goes);
+        }
     }
 }

@@ -484,7 +484,7 @@ impl Policy {
             Some(name) => {
                 let name: String = name.chars().take(200).collect();
                 let hint = nearest(&name, self.models.exact.keys().map(String::as_str));
-                format!("no model is named `{name}`{hint} GET /v1/models lists those that are served")
+                format!("no model is named `{name}`{hint}; GET /v1/models lists those that are served")
             }
             None => "the request names no model, and the policy has no default_model".to_owned(),
         };

@@ -107,9 +107,14 @@ fn check_is_content_with_a_good_file_and_looks_at_all_of_them() {
 
 #[test]
 fn check_wants_the_secrets_unless_told_otherwise() {
-    let (_directory, path) = file("version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: INFERGATE_NO_SUCH_KEY}}, {url: 'http://y', key: {file: /no/such/key}}]}}\n");
+    let (_directory, path) = file(
+        "version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: INFERGATE_NO_SUCH_KEY}}, {url: 'http://y', key: {file: /no/such/key}}]}}\n",
+    );
     let (code, out, _) = Process::run(&["check", &path]);
-    assert!(code == Some(1) && out.contains("INFERGATE_NO_SUCH_KEY is not set") && out.contains("/no/such/key"), "{out}");
+    assert!(
+        code == Some(1) && out.contains("INFERGATE_NO_SUCH_KEY is not set") && out.contains("/no/such/key"),
+        "{out}"
+    );
     assert_eq!(Process::run(&["check", "--without-secrets", &path]).0, Some(0));
 }
 
@@ -125,7 +130,9 @@ fn check_reads_settings_too() {
 fn shipped() -> Vec<String> {
     let mut files = vec![format!("{HOME}/config/policy.yaml")];
     let examples = std::fs::read_dir(format!("{HOME}/config/examples")).unwrap();
-    files.extend(examples.map(|entry| entry.unwrap().path().display().to_string()).filter(|path| path.ends_with(".yaml")));
+    files.extend(
+        examples.map(|entry| entry.unwrap().path().display().to_string()).filter(|path| path.ends_with(".yaml")),
+    );
     files
 }
 
@@ -133,7 +140,8 @@ fn shipped() -> Vec<String> {
 fn every_policy_that_is_shipped_is_good() {
     let files = shipped();
     assert!(files.len() >= 6, "{files:?}");
-    let arguments: Vec<&str> = ["check", "--without-secrets"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let arguments: Vec<&str> =
+        ["check", "--without-secrets"].into_iter().chain(files.iter().map(String::as_str)).collect();
     let (code, out, _) = Process::run(&arguments);
     assert_eq!((code, out.matches(": good (").count()), (Some(0), files.len()), "{out}");
 }
@@ -162,9 +170,14 @@ fn the_schemas_that_are_shipped_are_those_of_this_version() {
         let (code, out, _) = Process::run(arguments);
         let shipped = std::fs::read_to_string(format!("{HOME}/config/{name}.schema.json")).unwrap();
         assert_eq!(code, Some(0));
-        assert!(out == shipped, "config/{name}.schema.json is old: infergate {} > config/{name}.schema.json", arguments.join(" "));
+        assert!(
+            out == shipped,
+            "config/{name}.schema.json is old: infergate {} > config/{name}.schema.json",
+            arguments.join(" ")
+        );
         let schema: Value = serde_json::from_str(&out).unwrap();
-        let lacking = schema["properties"].as_object().unwrap().iter().find(|(_, value)| value["description"].is_null());
+        let lacking =
+            schema["properties"].as_object().unwrap().iter().find(|(_, value)| value["description"].is_null());
         assert!(lacking.is_none(), "no description: {lacking:?}");
     }
 }
@@ -174,34 +187,68 @@ fn the_schemas_that_are_shipped_are_those_of_this_version() {
 #[tokio::test]
 async fn simulate_starts_a_model_server() {
     let address = format!("127.0.0.1:{}", free_port());
-    let process = Process::start(&["simulate", "--listen", &address, "--model", "tiny", "--engine", "sglang", "--ttft-ms", "5", "--fault", "status=503,path=/v1/embeddings"], &[]);
+    let process = Process::start(
+        &[
+            "simulate",
+            "--listen",
+            &address,
+            "--model",
+            "tiny",
+            "--engine",
+            "sglang",
+            "--ttft-ms",
+            "5",
+            "--fault",
+            "status=503,path=/v1/embeddings",
+        ],
+        &[],
+    );
     eventually("it says where", SOON, || async { process.out().contains(&format!("http://{address}")) }).await;
     let (client, address) = (Client::h1(), address.parse().unwrap());
     assert_eq!(client.get(address, "/v1/models").await.json()["data"][0]["id"], "tiny");
     let answer = client.post(address, "/v1/chat/completions", chat(false, 2).replace("\"m\"", "\"tiny\"")).await;
-    assert!(answer.json()["system_fingerprint"].as_str().is_none_or(|name| name.starts_with("simulated")), "{}", answer.text());
+    assert!(
+        answer.json()["system_fingerprint"].as_str().is_none_or(|name| name.starts_with("simulated")),
+        "{}",
+        answer.text()
+    );
     assert_eq!(answer.status, 200);
     assert_eq!(client.post(address, "/v1/embeddings", r#"{"model":"tiny","input":"x"}"#).await.status, 503);
 }
 
 #[tokio::test]
 async fn without_a_policy_every_model_of_the_upstreams_is_served() {
-    let start = |name: &str, port: u16| Simulated::start(Options { models: vec![name.to_owned()], listen: ([127, 0, 0, 1], port).into(), ..Options::default() });
+    let start = |name: &str, port: u16| {
+        Simulated::start(Options {
+            models: vec![name.to_owned()],
+            listen: ([127, 0, 0, 1], port).into(),
+            ..Options::default()
+        })
+    };
     let early = start("early", 0).await.unwrap();
     let port = free_port();
     let late_url = format!("http://127.0.0.1:{port}");
-    let gateway = Gateway::with("version: 1\n", "threads: 2\n", &["--upstream", &early.url(), "--upstream", &late_url]).await;
+    let gateway =
+        Gateway::with("version: 1\n", "threads: 2\n", &["--upstream", &early.url(), "--upstream", &late_url]).await;
     let ask = |model: &'static str| {
         let address = gateway.address;
-        async move { Client::h1().post(address, "/v1/chat/completions", chat(true, 2).replace("\"m\"", &format!("\"{model}\""))).await }
+        async move {
+            Client::h1()
+                .post(address, "/v1/chat/completions", chat(true, 2).replace("\"m\"", &format!("\"{model}\"")))
+                .await
+        }
     };
     assert_eq!((ask("early").await.status, ask("late").await.status), (200, 404));
     let late = start("late", port).await.unwrap();
     eventually("the other model is found", SOON, || async { ask("late").await.status == 200 }).await;
     assert_eq!(ask("early").await.status, 200);
-    assert!(late.seen().iter().any(|seen| seen.method == "POST") && !early.seen().iter().any(|seen| seen.body.windows(6).any(|text| text == b"\"late\"")));
+    assert!(
+        late.seen().iter().any(|seen| seen.method == "POST")
+            && !early.seen().iter().any(|seen| seen.body.windows(6).any(|text| text == b"\"late\""))
+    );
     let list = Client::h1().get(gateway.address, "/v1/models").await.json();
-    let mut names: Vec<&str> = list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    let mut names: Vec<&str> =
+        list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
     names.sort_unstable();
     assert_eq!(names, ["early", "late"]);
     assert_eq!(Client::h1().post(gateway.admin, "/admin/reload", "").await.status, 409, "there is no file to reload");
@@ -210,7 +257,8 @@ async fn without_a_policy_every_model_of_the_upstreams_is_served() {
 #[tokio::test]
 async fn without_a_policy_servers_of_one_model_stand_in_for_each_other() {
     let (one, two) = (model_server().await, model_server().await);
-    let gateway = Gateway::with("version: 1\n", "threads: 2\n", &["--upstream", &one.url(), "--upstream", &two.url()]).await;
+    let gateway =
+        Gateway::with("version: 1\n", "threads: 2\n", &["--upstream", &one.url(), "--upstream", &two.url()]).await;
     one.stop().await;
     for _ in 0..10 {
         assert_eq!(Client::h1().post(gateway.address, "/v1/chat/completions", chat(false, 1)).await.status, 200);
@@ -219,7 +267,13 @@ async fn without_a_policy_servers_of_one_model_stand_in_for_each_other() {
 
 #[tokio::test]
 async fn without_a_policy_the_upstreams_key_comes_from_the_environment() {
-    let server = Simulated::start(Options { models: vec!["m".to_owned()], key: Some("secret-key".to_owned()), ..Options::default() }).await.unwrap();
+    let server = Simulated::start(Options {
+        models: vec!["m".to_owned()],
+        key: Some("secret-key".to_owned()),
+        ..Options::default()
+    })
+    .await
+    .unwrap();
     let arguments = ["--upstream", &server.url(), "--upstream-key-env", "THEIR_KEY"];
     let gateway = Gateway::spawn("version: 1\n", "threads: 2\n", &arguments, &[("THEIR_KEY", "secret-key")]);
     gateway.ready().await;
@@ -256,7 +310,8 @@ fn wrong_arguments_are_told_with_what_is_right() {
 fn help_names_every_command() {
     let (code, out, _) = Process::run(&["--help"]);
     assert_eq!(code, Some(0));
-    for word in ["serve", "check", "schema", "simulate", "--policy", "--settings", "--listen", "--admin", "--upstream"] {
+    for word in ["serve", "check", "schema", "simulate", "--policy", "--settings", "--listen", "--admin", "--upstream"]
+    {
         assert!(out.contains(word), "{word} is not in\n{out}");
     }
 }
@@ -294,13 +349,21 @@ async fn with_no_arguments_it_serves_and_prints_a_line_that_streams_an_answer() 
         return;
     }
     let process = Process::start(&[], &[]);
-    assert_eq!(std::fs::read_dir(process.directory()).unwrap().count(), 2, "there is no policy here, only what it says");
+    assert_eq!(
+        std::fs::read_dir(process.directory()).unwrap().count(),
+        2,
+        "there is no policy here, only what it says"
+    );
     eventually("it greets", SOON, || async { process.out().contains("\"messages\"") }).await;
     let said = process.out();
     let curl = &said[said.find("curl").unwrap_or_else(|| panic!("{said}"))..];
     assert!(curl.contains("http://127.0.0.1:8080/v1/chat/completions"), "{said}");
     let pasted = Command::new("sh").args(["-c", curl]).output().unwrap();
     let answer = String::from_utf8_lossy(&pasted.stdout);
-    assert!(answer.matches("data: {").count() > 2 && answer.ends_with("data: [DONE]\n\n"), "{answer}{}", String::from_utf8_lossy(&pasted.stderr));
+    assert!(
+        answer.matches("data: {").count() > 2 && answer.ends_with("data: [DONE]\n\n"),
+        "{answer}{}",
+        String::from_utf8_lossy(&pasted.stderr)
+    );
     assert_eq!(Client::h1().get(([127, 0, 0, 1], 9090).into(), "/readyz").await.status, 200);
 }

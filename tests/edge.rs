@@ -9,7 +9,9 @@ use http::{HeaderMap, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Client, Gateway, Options, Outcome, Process, Simulated, chat, eventually, free_port, model_server, policy};
+use crate::support::{
+    Client, Gateway, Options, Outcome, Process, Simulated, chat, eventually, free_port, model_server, policy,
+};
 
 /// No probes, so that everything an upstream sees came from a client.
 const QUIET: &str = "health: {enabled: false}\n";
@@ -43,7 +45,10 @@ fn statuses(answer: &str) -> Vec<u16> {
 /// A request that nobody may ever execute: it comes behind one that is refused.
 fn smuggled() -> String {
     let body = chat(false, 1);
-    format!("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Smuggled: yes\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Smuggled: yes\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 /// A chat request over HTTP/1.1 with these lines beside its host; `{n}` stands for the body's length.
@@ -97,7 +102,10 @@ async fn all_refused(attacks: &[(&str, String)]) {
 async fn a_body_whose_end_is_ambiguous_is_refused() {
     let two = "Content-Length: {n}\r\nContent-Length: ";
     let attacks = [
-        ("CL then TE", with("Content-Length: {n}\r\nTransfer-Encoding: chunked").replace("\r\n\r\n{", "\r\n\r\n0\r\n\r\n{")),
+        (
+            "CL then TE",
+            with("Content-Length: {n}\r\nTransfer-Encoding: chunked").replace("\r\n\r\n{", "\r\n\r\n0\r\n\r\n{"),
+        ),
         ("TE then CL", chunked("Transfer-Encoding: chunked\r\nContent-Length: 5")),
         ("TE and an empty CL", chunked("Transfer-Encoding: chunked\r\nContent-Length:")),
         ("the same CL twice", with(&format!("{two}{{n}}"))),
@@ -126,7 +134,10 @@ async fn a_body_whose_end_is_ambiguous_is_refused() {
         ("quoted", chunked("Transfer-Encoding: \"chunked\"")),
         ("an empty TE", chunked("Transfer-Encoding:")),
         ("TE in HTTP/1.0", chunked("Transfer-Encoding: chunked").replacen("HTTP/1.1", "HTTP/1.0", 1)),
-        ("TE in HTTP/1.0, kept alive", chunked("Connection: keep-alive\r\nTransfer-Encoding: chunked").replacen("HTTP/1.1", "HTTP/1.0", 1)),
+        (
+            "TE in HTTP/1.0, kept alive",
+            chunked("Connection: keep-alive\r\nTransfer-Encoding: chunked").replacen("HTTP/1.1", "HTTP/1.0", 1),
+        ),
     ];
     all_refused(&attacks).await;
 }
@@ -178,17 +189,34 @@ async fn a_request_whose_addressee_is_ambiguous_is_refused() {
 #[tokio::test]
 async fn a_path_that_could_be_read_in_two_ways_is_refused() {
     let paths = [
-        "/v1/chat/completions#x", "/v1/chat/completions?a=b#x", "/v1/chat%2Fcompletions", "/v1/chat%2fcompletions",
-        "/v1/../v1/chat/completions", "/v1/./chat/completions", "/v1/%2e%2e/v1/chat/completions", "/v1/.%2E/v1/chat/completions",
-        "//v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions/..", "/v1\\chat\\completions",
-        "/v1%5cchat%5Ccompletions", "/v1/chat/completions%00", "/v1/chat/completions%23x", "/v1/chat/compl\tetions",
-        "/v1/chat/compl\x01etions", "/v1/chat/completions HTTP/1.1 x", "v1/chat/completions", "",
+        "/v1/chat/completions#x",
+        "/v1/chat/completions?a=b#x",
+        "/v1/chat%2Fcompletions",
+        "/v1/chat%2fcompletions",
+        "/v1/../v1/chat/completions",
+        "/v1/./chat/completions",
+        "/v1/%2e%2e/v1/chat/completions",
+        "/v1/.%2E/v1/chat/completions",
+        "//v1/chat/completions",
+        "/v1//chat/completions",
+        "/v1/chat/completions/..",
+        "/v1\\chat\\completions",
+        "/v1%5cchat%5Ccompletions",
+        "/v1/chat/completions%00",
+        "/v1/chat/completions%23x",
+        "/v1/chat/compl\tetions",
+        "/v1/chat/compl\x01etions",
+        "/v1/chat/completions HTTP/1.1 x",
+        "v1/chat/completions",
+        "",
     ];
     let lines: Vec<(&str, String)> = paths.iter().map(|path| (*path, line(&format!("POST {path} HTTP/1.1")))).collect();
     all_refused(&lines).await;
     // What HTTP/2 lets through at all meets the same rules.
     let (server, gateway) = rig().await;
-    for path in ["/v1/chat%2Fcompletions", "/v1/../v1/chat/completions", "//v1/chat/completions", "/v1/chat/completions%00"] {
+    for path in
+        ["/v1/chat%2Fcompletions", "/v1/../v1/chat/completions", "//v1/chat/completions", "/v1/chat/completions%00"]
+    {
         let answer = Client::h2().post(gateway.address, path, chat(false, 1)).await;
         assert_eq!((answer.status, answer.code().as_str()), (400, "bad_request"), "{path}");
     }
@@ -221,9 +249,15 @@ async fn a_chunk_of_a_bad_size_is_refused() {
 async fn nothing_behind_a_chunked_body_is_executed() {
     // Servers disagree about line ends in extensions and about trailers, so the connection ends with such a request.
     let (server, gateway) = rig().await;
-    let (body, head) = (chat(false, 1), "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let (body, head) =
+        (chat(false, 1), "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
     let n = body.len();
-    for chunks in [format!("{n:x};a\nb\r\n{body}\r\n0\r\n\r\n"), format!("{n:x}\r\n{body}\r\n0;a\n\r\nx: y\r\n\r\n"), format!("{n:x}\r\n{body}\r\n\r\nx: y\r\n\r\n"), format!("{n:x}\r\n{body}\r\n0\r\n\r\n")] {
+    for chunks in [
+        format!("{n:x};a\nb\r\n{body}\r\n0\r\n\r\n"),
+        format!("{n:x}\r\n{body}\r\n0;a\n\r\nx: y\r\n\r\n"),
+        format!("{n:x}\r\n{body}\r\n\r\nx: y\r\n\r\n"),
+        format!("{n:x}\r\n{body}\r\n0\r\n\r\n"),
+    ] {
         let (answer, closed) = exchange(gateway.address, format!("{head}{chunks}{}", smuggled()).as_bytes()).await;
         assert!(closed && statuses(&answer).len() == 1, "{chunks}: {answer}");
         assert!(answer.to_ascii_lowercase().contains("connection: close"), "{answer}");
@@ -253,10 +287,21 @@ async fn what_is_no_http_at_all_is_refused() {
 async fn a_change_of_protocol_is_refused_where_none_is_expected() {
     let attacks = [
         ("websocket", with("Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: {n}")),
-        ("h2c", with("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nContent-Length: {n}")),
+        (
+            "h2c",
+            with(
+                "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nContent-Length: {n}",
+            ),
+        ),
         ("an unknown one", with("Connection: Upgrade\r\nUpgrade: foo/2\r\nContent-Length: {n}")),
-        ("h2c on /v1/realtime", "GET /v1/realtime?model=m HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n".to_owned()),
-        ("on /health", "GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n".to_owned()),
+        (
+            "h2c on /v1/realtime",
+            "GET /v1/realtime?model=m HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n".to_owned(),
+        ),
+        (
+            "on /health",
+            "GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n".to_owned(),
+        ),
     ];
     all_refused(&attacks).await;
 }
@@ -265,8 +310,15 @@ async fn a_change_of_protocol_is_refused_where_none_is_expected() {
 async fn the_body_of_a_refused_request_is_never_taken_for_a_request() {
     let (server, gateway) = rig().await;
     let inner = smuggled();
-    let sized = |line: &str, inner: &str| format!("{line} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{inner}", inner.len());
-    let chunked = |line: &str| format!("{line} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{inner}\r\n0\r\n\r\n", inner.len());
+    let sized = |line: &str, inner: &str| {
+        format!("{line} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{inner}", inner.len())
+    };
+    let chunked = |line: &str| {
+        format!(
+            "{line} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{inner}\r\n0\r\n\r\n",
+            inner.len()
+        )
+    };
     let lines = [
         ("POST /nobody", 404),
         ("POST /v1/models", 405),
@@ -279,14 +331,22 @@ async fn the_body_of_a_refused_request_is_never_taken_for_a_request() {
     ];
     for (line, status) in lines {
         for request in [sized(line, &inner), chunked(line)] {
-            let (answer, _) = exchange(gateway.address, format!("{request}GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).await;
+            let (answer, _) = exchange(
+                gateway.address,
+                format!("{request}GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes(),
+            )
+            .await;
             let told = statuses(&answer);
             // Either the connection is closed, or the next request is the next one.
             assert!(told == [status] || told == [status, 200], "{line}: {told:?} {answer}");
         }
     }
     // A client that stops in the middle of a body.
-    let (answer, _) = exchange(gateway.address, format!("POST /nobody HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n{inner}").as_bytes()).await;
+    let (answer, _) = exchange(
+        gateway.address,
+        format!("POST /nobody HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n{inner}").as_bytes(),
+    )
+    .await;
     assert_eq!(statuses(&answer), [404]);
     assert!(server.seen().is_empty(), "{:?}", server.seen());
 }
@@ -299,7 +359,10 @@ async fn pipelined_requests_are_answered_in_their_order() {
     let last = "GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
     let (answer, closed) = exchange(gateway.address, format!("{all}{last}").as_bytes()).await;
     assert_eq!((statuses(&answer), closed), (vec![200; 11], true));
-    let ids: Vec<&str> = answer.lines().filter_map(|line| line.strip_prefix("x-request-id: id-").or(line.strip_prefix("X-Request-Id: id-"))).collect();
+    let ids: Vec<&str> = answer
+        .lines()
+        .filter_map(|line| line.strip_prefix("x-request-id: id-").or(line.strip_prefix("X-Request-Id: id-")))
+        .collect();
     assert_eq!(ids, ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]);
     assert_eq!(server.seen().len(), 10);
 }
@@ -312,15 +375,30 @@ async fn unusual_but_unambiguous_requests_are_served() {
     let close = "Connection: close";
     let good = [
         ("empty lines before it", format!("\r\n\r\n{}", with(&format!("{close}\r\nContent-Length: {{n}}")))),
-        ("absolute form", line("POST http://a/v1/chat/completions HTTP/1.1").replace("Host: a", &format!("Host: a\r\n{close}"))),
+        (
+            "absolute form",
+            line("POST http://a/v1/chat/completions HTTP/1.1").replace("Host: a", &format!("Host: a\r\n{close}")),
+        ),
         ("spaces around a value", with(&format!("{close}\r\nContent-Length: \t {{n}} "))),
         ("chunked", chunked(&format!("{close}\r\nTransfer-Encoding: chunked"))),
         ("CHUNKED", chunked(&format!("{close}\r\nTransfer-Encoding: CHUNKED"))),
-        ("extensions and a trailer", format!("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{close}\r\nTransfer-Encoding: chunked\r\n\r\n{:x};x=y\r\n{}\r\n{:x}\r\n{}\r\n0\r\nX-T: u\r\n\r\n", 10, &body[..10], n - 10, &body[10..])),
+        (
+            "extensions and a trailer",
+            format!(
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{close}\r\nTransfer-Encoding: chunked\r\n\r\n{:x};x=y\r\n{}\r\n{:x}\r\n{}\r\n0\r\nX-T: u\r\n\r\n",
+                10,
+                &body[..10],
+                n - 10,
+                &body[10..]
+            ),
+        ),
         ("HTTP/1.0", with("Content-Length: {n}").replacen("HTTP/1.1", "HTTP/1.0", 1)),
         ("HTTP/1.0 without a host", with("Content-Length: {n}").replacen("HTTP/1.1\r\nHost: a", "HTTP/1.0", 1)),
         ("Expect", with(&format!("{close}\r\nExpect: 100-continue\r\nContent-Length: {{n}}"))),
-        ("a host with a port", with(&format!("{close}\r\nContent-Length: {{n}}")).replacen("Host: a", "Host: a.example:8080", 1)),
+        (
+            "a host with a port",
+            with(&format!("{close}\r\nContent-Length: {{n}}")).replacen("Host: a", "Host: a.example:8080", 1),
+        ),
         ("an IPv6 host", with(&format!("{close}\r\nContent-Length: {{n}}")).replacen("Host: a", "Host: [::1]:8080", 1)),
     ];
     for (name, request) in good {
@@ -385,7 +463,18 @@ async fn what_belongs_to_one_connection_stays_on_it() {
     let (answer, _) = exchange(gateway.address, with(lines).as_bytes()).await;
     assert_eq!(statuses(&answer), [200], "{answer}");
     let headers = server.seen().pop().unwrap().headers;
-    let gone = ["x-hop", "keep-alive", "proxy-connection", "te", "trailer", "proxy-authenticate", "accept-encoding", "upgrade", "connection", "transfer-encoding"];
+    let gone = [
+        "x-hop",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "proxy-authenticate",
+        "accept-encoding",
+        "upgrade",
+        "connection",
+        "transfer-encoding",
+    ];
     for name in gone {
         assert!(!headers.contains_key(name), "{name}: {headers:?}");
     }
@@ -408,28 +497,49 @@ async fn nothing_a_client_sends_moves_the_upstream() {
     let (server, gateway) = rig().await;
     let trap = model_server().await;
     let (url, address) = (trap.url(), trap.address().to_string());
-    let headers: Vec<(&str, &str)> = ["x-forwarded-host", "x-host", "x-original-url", "x-rewrite-url", "x-upstream", "x-infergate-upstream", "forwarded", "x-real-ip", "referer", "origin"]
-        .iter()
-        .map(|name| (*name, if name.contains("url") { url.as_str() } else { address.as_str() }))
-        .collect();
+    let headers: Vec<(&str, &str)> = [
+        "x-forwarded-host",
+        "x-host",
+        "x-original-url",
+        "x-rewrite-url",
+        "x-upstream",
+        "x-infergate-upstream",
+        "forwarded",
+        "x-real-ip",
+        "referer",
+        "origin",
+    ]
+    .iter()
+    .map(|name| (*name, if name.contains("url") { url.as_str() } else { address.as_str() }))
+    .collect();
     let fields = ["api_base", "base_url", "api_url", "endpoint", "host", "upstream", "proxy", "url"];
     let fields: String = fields.iter().map(|name| format!("\"{name}\":\"{url}\",")).collect();
     let body = chat(false, 1).replacen('{', &format!("{{{fields}"), 1);
     for client in Client::both() {
-        for path in ["/v1/chat/completions", &format!("/v1/chat/completions?base_url={url}&host={address}"), &format!("/v1/chat/completions?@{address}")] {
+        for path in [
+            "/v1/chat/completions",
+            &format!("/v1/chat/completions?base_url={url}&host={address}"),
+            &format!("/v1/chat/completions?@{address}"),
+        ] {
             let answer = client.post_with(gateway.address, path, &headers, body.clone()).await;
             assert_eq!(answer.status, 200, "{path}: {}", answer.text());
         }
     }
     // Whatever the host: it says where the gateway is, not where to go.
-    for (line, host) in [(format!("POST {url}/v1/chat/completions HTTP/1.1"), address.as_str()), ("POST /v1/chat/completions HTTP/1.1".to_owned(), &address)] {
+    for (line, host) in [
+        (format!("POST {url}/v1/chat/completions HTTP/1.1"), address.as_str()),
+        ("POST /v1/chat/completions HTTP/1.1".to_owned(), &address),
+    ] {
         let body = chat(false, 1);
-        let request = format!("{line}\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let request =
+            format!("{line}\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         let (answer, _) = exchange(gateway.address, request.as_bytes()).await;
         assert_eq!(statuses(&answer), [200], "{answer}");
     }
     for model in [url.clone(), format!("m@{address}"), "m#x".to_owned(), format!("../../{address}")] {
-        let answer = Client::h1().post(gateway.address, "/v1/chat/completions", format!("{{\"model\":\"{model}\",\"messages\":[]}}")).await;
+        let answer = Client::h1()
+            .post(gateway.address, "/v1/chat/completions", format!("{{\"model\":\"{model}\",\"messages\":[]}}"))
+            .await;
         assert_eq!(answer.status, 404, "{model}");
     }
     assert!(trap.seen().is_empty(), "{:?}", trap.seen());
@@ -454,7 +564,19 @@ async fn a_redirect_is_not_followed() {
 #[tokio::test]
 async fn the_clients_port_has_no_page_for_operators() {
     let (server, gateway) = rig().await;
-    let paths = ["/livez", "/readyz", "/metrics", "/admin", "/admin/", "/admin/policy", "/admin/upstreams", "/admin/reload", "/debug/pprof/heap", "/simulate/seen", "/simulate/faults"];
+    let paths = [
+        "/livez",
+        "/readyz",
+        "/metrics",
+        "/admin",
+        "/admin/",
+        "/admin/policy",
+        "/admin/upstreams",
+        "/admin/reload",
+        "/debug/pprof/heap",
+        "/simulate/seen",
+        "/simulate/faults",
+    ];
     for client in Client::both() {
         for path in paths {
             assert_eq!(client.get(gateway.address, path).await.status, 404, "{path}");
@@ -468,7 +590,8 @@ async fn the_clients_port_has_no_page_for_operators() {
 #[tokio::test]
 async fn a_page_in_a_browser_cannot_reload() {
     let (_server, gateway) = rig().await;
-    let answer = Client::h1().post_with(gateway.admin, "/admin/reload", &[("origin", "https://evil.example")], "").await;
+    let answer =
+        Client::h1().post_with(gateway.admin, "/admin/reload", &[("origin", "https://evil.example")], "").await;
     assert_eq!(answer.status, 403);
     assert_eq!(Client::h1().get(gateway.admin, "/admin/reload").await.status, 405);
 }
@@ -484,7 +607,14 @@ impl Told {
 
 #[tokio::test]
 async fn no_secret_is_ever_told_whatever_happens() {
-    let start = |key: &str| Simulated::start(Options { models: vec!["m".to_owned()], key: Some(key.to_owned()), tokens_per_second: 100.0, ..Options::default() });
+    let start = |key: &str| {
+        Simulated::start(Options {
+            models: vec!["m".to_owned()],
+            key: Some(key.to_owned()),
+            tokens_per_second: 100.0,
+            ..Options::default()
+        })
+    };
     let by_env = start("canary-by-env").await.unwrap();
     let by_file = start("canary-by-file").await.unwrap();
     let strict = start("another-key").await.unwrap();
@@ -492,7 +622,9 @@ async fn no_secret_is_ever_told_whatever_happens() {
     let file = secret.path().join("key");
     std::fs::write(&file, "canary-by-file\n").unwrap();
     let pool = |name: &str, url: &str, key: &str| {
-        format!("  {name}: {{upstreams: [{{url: '{url}', key: {{{key}}}}}], health: {{enabled: false}}, retry: {{attempts: 2}}, breaker: {{failures: 0, failure_ratio: 1}}, timeouts: {{first_token_ms: 300, answer_ms: 300, connect_ms: 300}}}}\n")
+        format!(
+            "  {name}: {{upstreams: [{{url: '{url}', key: {{{key}}}}}], health: {{enabled: false}}, retry: {{attempts: 2}}, breaker: {{failures: 0, failure_ratio: 1}}, timeouts: {{first_token_ms: 300, answer_ms: 300, connect_ms: 300}}}}\n"
+        )
     };
     let (env, path) = ("env: CANARY_KEY", format!("file: {}", file.display()));
     let dead = format!("http://127.0.0.1:{}", free_port());
@@ -507,35 +639,67 @@ async fn no_secret_is_ever_told_whatever_happens() {
     let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &env);
     gateway.ready().await;
     let mut told = Told(String::new());
-    let headers = [("authorization", "Bearer canary-client"), ("x-api-key", "canary-client"), ("api-key", "canary-client"), ("cookie", "canary-client"), ("x-request-id", "canary client")];
-    let body = |model: &str, stream: bool| chat(stream, 2).replace("\"m\"", &format!("\"{model}\"")).replace("Hello", "canary-prompt");
+    let headers = [
+        ("authorization", "Bearer canary-client"),
+        ("x-api-key", "canary-client"),
+        ("api-key", "canary-client"),
+        ("cookie", "canary-client"),
+        ("x-request-id", "canary client"),
+    ];
+    let body = |model: &str, stream: bool| {
+        chat(stream, 2).replace("\"m\"", &format!("\"{model}\"")).replace("Hello", "canary-prompt")
+    };
     let outcomes = [
-        ("env", "", 200), ("file", "", 200), ("strict", "", 401), ("dead", "", 502), ("nobody", "", 404),
-        ("env", "status=500", 500), ("env", "reset", 502), ("env", "garbage", 502), ("env", "hang", 504), ("env", "cut", 200), ("env", "context", 400),
+        ("env", "", 200),
+        ("file", "", 200),
+        ("strict", "", 401),
+        ("dead", "", 502),
+        ("nobody", "", 404),
+        ("env", "status=500", 500),
+        ("env", "reset", 502),
+        ("env", "garbage", 502),
+        ("env", "hang", 504),
+        ("env", "cut", 200),
+        ("env", "context", 400),
     ];
     for client in Client::both() {
         for stream in [false, true] {
             for (model, fault, status) in outcomes {
-                let headers: Vec<_> = headers.into_iter().chain((!fault.is_empty()).then_some(("x-simulate-fault", fault))).collect();
+                let headers: Vec<_> =
+                    headers.into_iter().chain((!fault.is_empty()).then_some(("x-simulate-fault", fault))).collect();
                 let path = "/v1/chat/completions?key=canary-query&api_key=canary-query";
                 let answer = client.post_with(gateway.address, path, &headers, body(model, stream)).await;
                 assert_eq!(answer.status, status, "{model} {fault} {stream}: {}", answer.text());
                 told.add(&format!("{model} {fault} {stream}"), &answer.headers, &answer.text());
             }
         }
-        for (path, body) in [("/v1/chat/completions?key=canary-query", "{"), ("/nobody?key=canary-query", "{}"), ("/v1/models?key=canary-query", "")] {
+        for (path, body) in [
+            ("/v1/chat/completions?key=canary-query", "{"),
+            ("/nobody?key=canary-query", "{}"),
+            ("/v1/models?key=canary-query", ""),
+        ] {
             let answer = client.post_with(gateway.address, path, &headers, body).await;
             told.add(path, &answer.headers, &answer.text());
         }
-        let open = client.open(gateway.address, "/v1/chat/completions", &headers, body("env", true).replace(":2", ":2000")).await;
+        let open = client
+            .open(gateway.address, "/v1/chat/completions", &headers, body("env", true).replace(":2", ":2000"))
+            .await;
         drop(open);
     }
     // Heads that are refused: a line end in a value, a folded line, a broken length.
-    for lines in ["Authorization: Bearer canary-client\rX: canary-client\r\nContent-Length: {n}", "Authorization: Bearer\r\n canary-client\r\nContent-Length: {n}", "Authorization: canary-client\r\nContent-Length: canary-client", "canary-client\r\nX: y"] {
+    for lines in [
+        "Authorization: Bearer canary-client\rX: canary-client\r\nContent-Length: {n}",
+        "Authorization: Bearer\r\n canary-client\r\nContent-Length: {n}",
+        "Authorization: canary-client\r\nContent-Length: canary-client",
+        "canary-client\r\nX: y",
+    ] {
         let (answer, _) = exchange(gateway.address, with(lines).as_bytes()).await;
         told.add(lines, &HeaderMap::new(), &answer);
     }
-    eventually("all is over", Duration::from_secs(5), || async { gateway.metric("infergate_requests_in_flight").await == 0.0 }).await;
+    eventually("all is over", Duration::from_secs(5), || async {
+        gateway.metric("infergate_requests_in_flight").await == 0.0
+    })
+    .await;
     let gone = by_env.seen().iter().filter(|seen| seen.outcome == Outcome::Disconnected).count();
     assert!(gone >= 2, "the clients that left were among them: {gone}");
     for path in ["/livez", "/readyz", "/metrics", "/admin/policy", "/admin/upstreams", "/nothing"] {
@@ -549,7 +713,11 @@ async fn no_secret_is_ever_told_whatever_happens() {
     told.add("reload", &answer.headers, &answer.text());
     told.add("policy", &HeaderMap::new(), &gateway.admin("/admin/policy").await.text());
     let policy_path = gateway.policy_path().display().to_string();
-    for extra in [vec!["check", &policy_path], vec!["check", "--json", &policy_path], vec!["check", "--without-secrets", &policy_path]] {
+    for extra in [
+        vec!["check", &policy_path],
+        vec!["check", "--json", &policy_path],
+        vec!["check", "--without-secrets", &policy_path],
+    ] {
         let check = Process::start(&extra, &env);
         eventually("check says something", Duration::from_secs(10), || async { !check.out().is_empty() }).await;
         told.add("check", &HeaderMap::new(), &format!("{}{}", check.out(), check.err()));

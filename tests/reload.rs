@@ -20,7 +20,9 @@ async fn reaches(gateway: &Gateway, wanted: u64, limit: Duration) {
 }
 
 async fn ask(gateway: &Gateway, model: &str) -> Answer {
-    Client::h1().post(gateway.address, "/v1/chat/completions", chat(false, 1).replace("\"m\"", &format!("\"{model}\""))).await
+    Client::h1()
+        .post(gateway.address, "/v1/chat/completions", chat(false, 1).replace("\"m\"", &format!("\"{model}\"")))
+        .await
 }
 
 /// A policy whose only model has this name.
@@ -58,7 +60,10 @@ async fn a_mounted_configmap_is_followed() {
     mount("..2026_01", "one");
     std::fs::remove_file(gateway.policy_path()).unwrap();
     symlink("..data/policy.yaml", gateway.policy_path()).unwrap();
-    eventually("the same policy by another way changes nothing", SOON, || async { ask(&gateway, "one").await.status == 200 }).await;
+    eventually("the same policy by another way changes nothing", SOON, || async {
+        ask(&gateway, "one").await.status == 200
+    })
+    .await;
     for (version, model) in [("..2026_02", "two"), ("..2026_03", "three")] {
         mount(version, model);
         eventually(model, SOON, || async { ask(&gateway, model).await.status == 200 }).await;
@@ -75,7 +80,8 @@ async fn a_hangup_and_a_request_reload_too() {
     // A secret that is in another directory is read again when somebody asks.
     let key = elsewhere.path().join("key");
     std::fs::write(&key, "first").unwrap();
-    let text = here.replace("timeouts", "").replacen("- url", &format!("- key: {{file: {}}}\n        url", key.display()), 1);
+    let text =
+        here.replace("timeouts", "").replacen("- url", &format!("- key: {{file: {}}}\n        url", key.display()), 1);
     assert_eq!(gateway.reload(&text).await.json()["revision"], 2);
     std::fs::write(&key, "second").unwrap();
     gateway.signal("HUP");
@@ -97,7 +103,8 @@ async fn a_secret_beside_the_policy_is_watched_with_it() {
     let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
     let key = gateway.directory.path().join("key");
     std::fs::write(&key, "first").unwrap();
-    let text = policy(&[&server.url()], "").replacen("- url", &format!("- key: {{file: {}}}\n        url", key.display()), 1);
+    let text =
+        policy(&[&server.url()], "").replacen("- url", &format!("- key: {{file: {}}}\n        url", key.display()), 1);
     assert_eq!(gateway.reload(&text).await.status, 200);
     std::fs::write(&key, "second\n").unwrap();
     reaches(&gateway, 3, SOON).await;
@@ -131,13 +138,20 @@ async fn a_bad_policy_changes_nothing_and_everybody_is_told() {
         let told = answer.json()["problems"].clone();
         assert!(!told.as_array().unwrap().is_empty(), "{text}");
         let status = gateway.admin("/admin/policy").await.json();
-        assert_eq!((&status["hash"], &status["revision"], &status["problems"]), (&hash.as_str().into(), &1.into(), &told), "{text}");
+        assert_eq!(
+            (&status["hash"], &status["revision"], &status["problems"]),
+            (&hash.as_str().into(), &1.into(), &told),
+            "{text}"
+        );
         assert_eq!(ask(&gateway, "one").await.status, 200);
         assert_eq!(gateway.metric("infergate_policy_failed").await, 1.0);
         assert!(gateway.metric("infergate_policy_reloads_failed_total").await > count as f64);
     }
     let answer = gateway.reload(&bad[0]).await.json();
-    assert!(answer["problems"][0].as_str().unwrap().contains("policy.yaml:5:5: models[0].pool: no pool is named q"), "{answer}");
+    assert!(
+        answer["problems"][0].as_str().unwrap().contains("policy.yaml:5:5: models[0].pool: no pool is named q"),
+        "{answer}"
+    );
     assert!(gateway.log().contains("no pool is named q"), "{}", gateway.log());
     // The good one again: all is well, and it is still the first.
     assert_eq!(gateway.reload(&good).await.status, 200);
@@ -149,14 +163,18 @@ async fn a_bad_policy_changes_nothing_and_everybody_is_told() {
 async fn the_metrics_tell_revision_hash_and_age() {
     let server = model_server().await;
     let gateway = Gateway::start(&named(&server, "one")).await;
-    eventually("the policy gets older", SOON, || async { gateway.metric("infergate_policy_age_seconds").await > 0.05 }).await;
+    eventually("the policy gets older", SOON, || async { gateway.metric("infergate_policy_age_seconds").await > 0.05 })
+        .await;
     let before = gateway.metric("infergate_policy_age_seconds").await;
     let answer = gateway.reload(&named(&server, "two")).await.json();
     let hash = answer["hash"].as_str().unwrap();
     assert_eq!(gateway.metric(&format!("infergate_policy_info{{hash=\"{hash}\"}}")).await, 1.0);
     let page = gateway.admin("/metrics").await.text();
     assert_eq!(page.lines().filter(|line| line.starts_with("infergate_policy_info{")).count(), 1);
-    assert_eq!((gateway.metric("infergate_policy_revision").await, gateway.metric("infergate_policy_reloads_total").await), (2.0, 2.0));
+    assert_eq!(
+        (gateway.metric("infergate_policy_revision").await, gateway.metric("infergate_policy_reloads_total").await),
+        (2.0, 2.0)
+    );
     assert!(gateway.metric("infergate_policy_age_seconds").await < before + 1.0);
     let status = gateway.admin("/admin/policy").await.json();
     assert_eq!((&status["hash"], status["loaded_at"].is_u64()), (&hash.into(), true));
@@ -174,7 +192,10 @@ async fn what_runs_keeps_the_policy_that_it_began_with() {
     }
     // The model, its pool and its upstream are gone for whoever comes now.
     let other = model_server().await;
-    let text = format!("version: 1\nmodels: [{{name: n, pool: q}}]\npools: {{q: {{upstreams: [{{url: '{}'}}]}}}}\n", other.url());
+    let text = format!(
+        "version: 1\nmodels: [{{name: n, pool: q}}]\npools: {{q: {{upstreams: [{{url: '{}'}}]}}}}\n",
+        other.url()
+    );
     assert_eq!(gateway.reload(&text).await.status, 200);
     assert_eq!(ask(&gateway, "m").await.status, 404);
     for answer in open {
@@ -186,7 +207,10 @@ async fn what_runs_keeps_the_policy_that_it_began_with() {
 #[tokio::test]
 async fn a_reload_keeps_what_is_known_of_an_upstream_that_stays() {
     let server = model_server().await;
-    let text = policy(&[&server.url()], "health: {enabled: false}\nretry: {attempts: 1}\nbreaker: {failures: 2, open_ms: 60000}\n");
+    let text = policy(
+        &[&server.url()],
+        "health: {enabled: false}\nretry: {attempts: 1}\nbreaker: {failures: 2, open_ms: 60000}\n",
+    );
     let gateway = Gateway::start(&text).await;
     server.set_faults(vec!["status=500".parse().unwrap()]);
     for _ in 0..2 {

@@ -415,19 +415,10 @@ async fn an_answer_that_the_upstream_cuts_is_never_taken_for_whole() {
         assert_eq!((answer.status, answer.whole), (200, false), "{}", answer.text());
     }
     // The same where the length is not known before.
-    let piece = Framing::Chunked.piece(br#"{"half":"#);
-    let wire = Wire::saying([Framing::Chunked.head("application/json", 0), piece].concat()).await;
-    let cutting = Wire::start(move |_| {
-        let piece = Framing::Chunked.piece(br#"{"half":"#);
-        vec![
-            Step::Say(Framing::Chunked.head("application/json", 0)),
-            Step::Say(piece),
-            Step::Pause(Duration::from_millis(20)),
-            Step::Close,
-        ]
-    })
-    .await;
-    drop(wire);
+    let said = [Framing::Chunked.head("application/json", 0), Framing::Chunked.piece(br#"{"half":"#)].concat();
+    let said = Bytes::from(said);
+    let cutting =
+        Wire::start(move |_| vec![Step::Say(said.clone()), Step::Pause(Duration::from_millis(20)), Step::Close]).await;
     let gateway = Gateway::start(&policy(&[&cutting.url()], "")).await;
     for client in Client::both() {
         let answer = client.post(gateway.address, CHAT, chat(false, 20)).await;

@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Answer, Client, Engine, Gateway, Options, Outcome, Simulated, chat, events, eventually, model_server, policy};
+use crate::support::{
+    Answer, Client, Engine, Gateway, Options, Outcome, Simulated, chat, events, eventually, model_server, policy,
+};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -53,7 +55,9 @@ fn request(address: SocketAddr, surface: &Surface, body: &Value) -> Request<Full
     let request = Request::builder().method(surface.method.clone()).uri(format!("http://{address}{}", surface.path));
     match surface.body {
         Body::None => request.body(Full::default()).unwrap(),
-        Body::Multipart => request.header("content-type", "multipart/form-data; boundary=edge").body(Full::new(form())).unwrap(),
+        Body::Multipart => {
+            request.header("content-type", "multipart/form-data; boundary=edge").body(Full::new(form())).unwrap()
+        }
         _ => request.header("content-type", "application/json").body(Full::new(body.to_string().into())).unwrap(),
     }
 }
@@ -61,9 +65,13 @@ fn request(address: SocketAddr, surface: &Surface, body: &Value) -> Request<Full
 /// A body without what differs from answer to answer: ids and times.
 fn lasting(answer: &Answer) -> String {
     let kind = answer.header("content-type");
-    let parse = |text: &str| serde_json::from_str::<Value>(text).map_or_else(|_| text.to_owned(), |value| clean(value).to_string());
+    let parse = |text: &str| {
+        serde_json::from_str::<Value>(text).map_or_else(|_| text.to_owned(), |value| clean(value).to_string())
+    };
     match () {
-        () if kind.starts_with("text/event-stream") => events(&answer.body).iter().map(|data| parse(data) + "\n").collect(),
+        () if kind.starts_with("text/event-stream") => {
+            events(&answer.body).iter().map(|data| parse(data) + "\n").collect()
+        }
         () if kind.starts_with("application/json") => parse(&answer.text()),
         () => format!("{:?}", answer.body),
     }
@@ -72,9 +80,11 @@ fn lasting(answer: &Answer) -> String {
 fn clean(value: Value) -> Value {
     let passing = ["id", "item_id", "created", "created_at", "completed_at", "response_id", "request_id"];
     match value {
-        Value::Object(fields) => {
-            fields.into_iter().filter(|(name, _)| !passing.contains(&name.as_str())).map(|(name, value)| (name, clean(value))).collect()
-        }
+        Value::Object(fields) => fields
+            .into_iter()
+            .filter(|(name, _)| !passing.contains(&name.as_str()))
+            .map(|(name, value)| (name, clean(value)))
+            .collect(),
         Value::Array(values) => values.into_iter().map(clean).collect(),
         other => other,
     }
@@ -129,6 +139,27 @@ async fn every_endpoint_answers_through_the_gateway_as_it_does_directly() {
 }
 
 #[tokio::test]
+async fn every_endpoint_is_counted_once_under_its_own_name() {
+    let rig = Rig::new("").await;
+    for surface in TABLE {
+        let Some(body) = body(surface) else { continue };
+        assert_eq!(
+            Client::h1().send(request(rig.gateway.address, surface, &body)).await.status,
+            200,
+            "{}",
+            surface.path
+        );
+        let name = format!(r#"infergate_requests_total{{surface="{}",outcome="ok"}}"#, surface.path);
+        let counted = || async { rig.gateway.metric(&name).await == 1.0 };
+        eventually(&name, PATIENCE, counted).await;
+    }
+    Client::h1().get(rig.gateway.address, "/nobody").await;
+    let unknown = r#"infergate_requests_total{surface="unknown",outcome="refused"}"#;
+    eventually(unknown, PATIENCE, || async { rig.gateway.metric(unknown).await == 1.0 }).await;
+    assert_eq!(rig.gateway.metric(r#"infergate_refusals_total{code="not_found"}"#).await, 1.0);
+}
+
+#[tokio::test]
 async fn every_stream_passes_as_it_comes() {
     let rig = Rig::new("").await;
     let streams = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/generate_stream"];
@@ -156,7 +187,10 @@ async fn a_form_reaches_the_upstream_byte_for_byte() {
         let answer = client.send(request(rig.gateway.address, surface, &Value::Null)).await;
         assert_eq!((answer.status, answer.header("x-infergate-model")), (200, "m"));
         let seen = rig.vllm.seen().pop().unwrap();
-        assert_eq!((seen.body_bytes, &seen.headers["content-type"]), (form().len(), &"multipart/form-data; boundary=edge".parse().unwrap()));
+        assert_eq!(
+            (seen.body_bytes, &seen.headers["content-type"]),
+            (form().len(), &"multipart/form-data; boundary=edge".parse().unwrap())
+        );
         assert!(form().starts_with(&seen.body));
     }
 }
@@ -165,7 +199,8 @@ async fn a_form_reaches_the_upstream_byte_for_byte() {
 async fn what_needs_no_upstream_is_answered_here() {
     let rig = Rig::new("").await;
     for client in Client::both() {
-        for (path, key) in [("/health", "status"), ("/ping", "status"), ("/version", "version"), ("/v1/models", "data")] {
+        for (path, key) in [("/health", "status"), ("/ping", "status"), ("/version", "version"), ("/v1/models", "data")]
+        {
             let answer = client.get(rig.gateway.address, path).await;
             assert_eq!((answer.status, answer.json()[key].is_null()), (200, false), "{path}");
             assert!(!answer.header("x-request-id").is_empty(), "{path}");
@@ -187,7 +222,10 @@ async fn the_list_of_models_says_what_each_is_and_where_it_lives() {
     assert_eq!(list["object"], "list");
     assert_eq!(list["data"].as_array().unwrap().len(), 2, "a pattern is no name: {list}");
     let big = &list["data"][0];
-    assert_eq!((&big["id"], &big["object"], &big["description"]), (&json!("big"), &json!("model"), &json!("Slow but wise")));
+    assert_eq!(
+        (&big["id"], &big["object"], &big["description"]),
+        (&json!("big"), &json!("model"), &json!("Slow but wise"))
+    );
     assert!(big["created"].is_u64() && big["owned_by"].is_string());
     assert_eq!((&big["pools"], &big["providers"]), (&json!(["p", "q"]), &json!(["openai", "vllm"])));
     assert_eq!((&list["data"][1]["id"], &list["data"][1]["alias_of"]), (&json!("gpt-4o"), &json!("big")));
@@ -206,7 +244,11 @@ async fn what_nobody_serves_gets_404_in_the_callers_dialect() {
         let answer = client.post(gateway.address, "/v1/chat/completions", r#"{"model":"nope","messages":[]}"#).await;
         assert_eq!((answer.status, answer.code().as_str()), (404, "model_not_found"));
         assert_eq!(answer.json()["error"]["param"], "model");
-        for (path, body) in [("/v1/messages", r#"{"model":"nope"}"#), ("/v1/messages/batches", "{}"), ("/v1/messages/count_tokens", r#"{"model":"no"}"#)] {
+        for (path, body) in [
+            ("/v1/messages", r#"{"model":"nope"}"#),
+            ("/v1/messages/batches", "{}"),
+            ("/v1/messages/count_tokens", r#"{"model":"no"}"#),
+        ] {
             let answer = client.post(gateway.address, path, body).await;
             let told = answer.json();
             assert_eq!((answer.status, &told["type"]), (404, &json!("error")), "{path}: {told}");
@@ -231,7 +273,12 @@ async fn another_method_gets_405_with_the_one_that_is_taken() {
                 let uri = format!("http://{}{}", gateway.address, surface.path);
                 let request = Request::builder().method(method.clone()).uri(uri).body(Full::default()).unwrap();
                 let answer = client.send(request).await;
-                assert_eq!((answer.status, answer.header("allow")), (405, surface.method.as_str()), "{method} {}", surface.path);
+                assert_eq!(
+                    (answer.status, answer.header("allow")),
+                    (405, surface.method.as_str()),
+                    "{method} {}",
+                    surface.path
+                );
                 assert_eq!(answer.header("x-should-retry"), "false");
             }
         }
@@ -246,7 +293,9 @@ async fn prefixes_are_taken_off_only_where_the_policy_says() {
             assert_eq!(client.post(rig.gateway.address, path, chat(false, 1)).await.status, 200, "{path}");
             assert_eq!(rig.vllm.seen().pop().unwrap().path, "/v1/chat/completions");
         }
-        for path in ["/llm/v1/chat/completions", "/openaiv1/chat/completions", "/openai/openai/v1/chat/completions", "/openai"] {
+        for path in
+            ["/llm/v1/chat/completions", "/openaiv1/chat/completions", "/openai/openai/v1/chat/completions", "/openai"]
+        {
             assert_eq!(client.post(rig.gateway.address, path, chat(false, 1)).await.status, 404, "{path}");
         }
         assert_eq!(client.get(rig.gateway.address, "/openai/v1/models").await.status, 200);
@@ -265,7 +314,9 @@ async fn a_sane_request_id_is_kept_and_any_other_replaced() {
     let rig = Rig::new("").await;
     for client in Client::both() {
         for (id, kept) in [("req_1-a.B:2", true), ("with space", false), ("\"quoted\"", false), ("", false)] {
-            let answer = client.post_with(rig.gateway.address, "/v1/chat/completions", &[("x-request-id", id)], chat(false, 1)).await;
+            let answer = client
+                .post_with(rig.gateway.address, "/v1/chat/completions", &[("x-request-id", id)], chat(false, 1))
+                .await;
             let got = answer.header("x-request-id");
             assert_eq!(got == id, kept, "{id} became {got}");
             assert!(!got.is_empty() && got.bytes().all(|byte| byte.is_ascii_graphic()));
@@ -274,7 +325,9 @@ async fn a_sane_request_id_is_kept_and_any_other_replaced() {
             assert_eq!((refused.status, refused.header("x-request-id") == id), (400, kept), "{id}");
         }
         let long = "x".repeat(200);
-        let answer = client.post_with(rig.gateway.address, "/v1/chat/completions", &[("x-request-id", &long)], chat(false, 1)).await;
+        let answer = client
+            .post_with(rig.gateway.address, "/v1/chat/completions", &[("x-request-id", &long)], chat(false, 1))
+            .await;
         assert!(answer.header("x-request-id").len() <= 128);
     }
 }
@@ -284,7 +337,9 @@ async fn the_upstreams_own_request_id_is_kept_beside_ours() {
     let options = Options { models: vec!["m".to_owned()], engine: Engine::Openai, ..Options::default() };
     let server = Simulated::start(options).await.unwrap();
     let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
-    let answer = Client::h1().post_with(gateway.address, "/v1/chat/completions", &[("x-request-id", "mine")], chat(false, 1)).await;
+    let answer = Client::h1()
+        .post_with(gateway.address, "/v1/chat/completions", &[("x-request-id", "mine")], chat(false, 1))
+        .await;
     assert_eq!(answer.header("x-request-id"), "mine");
     assert!(answer.header("x-upstream-request-id").starts_with("req_"));
 }
@@ -301,7 +356,10 @@ async fn an_answer_tells_who_gave_it_and_what_took_how_long() {
             let stages: Vec<&str> = timing.split(", ").map(|stage| stage.split_once(";dur=").unwrap().0).collect();
             assert_eq!(stages, ["body", "admit", "queue", "upstream", "relay"], "{timing}");
             let numbers = timing.split(", ").map(|stage| stage.split_once(";dur=").unwrap().1);
-            assert!(numbers.map(|number| number.parse::<f64>().unwrap()).all(|ms| (0.0..5_000.0).contains(&ms)), "{timing}");
+            assert!(
+                numbers.map(|number| number.parse::<f64>().unwrap()).all(|ms| (0.0..5_000.0).contains(&ms)),
+                "{timing}"
+            );
         }
     }
 }
@@ -327,7 +385,10 @@ async fn an_sdk_is_told_whether_and_when_to_retry() {
         assert_eq!((answer.status, answer.header("retry-after")), (429, "1"));
         // The upstream said when it wants to be asked again; until then nobody is there.
         let answer = client.post(gateway.address, "/v1/chat/completions", chat(false, 1)).await;
-        assert_eq!((answer.status, answer.header("x-should-retry"), answer.code().as_str()), (503, "true", "no_upstream"));
+        assert_eq!(
+            (answer.status, answer.header("x-should-retry"), answer.code().as_str()),
+            (503, "true", "no_upstream")
+        );
         assert_eq!(answer.header("retry-after"), "1");
         assert_eq!(answer.header("x-infergate-attempts"), "0");
         eventually("the pause is over", PATIENCE, || async {
@@ -429,7 +490,8 @@ impl Socket {
 #[tokio::test]
 async fn a_websocket_is_carried_both_ways() {
     let rig = Rig::new("").await;
-    let (head, mut socket) = Socket::open(rig.gateway.address, "/v1/realtime?model=m", "Sec-WebSocket-Protocol: realtime\r\n").await;
+    let (head, mut socket) =
+        Socket::open(rig.gateway.address, "/v1/realtime?model=m", "Sec-WebSocket-Protocol: realtime\r\n").await;
     let lower = head.to_ascii_lowercase();
     assert!(lower.starts_with("http/1.1 101"), "{head}");
     // The answer to the key in RFC 6455, 1.3.
@@ -470,10 +532,13 @@ async fn the_upstream_sees_the_end_of_a_websocket() {
 async fn a_websocket_keeps_its_credentials_here_and_gets_ours() {
     let options = Options { models: vec!["m".to_owned()], key: Some("ours".to_owned()), ..Options::default() };
     let server = Simulated::start(options).await.unwrap();
-    let text = policy(&[&format!("{}\n        key: {{env: UPSTREAM_KEY}}", server.url())], "health: {enabled: false}\n");
+    let text =
+        policy(&[&format!("{}\n        key: {{env: UPSTREAM_KEY}}", server.url())], "health: {enabled: false}\n");
     let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &[("UPSTREAM_KEY", "ours")]);
     gateway.ready().await;
-    let (head, _socket) = Socket::open(gateway.address, "/v1/realtime?model=m", "Authorization: Bearer theirs\r\nCookie: theirs\r\n").await;
+    let (head, _socket) =
+        Socket::open(gateway.address, "/v1/realtime?model=m", "Authorization: Bearer theirs\r\nCookie: theirs\r\n")
+            .await;
     assert!(head.starts_with("HTTP/1.1 101"), "{head}");
     let seen = server.seen().pop().unwrap();
     assert_eq!((&seen.headers["authorization"], seen.headers.get("cookie")), (&"Bearer ours".parse().unwrap(), None));

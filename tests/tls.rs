@@ -11,9 +11,9 @@ use http::Request;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::client::Resumption;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -121,17 +121,27 @@ async fn connect(address: SocketAddr, name: &str, config: &Arc<ClientConfig>) ->
 }
 
 /// Asks for `path` over a connection that stands; the status and the body.
-async fn ask(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, http2: bool, stream_answer: bool) -> Result<(u16, Bytes), String> {
+async fn ask(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    http2: bool,
+    stream_answer: bool,
+) -> Result<(u16, Bytes), String> {
     let told = |error: hyper::Error| format!("{error:?}");
-    let request = Request::post("http://a.test/v1/chat/completions").header("host", "a.test").header("content-type", "application/json");
+    let request = Request::post("http://a.test/v1/chat/completions")
+        .header("host", "a.test")
+        .header("content-type", "application/json");
     let request = request.body(Full::new(Bytes::from(chat(stream_answer, 3)))).unwrap();
     let asking = async {
         let answer = if http2 {
-            let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(told)?;
+            let (mut sender, connection) =
+                hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                    .await
+                    .map_err(told)?;
             tokio::spawn(connection);
             sender.send_request(request).await.map_err(told)?
         } else {
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(told)?;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(told)?;
             tokio::spawn(connection);
             sender.send_request(request).await.map_err(told)?
         };
@@ -176,7 +186,8 @@ async fn a_listener_shows_the_certificate_that_fits_the_name() {
 async fn http2_is_spoken_where_the_client_offers_it() {
     let (server, authority) = (model_server().await, Authority::new("ours"));
     let gateway = gateway(&server, &format!("certificates: [{}]", authority.issue("a.test").yaml())).await;
-    let offers: [(&[&str], Option<&[u8]>); 3] = [(&["h2", "http/1.1"], Some(b"h2")), (&["http/1.1"], Some(b"http/1.1")), (&[], None)];
+    let offers: [(&[&str], Option<&[u8]>); 3] =
+        [(&["h2", "http/1.1"], Some(b"h2")), (&["http/1.1"], Some(b"http/1.1")), (&[], None)];
     for (offered, chosen) in offers {
         let stream = connect(gateway.address, "a.test", &client(&authority, None, offered)).await.unwrap();
         assert_eq!(stream.get_ref().1.alpn_protocol(), chosen);
@@ -188,7 +199,11 @@ async fn http2_is_spoken_where_the_client_offers_it() {
 #[tokio::test]
 async fn a_client_without_the_right_certificate_is_refused_where_one_is_required() {
     let (server, authority, stranger) = (model_server().await, Authority::new("ours"), Authority::new("theirs"));
-    let tls = format!("certificates: [{}], client_ca: {}, require_client_certificate: true", authority.issue("a.test").yaml(), authority.file().display());
+    let tls = format!(
+        "certificates: [{}], client_ca: {}, require_client_certificate: true",
+        authority.issue("a.test").yaml(),
+        authority.file().display()
+    );
     let gateway = gateway(&server, &tls).await;
     let (good, wrong) = (authority.issue("app.test"), stranger.issue("app.test"));
     let seen = || server.seen().iter().filter(|seen| seen.method == "POST").count();
@@ -202,7 +217,8 @@ async fn a_client_without_the_right_certificate_is_refused_where_one_is_required
 #[tokio::test]
 async fn a_client_certificate_can_be_optional_but_never_wrong() {
     let (server, authority, stranger) = (model_server().await, Authority::new("ours"), Authority::new("theirs"));
-    let tls = format!("certificates: [{}], client_ca: {}", authority.issue("a.test").yaml(), authority.file().display());
+    let tls =
+        format!("certificates: [{}], client_ca: {}", authority.issue("a.test").yaml(), authority.file().display());
     let gateway = gateway(&server, &tls).await;
     let (good, wrong) = (authority.issue("app.test"), stranger.issue("app.test"));
     assert_eq!(visit(gateway.address, "a.test", &client(&authority, None, &[])).await, Ok(200));
@@ -266,7 +282,16 @@ async fn a_listener_with_broken_files_does_not_start() {
         let directory = tempfile::tempdir().unwrap();
         let settings = directory.path().join("settings.yaml");
         std::fs::write(&settings, format!("listeners: [{{tls: {{certificates: [{}]}}}}]\n", files.yaml())).unwrap();
-        let arguments = ["--settings", settings.to_str().unwrap(), "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--upstream", "http://127.0.0.1:1"];
+        let arguments = [
+            "--settings",
+            settings.to_str().unwrap(),
+            "--listen",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+            "--upstream",
+            "http://127.0.0.1:1",
+        ];
         let (code, _, told) = Process::run(&arguments);
         assert_eq!(code, Some(1), "{told}");
         assert!(told.contains(expected), "{told}");
@@ -281,7 +306,8 @@ async fn terminate(server: &Simulated, files: &Files, alpn: &[&str]) -> u16 {
     let mut config = config.with_no_client_auth().with_single_cert(files.chain(), files.key()).unwrap();
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (port, behind, acceptor) = (listener.local_addr().unwrap().port(), server.address(), TlsAcceptor::from(Arc::new(config)));
+    let (port, behind, acceptor) =
+        (listener.local_addr().unwrap().port(), server.address(), TlsAcceptor::from(Arc::new(config)));
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
@@ -299,7 +325,12 @@ async fn terminate(server: &Simulated, files: &Files, alpn: &[&str]) -> u16 {
 
 async fn behind_tls(url: &str, extra: &str, ca: Option<&Path>) -> Gateway {
     let settings = ca.map_or("threads: 2\n".to_owned(), |ca| format!("threads: 2\nca_file: {}\n", ca.display()));
-    Gateway::with(&policy(&[&format!("{url}{extra}")], "health: {enabled: false}\nretry: {attempts: 4, backoff_ms: 0}\n"), &settings, &[]).await
+    Gateway::with(
+        &policy(&[&format!("{url}{extra}")], "health: {enabled: false}\nretry: {attempts: 4, backoff_ms: 0}\n"),
+        &settings,
+        &[],
+    )
+    .await
 }
 
 #[tokio::test]
@@ -331,7 +362,11 @@ async fn an_upstream_with_a_private_authority_is_spoken_to_in_what_it_negotiates
 #[tokio::test]
 async fn an_upstream_that_cannot_prove_who_it_is_gets_nothing() {
     let (server, authority, stranger) = (model_server().await, Authority::new("private"), Authority::new("stranger"));
-    for (files, ca) in [(stranger.issue("localhost"), Some(authority.file())), (authority.issue("other.test"), Some(authority.file())), (authority.issue("localhost"), None)] {
+    for (files, ca) in [
+        (stranger.issue("localhost"), Some(authority.file())),
+        (authority.issue("other.test"), Some(authority.file())),
+        (authority.issue("localhost"), None),
+    ] {
         let port = terminate(&server, &files, &["h2", "http/1.1"]).await;
         let gateway = behind_tls(&format!("https://localhost:{port}"), "", ca.as_deref()).await;
         let answer = Client::h1().post(gateway.address, "/v1/chat/completions", chat(false, 1)).await;
@@ -364,8 +399,19 @@ async fn clients_and_operators_can_come_by_a_unix_socket() {
     let at = |name: &str| directory.path().join(name);
     std::fs::write(at("policy.yaml"), policy(&[&server.url()], "")).unwrap();
     std::fs::write(at("settings.yaml"), "listeners: [{permissions: '600'}]\nthreads: 1\n").unwrap();
-    let (listen, admin) = (format!("unix:{}", at("clients.sock").display()), format!("unix:{}", at("admin.sock").display()));
-    let arguments = ["--policy", at("policy.yaml").to_str().unwrap(), "--settings", at("settings.yaml").to_str().unwrap(), "--listen", &listen, "--admin", &admin].map(str::to_owned);
+    let (listen, admin) =
+        (format!("unix:{}", at("clients.sock").display()), format!("unix:{}", at("admin.sock").display()));
+    let arguments = [
+        "--policy",
+        at("policy.yaml").to_str().unwrap(),
+        "--settings",
+        at("settings.yaml").to_str().unwrap(),
+        "--listen",
+        &listen,
+        "--admin",
+        &admin,
+    ]
+    .map(str::to_owned);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let process = Process::start(&arguments, &[]);
     eventually("it greets", SOON, || async { process.out().contains("--unix-socket") }).await;

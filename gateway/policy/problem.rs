@@ -295,7 +295,9 @@ pub fn nearest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Str
     let best = candidates.map(|candidate| (distance(text, candidate), candidate)).min();
     match best {
         // Two letters that changed places count as two, also in a short word.
-        Some((distance, candidate)) if distance <= (text.len() / 3).max(1 + usize::from(text.len() > 3)) => format!("; did you mean {candidate}?"),
+        Some((distance, candidate)) if distance <= (text.len() / 3).max(1 + usize::from(text.len() > 3)) => {
+            format!("; did you mean {candidate}?")
+        }
         _ => String::new(),
     }
 }

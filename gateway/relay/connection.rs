@@ -21,6 +21,9 @@ use pingora::upstreams::peer::HttpPeer;
 use crate::policy::file::Http2;
 use crate::pool::origin::{Address, Origin};
 
+/// The most of an answer that waits here, on an HTTP/2 connection, for a client that is slow to read.
+const STREAM_WINDOW: u32 = 256 << 10;
+
 /// An address that nobody listens on.
 const NOWHERE: std::net::SocketAddr = std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
@@ -67,6 +70,9 @@ impl Target {
             (Http2::Never, _) | (Http2::Tls, false) => ALPN::H1,
         };
         peer.options.max_h2_streams = 100;
+        // All streams together fit into their connection's window: one slow client cannot stop the others.
+        peer.options.h2_stream_window_size = Some(STREAM_WINDOW);
+        peer.options.h2_connection_window_size = Some(100 * STREAM_WINDOW);
         peer.options.h2_ping_interval = Some(Duration::from_secs(30));
         Self { peer, kept: Mutex::default() }
     }

@@ -57,7 +57,9 @@ async fn ask(client: Client, address: SocketAddr, stop: Arc<AtomicBool>) -> Tall
     while !stop.load(Ordering::Relaxed) {
         let stream = (tally.whole + tally.unconnected).is_multiple_of(2);
         match client.try_send(http::post(address, "/v1/chat/completions", &[], chat(stream, 4))).await {
-            Ok(answer) if answer.status == 200 && answer.whole && (!stream || answer.text().ends_with("data: [DONE]\n\n")) => {
+            Ok(answer)
+                if answer.status == 200 && answer.whole && (!stream || answer.text().ends_with("data: [DONE]\n\n")) =>
+            {
                 tally.whole += 1;
             }
             Ok(answer) => tally.lost.push(format!("{} {} {}", answer.status, answer.whole, answer.text())),

@@ -96,11 +96,6 @@ impl Wire {
         format!("http://{}", self.address)
     }
 
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     /// The POSTs so far.
     pub fn heard(&self) -> Vec<Heard> {
         self.log.heard.lock().clone()
