@@ -71,13 +71,18 @@ impl Logging {
         // What our libraries have to say is mostly the same at every start; their warnings are worth hearing.
         let levels = match self.log.contains('=') || self.log.contains(',') {
             true => self.log.clone(),
-            false => format!("{},{},hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn", self.log, crate::relay::LOG_LEVELS),
+            false => format!(
+                "{},{},hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn",
+                self.log,
+                crate::relay::LOG_LEVELS
+            ),
         };
         let filter = tracing_subscriber::EnvFilter::try_new(&levels)
             .map_err(|error| format!("--log {}: {error}; try --log info", self.log))?;
         let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         let json = self.log_json || !std::io::stderr().is_terminal();
-        let started = if json { builder.json().flatten_event(true).try_init() } else { builder.with_target(false).try_init() };
+        let started =
+            if json { builder.json().flatten_event(true).try_init() } else { builder.with_target(false).try_init() };
         started.map_err(|error| format!("the log cannot be started: {error}"))
     }
 }

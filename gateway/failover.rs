@@ -11,9 +11,9 @@ use infergate_plugins::provider::Reason;
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::local;
-use crate::pipeline::{Planned, Stop, waiting};
-use crate::policy::{Route, Stage};
+use crate::pipeline::{Planned, Stop, drain, waiting};
 use crate::policy::file::Cause;
+use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
 use crate::pool::{Picked, Pool, Upstream};
@@ -71,7 +71,8 @@ pub async fn ask<'a>(
                 let cause = miss.cause;
                 let spent = exchange.attempts >= planned.attempts_max();
                 last = Some(miss.refusal);
-                stage = if spent { None } else { stages.find(|next| cause.is_some_and(|cause| next.on.contains(&cause))) };
+                stage =
+                    if spent { None } else { stages.find(|next| cause.is_some_and(|cause| next.on.contains(&cause))) };
             }
         }
     }
@@ -117,6 +118,8 @@ async fn ask_stage<'a>(
         exchange.attempts += 1;
         match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
             Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
+            // What is drained for a client that has left is not tried again.
+            Err(_) if downstream.is_mute() => return Err(Stop::Gone),
             Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
             Err(_) => {}
         }
@@ -202,6 +205,7 @@ async fn attempt(
     let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
     let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
+    waits.drain = drain(exchange);
     let asked = match order {
         Ok(order) => relay::ask(&house.connections, target, &order, &mut waits).await,
         Err(failure) => Err(failure),
@@ -217,7 +221,9 @@ async fn attempt(
     if answer.stale {
         picked.upstream.attempts.stale.inc();
     }
-    let looks = rest.iter().any(|next| [Cause::ContextLength, Cause::ContentFilter].iter().any(|cause| next.on.contains(cause)));
+    let looks = rest
+        .iter()
+        .any(|next| [Cause::ContextLength, Cause::ContentFilter].iter().any(|cause| next.on.contains(cause)));
     if looks && answer.head.status.is_client_error() {
         answer.read_reason(&mut waits).await;
     }
@@ -435,7 +441,8 @@ pub async fn tunnel(
         let path = format!("{}{}", picked.upstream.path, planned.identified.path);
         let head = request_head(exchange, planned, picked.upstream, &client, &path, None);
         let mut waits = waiting(downstream, exchange, planned);
-        let opened = relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
+        let opened =
+            relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
         match opened {
             Ok(Tunnelled::Closed) => {
                 picked.endpoint.breaker.success(&pool.breaker, Instant::now());
@@ -450,7 +457,10 @@ pub async fn tunnel(
             }
             Err(failure) => {
                 let miss = failed(planned, stage, &picked, failure)?;
-                if miss.cause != Some(Cause::Connect) || !may_retry(exchange, planned, pool, miss.cause) || !granted(pool) {
+                if miss.cause != Some(Cause::Connect)
+                    || !may_retry(exchange, planned, pool, miss.cause)
+                    || !granted(pool)
+                {
                     return Err(miss.refusal.into());
                 }
             }

@@ -36,8 +36,12 @@ pub async fn answer(
 fn models(policy: &Policy) -> Value {
     let entry = |name: &str, route: &Route| {
         let stages: Vec<&str> = route.stages.iter().map(|stage| stage.pool.name.as_str()).collect();
-        let providers: Vec<&str> =
-            route.stages.iter().flat_map(|stage| &stage.pool.upstreams).map(|upstream| upstream.provider.kind()).collect();
+        let providers: Vec<&str> = route
+            .stages
+            .iter()
+            .flat_map(|stage| &stage.pool.upstreams)
+            .map(|upstream| upstream.provider.kind())
+            .collect();
         json!({
             "id": name, "object": "model", "created": 0, "owned_by": "infergate",
             "description": route.model.description,

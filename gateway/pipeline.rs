@@ -17,7 +17,7 @@ use crate::failover::{self, Asked};
 use crate::house::House;
 use crate::local;
 use crate::policy::Route;
-use crate::policy::file::Priority;
+use crate::policy::file::{OnDisconnect, Priority};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Waiting, headers};
 use crate::scan::{self, Scan};
@@ -239,7 +239,8 @@ fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result
     match surface.body {
         Body::Json => scan::json(body).map_err(invalid),
         Body::Multipart => {
-            let content_type = downstream.head().headers.get(CONTENT_TYPE).map_or(b"".as_slice(), HeaderValue::as_bytes);
+            let content_type =
+                downstream.head().headers.get(CONTENT_TYPE).map_or(b"".as_slice(), HeaderValue::as_bytes);
             scan::multipart(body, content_type).map_err(invalid)
         }
         Body::None | Body::Opaque => Ok(Scan::default()),
@@ -278,13 +279,11 @@ async fn relay(
     planned: Planned,
     asked: Asked<'_>,
 ) -> Result<(), Stop> {
-    let requests = &exchange.policy.requests;
     let pace = Pace {
         between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
         total: planned.total,
         heartbeat: heartbeat(exchange),
-        on_disconnect: requests.on_disconnect,
-        drain: Duration::from_millis(requests.drain_ms),
+        drain: drain(exchange),
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
@@ -333,13 +332,16 @@ pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
 }
 
 /// Waits for an upstream while minding the client; a stream's client gets signs of life.
-pub fn waiting<'a>(
-    downstream: &'a mut Downstream,
-    exchange: &'a Exchange,
-    planned: &Planned,
-) -> Waiting<'a> {
-    let beats = if planned.streaming { heartbeat(exchange) } else { None };
-    Waiting::new(downstream, planned.total, beats, &exchange.id, Instant::now())
+pub fn waiting<'a>(downstream: &'a mut Downstream, exchange: &'a Exchange, planned: &Planned) -> Waiting<'a> {
+    let mut waiting = Waiting::new(downstream, planned.total, &exchange.id, Instant::now());
+    waiting.heartbeat = if planned.streaming { heartbeat(exchange) } else { None };
+    waiting
+}
+
+/// How long an upstream may go on when its client has left; `None`: not at all.
+pub fn drain(exchange: &Exchange) -> Option<Duration> {
+    let requests = &exchange.policy.requests;
+    (requests.on_disconnect == OnDisconnect::Drain).then(|| Duration::from_millis(requests.drain_ms))
 }
 
 /// Says no, in the caller's dialect: as a whole answer, or as the last event of a stream that has begun.

@@ -107,7 +107,12 @@ pub struct World<'a> {
 
 impl<'a> World<'a> {
     /// The world of a running gateway.
-    pub fn new(env: &'a dyn Fn(&str) -> Option<String>, state: &'a State, telemetry: &'a Telemetry, settings: &'a Settings) -> Self {
+    pub fn new(
+        env: &'a dyn Fn(&str) -> Option<String>,
+        state: &'a State,
+        telemetry: &'a Telemetry,
+        settings: &'a Settings,
+    ) -> Self {
         Self { env, state, telemetry, zone: settings.zone.as_deref(), now: Instant::now(), secret_files: true }
     }
 }
@@ -406,7 +411,8 @@ impl<'a> Compiler<'a> {
         for (n, name) in names.iter().enumerate() {
             match Method::from_bytes(name.as_bytes()) {
                 Ok(method) if method != Method::CONNECT => methods.push(method),
-                _ => self.wrong(&format!("{path}.methods[{n}]"), format!("{name} is no method that can be passed through")),
+                _ => self
+                    .wrong(&format!("{path}.methods[{n}]"), format!("{name} is no method that can be passed through")),
             }
         }
         let pool = self.find_pool(&format!("{path}.pool"), &entry.pool, pools)?;
@@ -531,7 +537,10 @@ mod tests {
         let (state, telemetry) = (State::new(0), Telemetry::new());
         let env = |name: &str| (name == "KEY").then(|| "canary".to_owned());
         let now = Instant::now();
-        compile(text, &World { env: &env, state: &state, telemetry: &telemetry, zone: Some("a"), now, secret_files: true })
+        compile(
+            text,
+            &World { env: &env, state: &state, telemetry: &telemetry, zone: Some("a"), now, secret_files: true },
+        )
     }
 
     fn problems(text: &str) -> Vec<String> {
@@ -542,7 +551,9 @@ mod tests {
 
     #[test]
     fn the_longest_pattern_wins_and_a_name_beats_every_pattern() {
-        let text = format!("{POOLS}models:\n  - {{name: '*', pool: slow}}\n  - {{name: 'gpt-*', pool: fast}}\n  - {{name: gpt-4, pool: slow, aliases: [four]}}\n");
+        let text = format!(
+            "{POOLS}models:\n  - {{name: '*', pool: slow}}\n  - {{name: 'gpt-*', pool: fast}}\n  - {{name: gpt-4, pool: slow, aliases: [four]}}\n"
+        );
         let policy = compiled(&text).unwrap();
         let pool = |name: &str| policy.route(Some(name)).unwrap().stages[0].pool.name.clone();
         assert_eq!([pool("gpt-5"), pool("gpt-4"), pool("four"), pool("else")], ["fast", "slow", "slow", "slow"]);
@@ -564,7 +575,11 @@ mod tests {
             "{POOLS}default_model: b\nmodels:\n  - name: a\n    pool: fats\n  - name: c\n    pool: fast\n    priority: urgent\n    fallbacks: [{{pool: nowhere}}]\n  - {{name: c, pool: slow}}\n"
         );
         let told = problems(&text);
-        assert!(told.iter().any(|t| t.starts_with("policy.yaml:8:5: models[0].pool: no pool is named fats; did you mean fast?")), "{told:#?}");
+        assert!(
+            told.iter()
+                .any(|t| t.starts_with("policy.yaml:8:5: models[0].pool: no pool is named fats; did you mean fast?")),
+            "{told:#?}"
+        );
         assert!(told.iter().any(|t| t.contains("fallbacks[0].pool: no pool is named nowhere")), "{told:#?}");
         assert!(told.iter().any(|t| t.contains("default_model: no model is named b")), "{told:#?}");
     }
@@ -586,7 +601,14 @@ mod tests {
         let (state, telemetry) = (State::new(0), Telemetry::new());
         let hash = |secret: &'static str| {
             let env = move |_: &str| Some(secret.to_owned());
-            let world = World { env: &env, state: &state, telemetry: &telemetry, zone: None, now: Instant::now(), secret_files: true };
+            let world = World {
+                env: &env,
+                state: &state,
+                telemetry: &telemetry,
+                zone: None,
+                now: Instant::now(),
+                secret_files: true,
+            };
             compile(text, &world).unwrap().hash
         };
         assert_eq!(hash("a"), hash("a"));

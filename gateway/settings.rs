@@ -156,8 +156,9 @@ impl Settings {
     /// Reads the file at `path`, or says all that is wrong with it.
     pub fn load(path: &Path) -> Result<Self, Problems> {
         let one = |problem| Problems(vec![problem]);
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| one(Problem { place: None, path: String::new(), message: format!("cannot be read: {error}") }))?;
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            one(Problem { place: None, path: String::new(), message: format!("cannot be read: {error}") })
+        })?;
         Self::parse(&text)
     }
 

@@ -18,8 +18,7 @@ use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
 /// Seconds, from a millisecond to the longest answers.
-const BUCKETS: [f64; 15] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0];
+const BUCKETS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
@@ -201,7 +200,9 @@ impl Telemetry {
             first_tokens: std::array::from_fn(|row| {
                 first_tokens.get_or_create(&SurfaceLabels { surface: surface_name(row) }).clone()
             }),
-            refusals: std::array::from_fn(|code| refusals.get_or_create(&CodeLabels { code: CODES[code].name() }).clone()),
+            refusals: std::array::from_fn(|code| {
+                refusals.get_or_create(&CodeLabels { code: CODES[code].name() }).clone()
+            }),
             attempts: Family::default(),
             retries_refused: Family::default(),
             pool_in_flight: Family::default(),

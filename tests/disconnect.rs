@@ -64,8 +64,7 @@ async fn a_client_that_leaves_before_the_first_token_stops_the_upstream_on_every
         check_soon(&times);
         assert!(gateway.metric("infergate_requests_in_flight").await == 0.0);
         assert!(
-            server.seen().last().unwrap().http2 == !upstream.is_empty()
-                || server.seen().last().unwrap().method == "GET"
+            server.seen().last().unwrap().http2 != upstream.is_empty() || server.seen().last().unwrap().method == "GET"
         );
     }
 }
@@ -263,6 +262,22 @@ async fn with_drain_the_answer_is_read_to_its_end_without_its_client() {
         gateway.metric("infergate_requests_total{surface=\"/v1/chat/completions\",outcome=\"client_closed\"}").await
             >= 4.0
     );
+}
+
+#[tokio::test]
+async fn with_drain_an_answer_that_has_not_begun_is_waited_for_too() {
+    let server = every_surface().await;
+    let top = "requests: {on_disconnect: drain}\n";
+    let gateway = Gateway::start(&policy_for_every_surface(&server.url(), "", "", top)).await;
+    for stream in [true, false] {
+        let id = format!("early-{stream}");
+        let client = Client::h1();
+        let answer = client.begin(request(&gateway, CHAT, stream, &id, "slow-first=400"));
+        let left = tokio::time::timeout(Duration::from_millis(100), answer).await;
+        assert!(left.is_err(), "it has not begun");
+        eventually(&id, Duration::from_secs(10), || async { outcome(&server, &id) == Some(Outcome::Completed) }).await;
+    }
+    eventually("all is settled", SOON, || async { gateway.metric("infergate_requests_in_flight").await == 0.0 }).await;
 }
 
 #[tokio::test]

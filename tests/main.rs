@@ -9,6 +9,7 @@ mod failure;
 mod fuzz;
 mod lifecycle;
 mod overload;
+mod readme;
 mod reload;
 mod routing;
 mod simulate;

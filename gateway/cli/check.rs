@@ -42,7 +42,9 @@ impl Check {
             let name = file.display().to_string();
             let found = match self.kind {
                 Kind::Policy => self.policy(file),
-                Kind::Settings => Settings::load(file).map(|settings| format!("{} listeners", settings.listeners.len())),
+                Kind::Settings => {
+                    Settings::load(file).map(|settings| format!("{} listeners", settings.listeners.len()))
+                }
             };
             match found {
                 Ok(summary) if self.json => println!("{}", json!({"file": name, "ok": true, "summary": summary})),
@@ -71,7 +73,12 @@ impl Check {
         };
         let policy = load(file, &world)?;
         let upstreams: usize = policy.pools.values().map(|pool| pool.upstreams.len()).sum();
-        Ok(format!("{} models, {} pools, {upstreams} upstreams, hash {}", policy.listed().len(), policy.pools.len(), &policy.hash[..12]))
+        Ok(format!(
+            "{} models, {} pools, {upstreams} upstreams, hash {}",
+            policy.listed().len(),
+            policy.pools.len(),
+            &policy.hash[..12]
+        ))
     }
 
     fn tell(&self, name: &str, problems: &Problems) {

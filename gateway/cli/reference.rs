@@ -24,7 +24,6 @@ pub(super) struct Reference {
 const BEGIN: &str = "<!-- reference -->\n";
 const END: &str = "<!-- /reference -->";
 
-
 impl Reference {
     pub(super) fn run(self) -> Result<ExitCode, String> {
         let schema = if self.settings { schemars::schema_for!(Settings) } else { policy::schema() };
@@ -61,7 +60,11 @@ fn markdown(schema: &Value) -> String {
 }
 
 fn section(out: &mut String, name: &str, shape: &Value) {
-    let _ = writeln!(out, "#### {name}\n\n{}\n\n| key | value | what it means |\n|---|---|---|", flat(&shape["description"]));
+    let _ = writeln!(
+        out,
+        "#### {name}\n\n{}\n\n| key | value | what it means |\n|---|---|---|",
+        flat(&shape["description"])
+    );
     let required: Vec<&str> = shape["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     for (key, value) in shape["properties"].as_object().into_iter().flatten() {
         let need = if required.contains(&key.as_str()) { " **(required)**" } else { "" };
@@ -86,7 +89,9 @@ fn kind(value: &Value) -> String {
         return kind(shape);
     }
     let word = match &value["type"] {
-        Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null").unwrap_or("any").to_owned(),
+        Value::Array(kinds) => {
+            kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null").unwrap_or("any").to_owned()
+        }
         other => other.as_str().unwrap_or("any").to_owned(),
     };
     match word.as_str() {

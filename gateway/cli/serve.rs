@@ -88,7 +88,9 @@ impl Serve {
 
     fn settings(&self) -> Result<Settings, String> {
         let mut settings = match &self.settings {
-            Some(path) => Settings::load(path).map_err(|problems| problems.lines(&path.display().to_string()).join("\n"))?,
+            Some(path) => {
+                Settings::load(path).map_err(|problems| problems.lines(&path.display().to_string()).join("\n"))?
+            }
             None => Settings::default(),
         };
         if let Some(listen) = &self.listen {
@@ -134,7 +136,8 @@ impl Source {
             (Self::Demo(_), None) => {
                 let env = |name: &str| std::env::var(name).ok();
                 let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
-                let policy = compile(SHIPPED_POLICY, &world).map_err(|problems| problems.lines(SHIPPED_PATH).join("\n"))?;
+                let policy =
+                    compile(SHIPPED_POLICY, &world).map_err(|problems| problems.lines(SHIPPED_PATH).join("\n"))?;
                 reload::swap(house, policy);
                 Ok(())
             }
@@ -208,23 +211,29 @@ async fn listening(settings: &Settings) {
 fn greet(house: &House, source: &Source) {
     let policy = house.policy.get();
     let address = house.settings.listeners.first().map_or("", |listener| listener.address.as_str());
-    let scheme = if house.settings.listeners.first().is_some_and(|listener| listener.tls.is_some()) { "https" } else { "http" };
+    let scheme =
+        if house.settings.listeners.first().is_some_and(|listener| listener.tls.is_some()) { "https" } else { "http" };
     let (base, socket) = match address.strip_prefix("unix:") {
         Some(path) => ("http://localhost".to_owned(), format!("--unix-socket {path} ")),
         None => (format!("{scheme}://{}", address.replace("0.0.0.0", "127.0.0.1")), String::new()),
     };
-    let model = policy.listed().iter().map(|(name, _)| name.as_str()).find(|name| !name.contains('*')).unwrap_or("MODEL");
+    let model =
+        policy.listed().iter().map(|(name, _)| name.as_str()).find(|name| !name.contains('*')).unwrap_or("MODEL");
     println!("Infergate {} listens on {address}, admin on {}", env!("CARGO_PKG_VERSION"), house.settings.admin.address);
     println!("{} models, {} pools, policy {}", policy.listed().len(), policy.pools.len(), source.described());
     println!("\nTry it:\n  curl -N {socket}{base}/v1/chat/completions -H 'content-type: application/json' \\");
-    println!("    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello!\"}}]}}'\n");
+    println!(
+        "    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello!\"}}]}}'\n"
+    );
 }
 
 impl Source {
     fn described(&self) -> String {
         match self {
             Self::File(path) => format!("{} (reloads when saved)", path.display()),
-            Self::Demo(Some(path)) => format!("{} (reloads when saved), in front of an embedded model server on {DEMO}", path.display()),
+            Self::Demo(Some(path)) => {
+                format!("{} (reloads when saved), in front of an embedded model server on {DEMO}", path.display())
+            }
             Self::Demo(None) => format!("as shipped, in front of an embedded model server on {DEMO}"),
             Self::Upstreams(upstreams) => format!("made of what {} serve", upstreams.urls.join(", ")),
         }

@@ -20,9 +20,11 @@ impl Simulate {
     pub(super) fn run(self) -> Result<ExitCode, String> {
         self.logging.start()?;
         let listen = self.options.listen;
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())?;
         runtime.block_on(async {
-            let server = Simulated::start(self.options).await.map_err(|error| format!("cannot listen on {listen}: {error}"))?;
+            let server =
+                Simulated::start(self.options).await.map_err(|error| format!("cannot listen on {listen}: {error}"))?;
             println!("a simulated model server listens on {}", server.url());
             tokio::select! {
                 () = server.stopped() => {}

@@ -264,7 +264,8 @@ fn words(schema: &Value) -> Option<Vec<String>> {
 
 /// The first sentence of a key's description.
 fn sentence(schema: Option<&Value>) -> &str {
-    let text = schema.and_then(|schema| schema.get("description")).and_then(Value::as_str).unwrap_or("it must be given");
+    let text =
+        schema.and_then(|schema| schema.get("description")).and_then(Value::as_str).unwrap_or("it must be given");
     text.split_inclusive('.').next().unwrap_or(text)
 }
 
@@ -336,7 +337,10 @@ mod tests {
         assert!(told[1].starts_with("5:5: models[0].pool: must be text, but it is 7"), "{}", told[1]);
         assert!(told.iter().any(|t| t.starts_with("8:5: pools.p.upstreams: must have at least 1 entry")));
         assert!(told.iter().any(|t| t.starts_with("9:13: pools.p.retry.attempts: must be at least 1, but it is 0")));
-        assert!(told.iter().any(|t| t.contains("pools.p.retry.on[0]: conect is none of") && t.contains("did you mean connect?")));
+        assert!(
+            told.iter()
+                .any(|t| t.contains("pools.p.retry.on[0]: conect is none of") && t.contains("did you mean connect?"))
+        );
         assert!(told.iter().any(|t| t.starts_with("10:5: pools.p.slow_start_ms: must be a whole number")));
     }
 

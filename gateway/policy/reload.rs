@@ -167,7 +167,9 @@ mod tests {
     use crate::settings::Settings;
 
     fn write(path: &Path, pool: &str) {
-        let text = format!("version: 1\npools:\n  {pool}: {{upstreams: [{{url: 'http://127.0.0.1:1'}}]}}\nmodels: [{{name: m, pool: {pool}}}]\n");
+        let text = format!(
+            "version: 1\npools:\n  {pool}: {{upstreams: [{{url: 'http://127.0.0.1:1'}}]}}\nmodels: [{{name: m, pool: {pool}}}]\n"
+        );
         std::fs::write(path, text).unwrap();
     }
 

@@ -151,9 +151,8 @@ impl Breaker {
         let at = self.at(now).max(1);
         let was_failing = self.counts.lock().opened > 0;
         if was_failing {
-            let _ = self.open_until.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |until| {
-                (until > at).then_some(at)
-            });
+            let _ =
+                self.open_until.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |until| (until > at).then_some(at));
         }
     }
 

@@ -50,7 +50,9 @@ impl Origin {
         if let Some(path) = url.strip_prefix("unix:") {
             let absolute = path.starts_with('/');
             let origin = Self { tls: false, http2, host: Host::Unix(path.into()) };
-            return absolute.then_some((origin, String::new())).ok_or_else(|| format!("{url}: give unix:/absolute/path"));
+            return absolute
+                .then_some((origin, String::new()))
+                .ok_or_else(|| format!("{url}: give unix:/absolute/path"));
         }
         let uri: http::Uri = url.parse().map_err(|error| format!("{url} is no URL: {error}"))?;
         let tls = match uri.scheme_str() {

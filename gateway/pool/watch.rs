@@ -46,7 +46,9 @@ impl Names {
             Some(TokioResolver::builder_with_config(config, Default::default()).build())
         };
         let resolver = resolver.and_then(|built| {
-            built.inspect_err(|error| tracing::error!(%error, "no resolver: upstreams with names cannot be reached")).ok()
+            built
+                .inspect_err(|error| tracing::error!(%error, "no resolver: upstreams with names cannot be reached"))
+                .ok()
         });
         Self(resolver)
     }

@@ -258,10 +258,7 @@ async fn exchange_http1(mut stream: Stream, order: &Order<'_>) -> Result<(Leg, B
     }
 }
 
-async fn exchange_http2(
-    mut session: Box<Http2Session>,
-    order: &Order<'_>,
-) -> Result<(Leg, Box<AnswerHead>), Failure> {
+async fn exchange_http2(mut session: Box<Http2Session>, order: &Order<'_>) -> Result<(Leg, Box<AnswerHead>), Failure> {
     let lost = |error: pingora::BError| Failure::Reset(plain(&error));
     let Some(mut request) = order.http2.clone() else {
         return Err(Failure::Invalid("the upstream chose HTTP/2 unasked".to_owned()));
@@ -329,7 +326,8 @@ impl Leg {
 
 impl AnswerBody {
     fn new(leg: Leg, head: &AnswerHead, order: &Order<'_>) -> Self {
-        let events = head.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+        let events =
+            head.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
         let encoded = head.headers.contains_key(http::header::CONTENT_ENCODING);
         Self {
             leg,

@@ -25,7 +25,8 @@ use crate::pool::origin::{Address, Origin};
 const STREAM_WINDOW: u32 = 256 << 10;
 
 /// An address that nobody listens on.
-const NOWHERE: std::net::SocketAddr = std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+const NOWHERE: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 /// What is needed to connect to one endpoint, and its kept connections.
 pub struct Target {
@@ -202,5 +203,10 @@ pub(super) fn plain(error: &pingora::Error) -> String {
     let context = error.context.as_ref().map_or("", |context| context.as_str());
     let context = if context.starts_with("buf:") { "" } else { context };
     let cause = error.cause.as_ref().map(ToString::to_string).unwrap_or_default();
-    [error.etype().as_str(), context, cause.as_str()].iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(": ")
+    [error.etype().as_str(), context, cause.as_str()]
+        .iter()
+        .filter(|part| !part.is_empty())
+        .copied()
+        .collect::<Vec<_>>()
+        .join(": ")
 }

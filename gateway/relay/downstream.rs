@@ -98,7 +98,8 @@ impl Downstream {
             return Err(Refusal::new(Code::MethodNotAllowed, message).closing());
         }
         let lengths = head.headers.get_all(CONTENT_LENGTH).iter().count();
-        let listed = head.headers.get(CONTENT_LENGTH).is_some_and(|value| !value.as_bytes().iter().all(u8::is_ascii_digit));
+        let listed =
+            head.headers.get(CONTENT_LENGTH).is_some_and(|value| !value.as_bytes().iter().all(u8::is_ascii_digit));
         if lengths > 1 || listed {
             return wrong("Content-Length must be given once, as a number");
         }
@@ -135,7 +136,12 @@ impl Downstream {
         if both {
             return wrong("Transfer-Encoding and Content-Length exclude each other");
         }
-        if head.headers.get_all(TRANSFER_ENCODING).iter().any(|value| !value.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        if head
+            .headers
+            .get_all(TRANSFER_ENCODING)
+            .iter()
+            .any(|value| !value.as_bytes().eq_ignore_ascii_case(b"chunked"))
+        {
             return wrong("the only Transfer-Encoding is chunked");
         }
         if head.version == Version::HTTP_11 && !head.headers.contains_key(HOST) && head.uri.authority().is_none() {
@@ -205,6 +211,11 @@ impl Downstream {
         self.mute = true;
     }
 
+    /// Whether the client counts as gone.
+    pub fn is_mute(&self) -> bool {
+        self.mute
+    }
+
     /// Whether the head of an answer has been sent.
     pub fn head_sent(&self) -> bool {
         self.head_sent
@@ -228,7 +239,11 @@ impl Downstream {
             head.set_version(Version::HTTP_11);
         }
         let unframed = !head.headers.contains_key(CONTENT_LENGTH) && !head.status.is_informational();
-        if unframed && !self.is_http2() && head.status != StatusCode::NO_CONTENT && head.status != StatusCode::NOT_MODIFIED {
+        if unframed
+            && !self.is_http2()
+            && head.status != StatusCode::NO_CONTENT
+            && head.status != StatusCode::NOT_MODIFIED
+        {
             match self.head().version {
                 Version::HTTP_10 => self.session.set_keepalive(None),
                 _ => drop(head.insert_header(TRANSFER_ENCODING, "chunked")),
@@ -335,17 +350,21 @@ fn is_twisted(path: &str) -> bool {
 
 /// What is wrong with the line ends of a raw head.
 fn line_fault(raw: &[u8]) -> Option<&'static str> {
-    memchr::memchr_iter(b'\n', raw).find_map(|at| match (at.checked_sub(1).map(|before| raw[before]), raw.get(at + 1)) {
-        (Some(b'\r'), Some(b' ' | b'\t')) => Some("a header is folded over two lines, which HTTP has given up"),
-        (Some(b'\r'), _) => None,
-        _ => Some("a line of the head ends with a bare LF: lines end with CRLF"),
+    memchr::memchr_iter(b'\n', raw).find_map(|at| {
+        match (at.checked_sub(1).map(|before| raw[before]), raw.get(at + 1)) {
+            (Some(b'\r'), Some(b' ' | b'\t')) => Some("a header is folded over two lines, which HTTP has given up"),
+            (Some(b'\r'), _) => None,
+            _ => Some("a line of the head ends with a bare LF: lines end with CRLF"),
+        }
     })
 }
 
 /// Whether some line of a raw head begins with the header `name`, in any case.
 fn names(raw: &[u8], name: &[u8]) -> bool {
     raw.split(|byte| *byte == b'\n').any(|line| {
-        line.len() > name.len() && line[..name.len()].eq_ignore_ascii_case(name) && matches!(line[name.len()], b':' | b' ' | b'\t')
+        line.len() > name.len()
+            && line[..name.len()].eq_ignore_ascii_case(name)
+            && matches!(line[name.len()], b':' | b' ' | b'\t')
     })
 }
 

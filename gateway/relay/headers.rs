@@ -143,7 +143,13 @@ mod tests {
 
     fn parts(headers: &[(&str, &str)]) -> request::Parts {
         let builder = http::Request::post("/v1/chat/completions");
-        headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value)).body(()).unwrap().into_parts().0
+        headers
+            .iter()
+            .fold(builder, |builder, (name, value)| builder.header(*name, *value))
+            .body(())
+            .unwrap()
+            .into_parts()
+            .0
     }
 
     fn sent(client: &request::Parts, set: &[(HeaderName, HeaderValue)]) -> String {

@@ -83,10 +83,8 @@ impl Running {
     /// Serves until a signal ends it. `background` runs beside it.
     pub fn run(self, admin: Admin, background: Background) -> Result<(), String> {
         let settings = &self.house.settings;
-        let mut server = Server::new_with_opt_and_conf(
-            Opt { upgrade: self.upgrade, ..Opt::default() },
-            server_conf(settings),
-        );
+        let mut server =
+            Server::new_with_opt_and_conf(Opt { upgrade: self.upgrade, ..Opt::default() }, server_conf(settings));
         server.bootstrap();
         // Each service has threads of its own, so listeners that are alike share one.
         let mut services: BTreeMap<(bool, u64), Service<App>> = BTreeMap::new();

@@ -10,7 +10,6 @@ use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
-use crate::policy::file::OnDisconnect;
 use crate::refusal::Code;
 
 /// The most that leaves in one write when several pieces have come already.
@@ -36,10 +35,8 @@ pub struct Pace {
     pub total: Instant,
     /// How often a silent event stream's client gets a sign of life.
     pub heartbeat: Option<Duration>,
-    /// What happens when the client leaves.
-    pub on_disconnect: OnDisconnect,
-    /// How long an answer is read on without its client.
-    pub drain: Duration,
+    /// How long an answer is read on without its client; `None`: not at all.
+    pub drain: Option<Duration>,
 }
 
 /// Passes `answer` on to its end. `head` is what the client gets for a head; `None` if it has one already.
@@ -52,14 +49,19 @@ pub async fn pass_on(
     mut pace: Pace,
 ) -> Passed {
     let Rest { first, mut body, .. } = answer;
-    let written = begin(downstream, head, first).await;
+    // A client may have left before the first piece came.
+    let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, first).await };
     let passed = match written {
         Ok(()) => pieces(downstream, &mut body, &mut pace).await,
         Err(Gone) => Err(Stop::Gone),
     };
     let passed = match passed {
-        Err(Stop::Gone) if pace.on_disconnect == OnDisconnect::Drain => drain(downstream, &mut body, pace).await,
-        Err(Stop::Gone) => Passed::Gone,
+        Err(Stop::Gone) => {
+            if let Some(longest) = pace.drain {
+                drain(downstream, &mut body, pace, longest).await;
+            }
+            Passed::Gone
+        }
         Err(Stop::Broken(code, why)) => {
             if !body.at_boundary() {
                 // A piece of a long event has left: what follows must not become part of it.
@@ -68,8 +70,8 @@ pub async fn pass_on(
             Passed::Broken(code, why)
         }
         Ok(()) => match downstream.finish().await {
-            Ok(()) => Passed::Whole,
-            Err(Gone) => Passed::Gone,
+            Ok(()) if !downstream.is_mute() => Passed::Whole,
+            _ => Passed::Gone,
         },
     };
     body.release(connections, target).await;
@@ -145,7 +147,10 @@ async fn rang(downstream: &mut Downstream, body: &AnswerBody, clock: &mut Clock,
         return Err(Stop::Broken(Code::TotalTimeout, "the whole request took too long".to_owned()));
     }
     if now >= clock.heard + pace.between {
-        return Err(Stop::Broken(Code::BetweenTokensTimeout, "the next piece of the answer did not come in time".to_owned()));
+        return Err(Stop::Broken(
+            Code::BetweenTokensTimeout,
+            "the next piece of the answer did not come in time".to_owned(),
+        ));
     }
     let due = pace.heartbeat.is_some_and(|every| now >= clock.said + every);
     if due {
@@ -158,13 +163,12 @@ async fn rang(downstream: &mut Downstream, body: &AnswerBody, clock: &mut Clock,
 }
 
 /// Reads an answer to its end without its client, so that the upstream finishes and tells what it used.
-async fn drain(downstream: &mut Downstream, body: &mut AnswerBody, mut pace: Pace) -> Passed {
+async fn drain(downstream: &mut Downstream, body: &mut AnswerBody, mut pace: Pace, longest: Duration) {
     downstream.mute();
-    pace.total = pace.total.min(Instant::now() + pace.drain);
+    pace.total = pace.total.min(Instant::now() + longest);
     pace.heartbeat = None;
-    // Whether it ended well or not: the client is gone.
+    // Whether it ends well or not: the client is gone.
     let _ = pieces(downstream, body, &mut pace).await;
-    Passed::Gone
 }
 
 /// When the last pieces came and went.

@@ -73,7 +73,8 @@ fn read_certificate(certificate: &Certificate) -> Result<Arc<CertifiedKey>, Stri
     let told = |error: &dyn std::fmt::Display| format!("{}: {error}", certificate.key.display());
     let key = PrivateKeyDer::from_pem_file(&certificate.key).map_err(|error| told(&error))?;
     let key = CertifiedKey::from_der(chain, key, &crypto::aws_lc_rs::default_provider());
-    key.map(Arc::new).map_err(|error| format!("{} does not fit {}: {error}", certificate.key.display(), certificate.chain.display()))
+    key.map(Arc::new)
+        .map_err(|error| format!("{} does not fit {}: {error}", certificate.key.display(), certificate.chain.display()))
 }
 
 fn read_chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -31,7 +31,8 @@ pub async fn tunnel(
 ) -> Result<Tunnelled, Failure> {
     let limit = Instant::now() + Duration::from_millis(timeouts.connect_ms);
     let connect = connections.connect(target, Duration::ZERO, true);
-    let connection = waiting.until(limit, connect).await.map_err(|_| Failure::ConnectTimeout)?.map_err(Failure::Connect)?;
+    let connection =
+        waiting.until(limit, connect).await.map_err(|_| Failure::ConnectTimeout)?.map_err(Failure::Connect)?;
     let Connection::Http1(stream, _) = connection else {
         return Err(Failure::Invalid("WebSockets need HTTP/1.1 to the upstream: set `http2: never`".to_owned()));
     };

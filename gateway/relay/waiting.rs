@@ -33,21 +33,17 @@ pub struct Waiting<'a> {
     pub total: Instant,
     /// How often a stream's client gets a sign of life.
     pub heartbeat: Option<Duration>,
+    /// How long the upstream is waited for after the client left; `None`: it is left too.
+    pub drain: Option<Duration>,
     /// The request's id, for the head that the first heartbeat must send.
     pub request_id: &'a str,
     last_sign: Instant,
 }
 
 impl<'a> Waiting<'a> {
-    /// Waits for no longer than `total`; `heartbeat` only for requests whose answer is an event stream.
-    pub fn new(
-        downstream: &'a mut Downstream,
-        total: Instant,
-        heartbeat: Option<Duration>,
-        request_id: &'a str,
-        now: Instant,
-    ) -> Self {
-        Self { downstream, total, heartbeat, request_id, last_sign: now }
+    /// Waits for no longer than `total`, without signs of life and without draining.
+    pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: &'a str, now: Instant) -> Self {
+        Self { downstream, total, heartbeat: None, drain: None, request_id, last_sign: now }
     }
 
     /// Waits for `work` until `limit`.
@@ -59,7 +55,7 @@ impl<'a> Waiting<'a> {
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                _ = self.downstream.departed() => return Err(Interrupted::Gone),
+                _ = self.downstream.departed() => self.departed()?,
                 () = sleep_until(alarm.into()) => {}
             }
             let now = Instant::now();
@@ -69,6 +65,15 @@ impl<'a> Waiting<'a> {
                 () => self.give_sign(now).await?,
             }
         }
+    }
+
+    /// The client left: the upstream is waited for all the same, or not.
+    fn departed(&mut self) -> Result<(), Interrupted> {
+        let drain = self.drain.ok_or(Interrupted::Gone)?;
+        self.downstream.mute();
+        self.heartbeat = None;
+        self.total = self.total.min(Instant::now() + drain);
+        Ok(())
     }
 
     /// Sends a comment, and before the first one the head of an event stream. What comes after can only be events.

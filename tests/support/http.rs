@@ -94,13 +94,28 @@ impl Client {
     }
 
     /// Posts JSON with more headers.
-    pub async fn post_with(&self, address: SocketAddr, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Answer {
+    pub async fn post_with(
+        &self,
+        address: SocketAddr,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Answer {
         self.send(post(address, path, headers, body)).await
     }
 
     /// Posts JSON and hands over the answer when its head is here, to be read piece by piece.
-    pub async fn open(&self, address: SocketAddr, path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> http::Response<Incoming> {
-        tokio::time::timeout(PATIENCE, self.0.request(post(address, path, headers, body))).await.expect("in time").unwrap()
+    pub async fn open(
+        &self,
+        address: SocketAddr,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> http::Response<Incoming> {
+        tokio::time::timeout(PATIENCE, self.0.request(post(address, path, headers, body)))
+            .await
+            .expect("in time")
+            .unwrap()
     }
 
     /// Sends a request and hands over the answer when its head is here.
@@ -110,12 +125,16 @@ impl Client {
 
     /// Sends a request and waits for its whole answer.
     pub async fn send(&self, request: Request<Full<Bytes>>) -> Answer {
-        tokio::time::timeout(PATIENCE, async { collect(self.0.request(request).await.unwrap()).await }).await.expect("in time")
+        tokio::time::timeout(PATIENCE, async { collect(self.0.request(request).await.unwrap()).await })
+            .await
+            .expect("in time")
     }
 
     /// The same, but nobody may answer.
     pub async fn try_send(&self, request: Request<Full<Bytes>>) -> Result<Answer, legacy::Error> {
-        tokio::time::timeout(PATIENCE, async { Ok(collect(self.0.request(request).await?).await) }).await.expect("in time")
+        tokio::time::timeout(PATIENCE, async { Ok(collect(self.0.request(request).await?).await) })
+            .await
+            .expect("in time")
     }
 }
 
@@ -163,7 +182,8 @@ pub async fn raw(address: SocketAddr, bytes: &[u8]) -> String {
 pub fn events(body: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(body).replace("\r\n", "\n").replace('\r', "\n");
     let datas = text.split("\n\n").filter_map(|event| {
-        let lines: Vec<&str> = event.lines().filter_map(|line| line.strip_prefix("data:")).map(str::trim_start).collect();
+        let lines: Vec<&str> =
+            event.lines().filter_map(|line| line.strip_prefix("data:")).map(str::trim_start).collect();
         (!lines.is_empty()).then(|| lines.join("\n"))
     });
     datas.collect()

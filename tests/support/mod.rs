@@ -3,23 +3,25 @@
 pub mod dns;
 pub mod gateway;
 pub mod http;
-pub mod requests;
-pub mod wire;
 pub mod load;
 pub mod process;
+pub mod requests;
+pub mod wire;
 
 pub use gateway::{Gateway, free_port};
 pub use http::{Answer, Client, events, raw};
+pub use infergate::simulate::{Engine, Options, Outcome, Simulated};
 pub use load::Load;
 pub use process::Process;
-pub use infergate::simulate::{Engine, Fault, Options, Outcome, Simulated};
 
 use std::future::Future;
 use std::time::{Duration, Instant};
 
 /// A model server with one model, `m`, that answers at once.
 pub async fn model_server() -> Simulated {
-    Simulated::start(Options { models: vec!["m".to_owned()], max_model_len: 64 << 20, ..Options::default() }).await.unwrap()
+    Simulated::start(Options { models: vec!["m".to_owned()], max_model_len: 64 << 20, ..Options::default() })
+        .await
+        .unwrap()
 }
 
 /// The same with faults on every request, in the grammar of `infergate simulate --fault`.
@@ -41,11 +43,17 @@ fn indent(extra: &str) -> String {
 
 /// A chat request for the model `m`.
 pub fn chat(stream: bool, max_tokens: u32) -> String {
-    format!(r#"{{"model":"m","messages":[{{"role":"user","content":"Hello"}}],"stream":{stream},"max_tokens":{max_tokens}}}"#)
+    format!(
+        r#"{{"model":"m","messages":[{{"role":"user","content":"Hello"}}],"stream":{stream},"max_tokens":{max_tokens}}}"#
+    )
 }
 
 /// Asks again and again until `check` says yes; fails with `what` after `limit`.
-pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut check: impl FnMut() -> F) -> Duration {
+pub async fn eventually<F: Future<Output = bool>>(
+    what: &str,
+    limit: Duration,
+    mut check: impl FnMut() -> F,
+) -> Duration {
     let start = Instant::now();
     while !check().await {
         assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
