@@ -12,12 +12,12 @@ use infergate::state::State;
 use infergate::telemetry::Telemetry;
 use infergate_plugins::operation::Operation;
 
-/// A chat request of `bytes` bytes, nearly all of it prose with a line end now and then.
+/// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
 fn chat(bytes: usize) -> Bytes {
-    let prose = "The quick brown fox jumps over the lazy dog, and then it does so once more.\\n".repeat(bytes / 78 + 1);
+    const LINE: &str = "The quick brown fox jumps over the lazy dog, and then it does so once more.\\n";
     let frame = r#"{"messages":[{"role":"user","content":""}],"temperature":0.7,"stream":true,"model":"llama-3"}"#;
-    let content = &prose[..bytes.saturating_sub(frame.len()) / 78 * 78];
-    frame.replace("\"content\":\"\"", &format!("\"content\":\"{content}\"")).into()
+    let prose = LINE.repeat(bytes.saturating_sub(frame.len()) / LINE.len());
+    frame.replace("\"content\":\"\"", &format!("\"content\":\"{prose}\"")).into()
 }
 
 fn policy(upstreams: usize) -> Policy {

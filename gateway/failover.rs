@@ -241,10 +241,20 @@ async fn attempt(
     Ok(Err(miss))
 }
 
+/// The name that this upstream knows the model by, if the policy gives another than the client's.
+fn other_name<'a>(stage: &'a Stage, upstream: &'a Upstream) -> Option<&'a str> {
+    upstream.model.as_deref().or(stage.rename.as_deref())
+}
+
+/// The name of the model that answers.
+pub fn model_at<'a>(planned: &'a Planned, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
+    let asked = || planned.model.as_deref().unwrap_or(&planned.route.model.name);
+    other_name(stage, upstream).unwrap_or_else(asked)
+}
+
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another.
 fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let name = upstream.model.as_deref().or(stage.rename.as_deref());
-    let edit = name.and_then(|name| planned.scan.rename_model(name));
+    let edit = other_name(stage, upstream).and_then(|name| planned.scan.rename_model(name));
     scan::splice(&planned.received.body, &mut edit.into_iter().collect::<Vec<_>>())
 }
 
@@ -396,7 +406,7 @@ pub fn head_for_client(
         local::set(&mut head, "x-accel-buffering", "no")?;
     }
     local::set(&mut head, "x-request-id", exchange.id.as_str())?;
-    // A name that no header can carry was the client's own; it knows it.
+    // A name that no header can carry is not told.
     let _ = local::set(&mut head, "x-infergate-model", model);
     if exchange.policy.requests.name_upstream {
         local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;

@@ -297,7 +297,7 @@ async fn relay(
     let head = if downstream.head_sent() {
         None
     } else {
-        let model = planned.model.as_deref().unwrap_or(&planned.route.model.name);
+        let model = failover::model_at(&planned, stage, picked.upstream);
         Some(failover::head_for_client(head, answer.head_at, is_events, picked.upstream, exchange, model)?)
     };
     exchange.answering(answer.head_at);

@@ -143,7 +143,8 @@ async fn a_rename_changes_the_names_bytes_and_no_others() {
                 )
             };
             let answer = client.post(gateway.address, CHAT, around(asked)).await;
-            assert_eq!((answer.status, answer.header("x-infergate-model")), (200, asked), "{}", answer.text());
+            let told = if sent.is_ascii() { sent } else { "" }; // a header carries no ü
+            assert_eq!((answer.status, answer.header("x-infergate-model")), (200, told), "{}", answer.text());
             let got = bodies(&server).pop().unwrap();
             let parsed: serde_json::Value = serde_json::from_str(&got).unwrap();
             assert_eq!(parsed["model"], serde_json::from_str::<String>(&format!("\"{sent}\"")).unwrap(), "{asked}");
