@@ -407,7 +407,9 @@ pub fn head_for_client(
     }
     local::set(&mut head, "x-request-id", exchange.id.as_str())?;
     // A name that no header can carry is not told.
-    let _ = local::set(&mut head, "x-infergate-model", model);
+    if model.is_ascii() {
+        let _ = local::set(&mut head, "x-infergate-model", model);
+    }
     if exchange.policy.requests.name_upstream {
         local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
     }

@@ -194,7 +194,8 @@ pub async fn fetch(
     while read.len() < FETCH_MAX && !body.ended {
         body.next(&mut read).await?;
     }
-    body.release(connections, target).await;
+    // Closed, not kept: it belongs to the background's thread, which every request on it would have to wake.
+    body.close().await;
     Ok((head.status.as_u16(), read.freeze()))
 }
 
@@ -389,8 +390,14 @@ impl AnswerBody {
                     connections.keep(target, stream);
                 }
             }
-            Leg::Http1(mut session) => session.shutdown().await,
             Leg::Http2(session) if self.ended => connections.release(target, *session).await,
+            _ => self.close().await,
+        }
+    }
+
+    async fn close(self) {
+        match self.leg {
+            Leg::Http1(mut session) => session.shutdown().await,
             Leg::Http2(mut session) => session.shutdown(),
         }
     }
