@@ -127,6 +127,12 @@ pub fn schema() -> schemars::Schema {
 pub struct Problems(pub Vec<Problem>);
 
 impl Problems {
+    /// The problems in the order in which they stand in the file.
+    pub fn in_order(mut problems: Vec<Problem>) -> Self {
+        problems.sort_by_key(|problem| problem.place);
+        Self(problems)
+    }
+
     /// One line for each, with the file's name in front as editors and terminals like it.
     pub fn lines(&self, name: &str) -> Vec<String> {
         let line = |problem: &Problem| match problem.place {
@@ -142,20 +148,20 @@ pub fn compile(text: &str, world: &World<'_>) -> Result<Policy, Problems> {
     let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
     let problems = document.against(&schema());
     if !problems.is_empty() {
-        return Err(Problems(problems));
+        return Err(Problems::in_order(problems));
     }
     let file: File = serde_json::from_value(document.value.clone())
         .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
     let mut compiler = Compiler::new(document, text, world);
     let policy = compiler.policy(file);
-    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems(compiler.problems)) }
+    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems::in_order(compiler.problems)) }
 }
 
 /// Compiles a policy that was not written by a person but made of parts (`--upstream`).
 pub fn compile_file(file: File, source: &str, world: &World<'_>) -> Result<Policy, Problems> {
     let mut compiler = Compiler::new(Document::default(), source, world);
     let policy = compiler.policy(file);
-    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems(compiler.problems)) }
+    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems::in_order(compiler.problems)) }
 }
 
 /// Reads the file at `path` and compiles it.

@@ -170,12 +170,12 @@ impl Settings {
         }
         let mut problems = document.against(&schemars::schema_for!(Self));
         if !problems.is_empty() {
-            return Err(Problems(problems));
+            return Err(Problems::in_order(problems));
         }
         let settings: Self = serde_json::from_value(document.value.clone())
             .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
         settings.check(&document, &mut problems);
-        if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
+        if problems.is_empty() { Ok(settings) } else { Err(Problems::in_order(problems)) }
     }
 
     /// Threads that serve requests.

@@ -245,8 +245,6 @@ async fn with_drain_the_answer_is_read_to_its_end_without_its_client() {
     let gateway = Gateway::start(&policy_for_every_surface(&server.url(), "", "", top)).await;
     for (client, protocol) in Client::both().into_iter().zip(["h1", "h2"]) {
         for (path, stream) in [(CHAT, true), ("/v1/messages", true), (CHAT, false)] {
-            // Over HTTP/1 the first bytes of an answer whose length is known may wait for some more.
-            let client = if stream { client.clone() } else { Client::h2() };
             let id = format!("drain-{protocol}-{}-{stream}", path.replace('/', "."));
             let fault = if stream { "delay-between=15" } else { "drip=3" };
             let mut body = client.begin(request(&gateway, path, stream, &id, fault)).await.into_body();

@@ -156,6 +156,18 @@ async fn an_event_leaves_before_the_next_one_comes() {
 }
 
 #[tokio::test]
+async fn an_answer_of_known_length_leaves_piece_by_piece_too() {
+    let server = faulty_server(&["drip=20"]).await;
+    let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
+    for client in Client::both() {
+        let answer = client.open(gateway.address, CHAT, &[], chat(false, 8)).await;
+        assert!(answer.headers().contains_key("content-length"));
+        assert!(next(&mut answer.into_body()).await.is_some_and(|piece| !piece.is_empty()));
+        assert!(server.in_flight() >= 1, "the rest has not come yet");
+    }
+}
+
+#[tokio::test]
 async fn half_an_event_waits_for_its_other_half_and_what_is_whole_does_not() {
     let (wire, gate) = gated(&["data: 1\n\ndata: 2", "\n", "\ndata: 3\n\n"]).await;
     let gateway = Gateway::start(&policy(&[&wire.url()], "")).await;

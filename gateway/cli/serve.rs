@@ -13,7 +13,7 @@ use crate::admin::Admin;
 use crate::discover::Upstreams;
 use crate::house::House;
 use crate::memory;
-use crate::policy::{World, compile, reload};
+use crate::policy::{Problems, World, compile, load, reload};
 use crate::pool::watch::{self, Names};
 use crate::relay::server::{Certificates, Running};
 use crate::settings::{Settings, check_address};
@@ -128,21 +128,16 @@ impl Source {
 
     /// Puts the first policy in force, before anything listens. What upstreams serve is asked later.
     fn load(&self, house: &House) -> Result<(), String> {
-        match (self, self.path()) {
-            (_, Some(path)) => {
-                let told = |problems: crate::policy::Problems| problems.lines(&path.display().to_string()).join("\n");
-                reload::reload(house, &path).map(drop).map_err(told)
-            }
-            (Self::Demo(_), None) => {
-                let env = |name: &str| std::env::var(name).ok();
-                let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
-                let policy =
-                    compile(SHIPPED_POLICY, &world).map_err(|problems| problems.lines(SHIPPED_PATH).join("\n"))?;
-                reload::swap(house, policy);
-                Ok(())
-            }
-            (_, None) => Ok(()),
-        }
+        let env = |name: &str| std::env::var(name).ok();
+        let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
+        let (compiled, name) = match (self, self.path()) {
+            (_, Some(path)) => (load(&path, &world), path.display().to_string()),
+            (Self::Demo(_), None) => (compile(SHIPPED_POLICY, &world), SHIPPED_PATH.to_owned()),
+            (_, None) => return Ok(()),
+        };
+        let told = |problems: Problems| format!("the policy is refused:\n{}", problems.lines(&name).join("\n"));
+        reload::swap(house, compiled.map_err(told)?);
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, StatusCode, Version, request};
 use pingora::ErrorType;
 use pingora::apps::{HttpPersistentSettings, ReusedHttpStream};
-use pingora::protocols::http::ServerSession;
+use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::server::ShutdownWatch;
 use tokio::sync::watch;
 
@@ -19,6 +19,10 @@ use crate::state::Lease;
 /// How long a connection may still bring a request after the process began to go down.
 pub const LINGER: Duration = Duration::from_millis(500);
 
+/// What Pingora gathers before it writes to a client. Small enough for many quiet streams; the head of an answer and
+/// a short body still leave in one write.
+pub const WRITE_BUFFER: usize = 4 << 10;
+
 /// One request's client.
 pub struct Downstream {
     session: ServerSession,
@@ -27,6 +31,9 @@ pub struct Downstream {
     finished: bool,
     /// The client left, and the answer is read to its end without it.
     mute: bool,
+    /// Bytes that an HTTP/1 answer of known length still lacks.
+    lacking: u64,
+    write_timeout: Duration,
 }
 
 /// The client has left, or cannot be written to any more.
@@ -70,7 +77,15 @@ impl Downstream {
         if !session.is_http2() && session.req_header().headers.contains_key(TRANSFER_ENCODING) {
             session.set_keepalive(None);
         }
-        Some(Self { session, closing: closing.clone(), head_sent: false, finished: false, mute: false })
+        Some(Self {
+            session,
+            closing: closing.clone(),
+            head_sent: false,
+            finished: false,
+            mute: false,
+            lacking: 0,
+            write_timeout: Duration::MAX,
+        })
     }
 
     /// The request's head.
@@ -152,7 +167,7 @@ impl Downstream {
 
     /// The body's length, where the client says it.
     pub fn content_length(&self) -> Option<u64> {
-        self.head().headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+        length(&self.head().headers)
     }
 
     /// Reads the whole body, whose lease grows with it, up to `max` bytes.
@@ -223,6 +238,7 @@ impl Downstream {
 
     /// How long the client may take to accept a piece.
     pub fn set_write_timeout(&mut self, timeout: Duration) {
+        self.write_timeout = timeout;
         self.session.set_write_timeout(Some(timeout));
     }
 
@@ -250,6 +266,9 @@ impl Downstream {
             }
         }
         self.head_sent = true;
+        if !self.is_http2() {
+            self.lacking = length(&head.headers).unwrap_or(0);
+        }
         self.session.write_response_header(head).await.map_err(|_| Gone)
     }
 
@@ -258,7 +277,24 @@ impl Downstream {
         if self.mute || piece.is_empty() {
             return Ok(());
         }
+        self.lacking = self.lacking.saturating_sub(piece.len() as u64);
+        if self.lacking > 0 && piece.len() < WRITE_BUFFER {
+            return self.write_through(piece).await;
+        }
         self.session.write_response_body(piece, false).await.map_err(|_| Gone)
+    }
+
+    /// Sends a piece behind which more will come. Pingora keeps small pieces of an answer of known length until it
+    /// has all, and has no flush in its API; but it flushes what it has when a list of tasks ends with a failure.
+    async fn write_through(&mut self, piece: Bytes) -> Result<(), Gone> {
+        const FLUSH: ErrorType = ErrorType::Custom("flush");
+        let tasks = vec![HttpTask::Body(Some(piece), false), HttpTask::Failed(pingora::Error::new(FLUSH))];
+        let written = tokio::time::timeout(self.write_timeout, self.session.response_duplex_vec(tasks)).await;
+        match written {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) if *error.etype() == FLUSH => Ok(()),
+            _ => Err(Gone),
+        }
     }
 
     /// Ends the answer.
@@ -319,6 +355,10 @@ impl Downstream {
     pub fn close_after(&mut self) {
         self.session.set_keepalive(None);
     }
+}
+
+fn length(headers: &http::HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// Why a body did not come.

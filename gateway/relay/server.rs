@@ -23,7 +23,7 @@ use pingora::services::listening::Service;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::App;
-use super::downstream::LINGER;
+use super::downstream::{LINGER, WRITE_BUFFER};
 use super::tls::ListenerTls;
 use crate::admin::Admin;
 use crate::house::House;
@@ -132,8 +132,7 @@ fn endpoint(listener: &Listener, tls: Option<&Arc<ListenerTls>>) -> Result<Liste
         }
         None => ListenerConfig::tcp(listener.address.as_str()),
     };
-    // Small enough for many quiet streams; an answer's head and a short body still leave in one write.
-    endpoint = endpoint.l4_buffer(L4BufferSettings::new(16 << 10, 4 << 10));
+    endpoint = endpoint.l4_buffer(L4BufferSettings::new(16 << 10, WRITE_BUFFER));
     Ok(match tls {
         Some(tls) => endpoint.tls(tls.pingora()?),
         None => endpoint,
