@@ -3,7 +3,7 @@
 //! Everything here happens before the first piece of an answer has reached the client.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use infergate_plugins::provider::Reason;
@@ -308,10 +308,17 @@ fn judge(stage: &Stage, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Op
     }
 }
 
-/// `Retry-After` in seconds, the only form that model servers use.
+/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3).
 fn retry_after(head: &AnswerHead) -> Option<Duration> {
-    let seconds: f64 = head.headers.get(http::header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Duration::try_from_secs_f64(seconds).ok().filter(|pause| !pause.is_zero())
+    pause(head.headers.get(http::header::RETRY_AFTER)?.to_str().ok()?.trim(), SystemTime::now())
+}
+
+fn pause(text: &str, now: SystemTime) -> Option<Duration> {
+    let pause = match text.parse::<f64>() {
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok()?,
+        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(now).ok()?,
+    };
+    (!pause.is_zero()).then_some(pause)
 }
 
 /// An attempt that gave no answer: what it tells about the upstream, and how it is told to the client.
@@ -476,6 +483,22 @@ pub async fn tunnel(
                     return Err(miss.refusal.into());
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_is_read_in_seconds_and_as_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_770);
+        assert_eq!(pause("7", now), Some(Duration::from_secs(7)));
+        assert_eq!(pause("0.5", now), Some(Duration::from_millis(500)));
+        assert_eq!(pause("Sun, 06 Nov 1994 08:49:37 GMT", now), Some(Duration::from_secs(7)));
+        for nothing in ["0", "-1", "NaN", "soon", "", "Sun, 06 Nov 1994 08:49:00 GMT"] {
+            assert_eq!(pause(nothing, now), None, "{nothing}");
         }
     }
 }
