@@ -62,7 +62,7 @@ async fn a_client_that_leaves_before_the_first_token_stops_the_upstream_on_every
             }
         }
         check_soon(&times);
-        assert!(gateway.metric("infergate_requests_in_flight").await == 0.0);
+        gateway.comes_to("infergate_requests_in_flight", 0.0).await;
         assert!(
             server.seen().last().unwrap().http2 != upstream.is_empty() || server.seen().last().unwrap().method == "GET"
         );

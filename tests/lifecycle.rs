@@ -28,6 +28,7 @@ async fn operators_see_that_it_lives_is_ready_and_what_it_measures() {
     let server = model_server().await;
     let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
     Client::h1().post(gateway.address, "/v1/chat/completions", chat(false, 1)).await;
+    gateway.comes_to(r#"infergate_requests_total{surface="/v1/chat/completions",outcome="ok"}"#, 1.0).await;
     for client in Client::both() {
         for path in ["/livez", "/readyz"] {
             let answer = client.get(gateway.admin, path).await;

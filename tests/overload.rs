@@ -62,7 +62,7 @@ async fn a_pool_never_runs_more_requests_than_it_may_and_all_get_their_turn() {
             assert_eq!(answer.await.unwrap().status, 200);
         }
     }
-    assert_eq!(gateway.metric(r#"infergate_pool_in_flight{pool="p"}"#).await, 0.0);
+    gateway.comes_to(r#"infergate_pool_in_flight{pool="p"}"#, 0.0).await;
 }
 
 #[tokio::test]
@@ -351,7 +351,7 @@ async fn a_burst_of_2048_requests_at_healthy_workers_is_answered_and_opens_no_br
     assert!(
         page.lines().filter(|line| line.starts_with("infergate_endpoint_healthy{")).all(|line| line.ends_with(" 1"))
     );
-    assert_eq!(gateway.metric("infergate_requests_in_flight").await, 0.0);
+    gateway.comes_to("infergate_requests_in_flight", 0.0).await;
 }
 
 // Memory.
@@ -433,7 +433,7 @@ async fn a_sender_that_is_too_slow_is_told_and_let_go() {
     assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("request_timeout"), "{answer}");
     assert!(answer.to_ascii_lowercase().contains("connection: close"), "{answer}");
     assert!(start.elapsed() < Duration::from_secs(2));
-    assert_eq!(gateway.metric("infergate_bodies_in_flight_bytes").await, 0.0);
+    gateway.comes_to("infergate_bodies_in_flight_bytes", 0.0).await;
     assert_eq!(posts(&server), 0);
 }
 

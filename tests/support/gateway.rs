@@ -81,6 +81,12 @@ impl Gateway {
         line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
     }
 
+    /// Waits until a metric has this value: a request is counted out a moment after its client has the last byte.
+    pub async fn comes_to(&self, name: &str, value: f64) {
+        let limit = Duration::from_secs(5);
+        super::eventually(name, limit, || async { self.metric(name).await == value }).await;
+    }
+
     /// The policy's path.
     pub fn policy_path(&self) -> PathBuf {
         self.directory.path().join("policy.yaml")
