@@ -44,8 +44,8 @@ pub struct Identified {
     pub surface: &'static Surface,
     /// The path at the upstream, behind its base path, with the query.
     pub path: String,
-    /// The policy's entry, if the path passes through unread.
-    pub passthrough: Option<(Arc<Route>, bool)>,
+    /// Where it goes, if the path passes through unread.
+    pub passthrough: Option<Arc<Route>>,
     /// The protocol that the client wants to change to.
     pub upgrade: Option<HeaderValue>,
 }
@@ -141,7 +141,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
     Ok(Identified {
         surface: exchange.surface,
         path: format!("{path}{query}"),
-        passthrough: passthrough.filter(|_| found.is_none()).map(|entry| (entry.route.clone(), entry.websocket)),
+        passthrough: passthrough.filter(|_| found.is_none()).map(|entry| entry.route.clone()),
         upgrade,
     })
 }
@@ -219,7 +219,7 @@ fn admit(
     let model = asked_model(identified.surface, &scan, downstream, &received.body)?;
     let streaming = identified.surface.always_streams() || scan.stream(&received.body).map_err(invalid)?;
     let route = match &identified.passthrough {
-        Some((route, _)) => route.clone(),
+        Some(route) => route.clone(),
         None => policy.route(model.as_deref())?.clone(),
     };
     let operation = identified.surface.operation;

@@ -98,11 +98,6 @@ impl Downstream {
         self.session.is_http2()
     }
 
-    /// The client's address.
-    pub fn address(&self) -> Option<String> {
-        self.session.client_addr().map(ToString::to_string)
-    }
-
     /// Refuses every head that two servers could read differently (RFC 9112, 2.2, 5.2, 6.3; R52, R53). Pingora has
     /// checked the authority and the chunked coding already.
     pub fn check_head(&self) -> Result<(), Refusal> {
@@ -348,11 +343,6 @@ impl Downstream {
     /// The protocol took the session over and is done with it.
     pub(super) fn tunnelled(&mut self) {
         self.head_sent = true;
-        self.session.set_keepalive(None);
-    }
-
-    /// Closes the connection after the answer that is being given.
-    pub fn close_after(&mut self) {
         self.session.set_keepalive(None);
     }
 }

@@ -46,13 +46,13 @@ pub async fn pass_on(
     target: &Target,
     head: Option<Box<AnswerHead>>,
     answer: Rest,
-    mut pace: Pace,
+    pace: Pace,
 ) -> Passed {
     let Rest { first, mut body, .. } = answer;
     // A client may have left before the first piece came.
     let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, first).await };
     let passed = match written {
-        Ok(()) => pieces(downstream, &mut body, &mut pace).await,
+        Ok(()) => pieces(downstream, &mut body, &pace).await,
         Err(Gone) => Err(Stop::Gone),
     };
     let passed = match passed {
@@ -98,7 +98,7 @@ async fn begin(downstream: &mut Downstream, head: Option<Box<AnswerHead>>, first
 }
 
 /// Every piece until the end. One timer serves the whole answer: it is set anew only when it has gone off.
-async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &mut Pace) -> Result<(), Stop> {
+async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &Pace) -> Result<(), Stop> {
     let mut clock = Clock::new(Instant::now());
     let alarm = sleep_until(clock.alarm(pace).into());
     tokio::pin!(alarm);
@@ -168,7 +168,7 @@ async fn drain(downstream: &mut Downstream, body: &mut AnswerBody, mut pace: Pac
     pace.total = pace.total.min(Instant::now() + longest);
     pace.heartbeat = None;
     // Whether it ends well or not: the client is gone.
-    let _ = pieces(downstream, body, &mut pace).await;
+    let _ = pieces(downstream, body, &pace).await;
 }
 
 /// When the last pieces came and went.
