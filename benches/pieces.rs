@@ -1,4 +1,5 @@
-//! The pieces of a request's way, one by one: the body scan, the splice, the event framer, the route, the pick.
+//! The pieces of a request's way, one by one: the body scan, the splice, the event framer, the usage,
+//! the route, the pick.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -10,6 +11,7 @@ use infergate::scan;
 use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::Telemetry;
+use infergate::usage::Meter;
 use infergate_plugins::operation::Operation;
 
 /// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
@@ -77,6 +79,36 @@ fn frames(criterion: &mut Criterion) {
     group.finish();
 }
 
+fn usages(criterion: &mut Criterion) {
+    let usage = r#""usage":{"prompt_tokens":6,"total_tokens":206,"completion_tokens":200,"prompt_tokens_details":{"cached_tokens":0}}"#;
+    let frame = format!(
+        r#"{{"id":"chatcmpl-1","object":"chat.completion","model":"llama-3","choices":[{{"index":0,"message":{{"role":"assistant","content":"@"}},"finish_reason":"stop"}}],{usage},"kv_transfer_params":null}}"#
+    );
+    let answer = frame.replace('@', &"and so on ".repeat((1 << 10).saturating_sub(frame.len()) / 10));
+    let event = b"data: {\"choices\":[{\"text\":\" word\"}]}\n\n";
+    let last = format!("data: {{\"choices\":[],{usage}}}\n\n");
+    let mut group = criterion.benchmark_group("usage");
+    group.bench_function("an answer of 1 KiB", |bencher| {
+        bencher.iter(|| {
+            let mut meter = Meter::new(Operation::Chat, false);
+            meter.push(black_box(answer.as_bytes()));
+            meter.usage()
+        });
+    });
+    group.bench_function("an event of 40 bytes without any", |bencher| {
+        let mut meter = Meter::new(Operation::Chat, true);
+        bencher.iter(|| meter.push(black_box(event)));
+    });
+    group.bench_function("a stream's last event", |bencher| {
+        bencher.iter(|| {
+            let mut meter = Meter::new(Operation::Chat, true);
+            meter.push(black_box(last.as_bytes()));
+            meter.usage()
+        });
+    });
+    group.finish();
+}
+
 fn routes(criterion: &mut Criterion) {
     let policy = policy(1);
     criterion.bench_function("route a model by name", |bencher| {
@@ -99,5 +131,5 @@ fn picks(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, scans, splices, frames, routes, picks);
+criterion_group!(pieces, scans, splices, frames, usages, routes, picks);
 criterion_main!(pieces);

@@ -2,15 +2,19 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE, ORIGIN};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Body;
 use serde_json::{Value, json};
 
+use crate::audit::journal::By;
+use crate::audit::read;
 use crate::house::House;
+use crate::logging::Levels;
 use crate::policy::reload::{Reloaded, reload};
 use crate::pool::breaker::State as BreakerState;
 use crate::pool::origin::Endpoint;
@@ -23,9 +27,11 @@ pub struct Admin {
     /// The file that a reload reads; `None` where the policy was made of parts.
     policy: Option<PathBuf>,
     certificates: Certificates,
+    levels: Levels,
 }
 
 type Answer = Response<Full<Bytes>>;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Every path: what it takes and what it is for.
 const PATHS: &[(&str, Method, &str)] = &[
@@ -35,39 +41,133 @@ const PATHS: &[(&str, Method, &str)] = &[
     ("/admin/policy", Method::GET, "the policy in force, and what was wrong with the newest file"),
     ("/admin/upstreams", Method::GET, "every endpoint: health, breaker, requests in flight"),
     ("/admin/reload", Method::POST, "reads policy, secrets and certificates again"),
+    ("/admin/v1/requests/{id}", Method::GET, "the record of a request, by the x-request-id of its answer"),
+    ("/admin/v1/breaker", Method::POST, "?pool=P&address=A&state=open|closed: takes an endpoint out, or back in"),
+    ("/admin/v1/log", Method::GET, "what is logged, by module"),
+    ("/admin/v1/log", Method::PUT, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
 ];
+
+/// How long a breaker stays open that was opened by hand.
+const BY_HAND: Duration = Duration::from_secs(3600);
+
+/// The longest body that is read.
+const BODY_BYTES_MAX: usize = 16 << 10;
+
+/// The path's entries in the list, one a method. A word in braces stands for the rest of the path.
+fn entries(path: &str) -> Vec<&'static (&'static str, Method, &'static str)> {
+    let fits = |pattern: &str| match pattern.split_once('{') {
+        Some((before, _)) => path.strip_prefix(before).is_some_and(|rest| !rest.is_empty() && !rest.contains('/')),
+        None => pattern == path,
+    };
+    PATHS.iter().filter(|(pattern, ..)| fits(pattern)).collect()
+}
 
 impl Admin {
     /// The admin port of `house`.
-    pub fn new(house: Arc<House>, policy: Option<PathBuf>, certificates: Certificates) -> Self {
-        Self { house, policy, certificates }
+    pub fn new(house: Arc<House>, policy: Option<PathBuf>, certificates: Certificates, levels: Levels) -> Self {
+        Self { house, policy, certificates, levels }
     }
 
-    /// Answers one request.
-    pub async fn answer<B>(&self, request: Request<B>) -> Answer {
-        let Some((_, method, _)) = PATHS.iter().find(|(path, ..)| *path == request.uri().path()) else {
+    /// Answers one request, which came from `peer`.
+    pub async fn answer<B: Body<Error: Into<BoxError>>>(&self, request: Request<B>, peer: Option<String>) -> Answer {
+        let known = entries(request.uri().path());
+        let Some((pattern, ..)) = known.first() else {
             let list = PATHS.iter().map(|(path, method, what)| format!("{method} {path}: {what}\n"));
             return text(StatusCode::NOT_FOUND, list.collect());
         };
-        if request.method() != method {
-            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path takes {method}\n"));
-            if let Ok(allow) = method.as_str().parse() {
+        let method = request.method();
+        if !known.iter().any(|(_, known, _)| known == method) {
+            let methods: Vec<&str> = known.iter().map(|(_, method, _)| method.as_str()).collect();
+            let methods = methods.join(", ");
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path takes {methods}\n"));
+            if let Ok(allow) = methods.parse() {
                 answer.headers_mut().insert(ALLOW, allow);
             }
             return answer;
         }
-        // A page that an operator has open must not be able to reload for them.
-        if *method == Method::POST && request.headers().contains_key(ORIGIN) {
+        // A page that an operator has open must not be able to change anything for them.
+        if *method != Method::GET && request.headers().contains_key(ORIGIN) {
             return text(StatusCode::FORBIDDEN, "browsers may not do this\n".to_owned());
         }
-        match request.uri().path() {
+        let by = By { how: "admin", address: peer };
+        let query = request.uri().query().unwrap_or_default();
+        match *pattern {
             "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
             "/readyz" => self.readiness(),
             "/metrics" => self.metrics(),
             "/admin/policy" => json_answer(StatusCode::OK, &self.policy_status()),
             "/admin/upstreams" => json_answer(StatusCode::OK, &self.upstreams()),
-            _ => self.reload(),
+            "/admin/v1/requests/{id}" => self.record(request.uri().path().rsplit('/').next().unwrap_or_default()).await,
+            "/admin/v1/breaker" => self.breaker(query, by),
+            "/admin/v1/log" if *method == Method::GET => self.log(),
+            "/admin/v1/log" => self.set_log(request.into_body(), by).await,
+            _ => self.reload(by),
         }
+    }
+
+    fn log(&self) -> Answer {
+        json_answer(StatusCode::OK, &json!({"levels": self.levels.get()}))
+    }
+
+    /// Changes what is logged.
+    async fn set_log<B: Body<Error: Into<BoxError>>>(&self, body: B, by: By) -> Answer {
+        let wrong = |why: String| json_answer(StatusCode::BAD_REQUEST, &json!({"error": why}));
+        let body = match Limited::new(body, BODY_BYTES_MAX).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => return wrong(error.to_string()),
+        };
+        let asked = serde_json::from_slice::<Value>(&body).unwrap_or_default();
+        let Some(levels) = asked.get("levels").and_then(Value::as_str) else {
+            return wrong("the body is {\"levels\": \"info,infergate=debug\"}".to_owned());
+        };
+        let before = self.levels.get();
+        if let Err(why) = self.levels.set(levels) {
+            return wrong(why);
+        }
+        tracing::info!(levels, "log levels changed");
+        self.house.act("log_levels", by, json!({"from": before, "to": levels}));
+        self.log()
+    }
+
+    /// The record of one request, as it stands in the journal.
+    async fn record(&self, id: &str) -> Answer {
+        let Some(journal) = self.house.journal.clone() else {
+            return json_answer(StatusCode::CONFLICT, &json!({"error": "this gateway keeps no journal"}));
+        };
+        journal.flush().await;
+        let wanted = id.to_owned();
+        let found = tokio::task::spawn_blocking(move || read::find(journal.directory(), &wanted)).await;
+        match found.map_err(std::io::Error::other).flatten() {
+            Ok(Some(line)) => {
+                answer(StatusCode::OK, "application/json", format!("{}\n", String::from_utf8_lossy(&line)))
+            }
+            Ok(None) => json_answer(StatusCode::NOT_FOUND, &json!({"error": "the journal has no record with this id"})),
+            Err(error) => json_answer(StatusCode::INTERNAL_SERVER_ERROR, &json!({"error": error.to_string()})),
+        }
+    }
+
+    /// Opens or closes an endpoint's breaker by hand.
+    fn breaker(&self, query: &str, by: By) -> Answer {
+        let named = |name: &str| {
+            query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default()
+        };
+        let (pool, address, state) = (named("pool"), named("address"), named("state"));
+        let policy = self.house.policy.get();
+        let upstreams = policy.pools.get(pool).map_or(&[][..], |pool| &pool.upstreams);
+        let endpoints = upstreams.iter().flat_map(|upstream| upstream.origin.endpoints().to_vec());
+        let Some(endpoint) = endpoints.into_iter().find(|endpoint| endpoint.address.to_string() == address) else {
+            let error = "no such endpoint: give pool and address as GET /admin/upstreams lists them";
+            return json_answer(StatusCode::NOT_FOUND, &json!({"error": error}));
+        };
+        match state {
+            "open" => endpoint.breaker.pause(BY_HAND, Instant::now()),
+            "closed" => endpoint.breaker.reset(),
+            _ => return json_answer(StatusCode::BAD_REQUEST, &json!({"error": "state is open or closed"})),
+        }
+        let change = json!({"pool": pool, "address": address, "state": state});
+        tracing::warn!(pool, address, state, "breaker set by hand");
+        self.house.act("breaker", by, change.clone());
+        json_answer(StatusCode::OK, &change)
     }
 
     fn readiness(&self) -> Answer {
@@ -83,7 +183,7 @@ impl Admin {
         let pools: Vec<_> = policy
             .pools
             .values()
-            .map(|pool| (pool.name.clone(), pool.state.queue.in_flight(), pool.state.queue.waiting()))
+            .map(|pool| (pool.name.to_string(), pool.state.queue.in_flight(), pool.state.queue.waiting()))
             .collect();
         self.house.telemetry.levels(&pools, &self.levels(), self.house.state.bodies.used());
         let mut answer = text(StatusCode::OK, self.house.telemetry.text());
@@ -99,7 +199,7 @@ impl Admin {
         for pool in policy.pools.values() {
             for upstream in &pool.upstreams {
                 levels.extend(upstream.origin.endpoints().iter().map(|endpoint| EndpointLevel {
-                    pool: pool.name.clone(),
+                    pool: pool.name.to_string(),
                     upstream: upstream.name.to_str().unwrap_or_default().to_owned(),
                     address: endpoint.address.to_string(),
                     in_flight: endpoint.in_flight(),
@@ -133,12 +233,12 @@ impl Admin {
         })
     }
 
-    fn reload(&self) -> Answer {
+    fn reload(&self, by: By) -> Answer {
         self.certificates.reload();
         let Some(path) = &self.policy else {
             return json_answer(StatusCode::CONFLICT, &json!({"error": "this gateway runs without a policy file"}));
         };
-        match reload(&self.house, path) {
+        match reload(&self.house, path, by) {
             Ok(Reloaded::Swapped(revision, hash)) => {
                 json_answer(StatusCode::OK, &json!({"reloaded": true, "revision": revision, "hash": hash}))
             }

@@ -1,14 +1,19 @@
 //! The command line: one file a subcommand.
 
+mod audit;
 mod check;
+mod explain;
 mod reference;
 mod schema;
 mod serve;
 mod simulate;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::logging::{self, Levels};
 
 /// An inference gateway: one process between your applications and your model servers.
 #[derive(Parser)]
@@ -26,6 +31,10 @@ enum Command {
     Serve(serve::Serve),
     /// Check policy or settings files: prints every problem with its line, exits with 1 if there is one
     Check(check::Check),
+    /// Read the audit journal: prove it, look for lines in it
+    Audit(audit::Audit),
+    /// Tell what happened to a request
+    Explain(explain::Explain),
     /// Print the JSON Schema of the policy
     Schema(schema::Schema),
     /// Print the reference of the policy as Markdown
@@ -51,6 +60,8 @@ pub fn run() -> ExitCode {
     let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(serve) => serve.run(),
         Command::Check(check) => check.run(),
+        Command::Audit(audit) => audit.run(),
+        Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),
         Command::Reference(reference) => reference.run(),
         Command::Simulate(simulate) => simulate.run(),
@@ -66,23 +77,8 @@ pub fn run() -> ExitCode {
 
 impl Logging {
     /// Sends logs to the standard error, readable on a terminal and as JSON lines elsewhere.
-    fn start(&self) -> Result<(), String> {
-        use std::io::IsTerminal;
-        // What our libraries have to say is mostly the same at every start; their warnings are worth hearing.
-        let levels = match self.log.contains('=') || self.log.contains(',') {
-            true => self.log.clone(),
-            false => format!(
-                "{},{},hickory_resolver=error,hickory_proto=error,h2=warn,hyper=warn",
-                self.log,
-                crate::relay::LOG_LEVELS
-            ),
-        };
-        let filter = tracing_subscriber::EnvFilter::try_new(&levels)
-            .map_err(|error| format!("--log {}: {error}; try --log info", self.log))?;
-        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    fn start(&self) -> Result<Levels, String> {
         let json = self.log_json || !std::io::stderr().is_terminal();
-        let started =
-            if json { builder.json().flatten_event(true).try_init() } else { builder.with_target(false).try_init() };
-        started.map_err(|error| format!("the log cannot be started: {error}"))
+        logging::start(&self.log, json).map_err(|error| format!("--log {}: {error}; try --log info", self.log))
     }
 }

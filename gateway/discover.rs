@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::audit::journal::By;
 use crate::house::House;
 use crate::policy::file::{File, Model, Pool, Upstream};
 use crate::policy::{Policy, World, compile_file, reload};
@@ -50,7 +51,7 @@ impl Upstreams {
         for (name, _) in policy.listed() {
             tracing::debug!(model = %name, "found");
         }
-        reload::swap(house, policy);
+        reload::swap(house, policy, By::itself("upstreams"));
         Ok(complete)
     }
 

@@ -1,66 +1,222 @@
 //! One request's owned state, from its head to its end. It settles itself, whatever way it ends.
 
+use std::borrow::Cow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
-use uuid::Uuid;
+use http::Method;
 
+use crate::audit::journal::{Journal, Place};
+use crate::audit::record::{
+    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, Models, Moment, Outcome, Peer,
+    PolicyMark, Record, Text, Times, Trace, clip,
+};
 use crate::house::House;
-use crate::policy::Policy;
-use crate::refusal::Code;
+use crate::policy::file::Durable;
+use crate::policy::{Policy, Route};
+use crate::pool::{Picked, Pool};
+use crate::refusal::{Code, Refusal};
+use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
+use crate::relay::{Downstream, Tally};
 use crate::surface::{Surface, UNKNOWN};
-use crate::telemetry::{InFlight, Outcome, Telemetry, Times};
+use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
+use crate::telemetry::{InFlight, Telemetry};
 
 /// One request.
 #[derive(Debug)]
 pub struct Exchange {
-    /// Its id: the client's own if that is sane, else ours (UUIDv7).
-    pub id: String,
+    /// Its id, which is ours.
+    pub id: Id,
     /// The policy that decides everything about it.
     pub policy: Arc<Policy>,
     /// Its endpoint.
     pub surface: &'static Surface,
-    /// When its stages began.
-    pub times: Times,
+    /// When its stages were over.
+    pub times: Stages,
     /// Attempts so far.
-    pub attempts: u32,
-    outcome: Outcome,
+    pub attempts: Attempts,
+    /// The model that the client asked for, clipped.
+    pub asked: Option<Box<str>>,
+    /// The policy's entry for it.
+    pub route: Option<Arc<Route>>,
+    /// Whether the answer is to be a stream.
+    pub streaming: bool,
+    /// Bytes of its body.
+    pub body_bytes: u64,
+    /// Its place in a distributed trace.
+    pub trace: Option<Trace>,
+    /// What went to the client, and what it tells.
+    pub tally: Tally,
+    caller: Caller,
+    decisions: Decisions,
+    ending: End,
+    place: Option<Place>,
+    journal: Option<Arc<Journal>>,
     telemetry: Arc<Telemetry>,
+    tracer: Arc<Tracer>,
     _in_flight: InFlight,
+}
+
+/// Whom it came from.
+#[derive(Debug)]
+struct Caller {
+    peer: Peer,
+    protocol: &'static str,
+    method: Method,
+    request_id: Option<Box<str>>,
+}
+
+/// When its stages were over; what has not been reached yet stands at `received`.
+#[derive(Clone, Copy, Debug)]
+pub struct Stages {
+    /// The head had been read, by the clock of the day.
+    pub at: SystemTime,
+    /// The head had been read.
+    pub received: Instant,
+    /// The body had been read.
+    pub body: Instant,
+    /// The request had been parsed and routed.
+    pub admitted: Instant,
+    /// It had its place in the pool.
+    pub queued: Instant,
+    /// The first piece of the answer had come.
+    pub answered: Instant,
+    /// It was about to leave.
+    pub first: Instant,
+}
+
+/// How it ended, as far as that is known.
+#[derive(Debug)]
+struct End {
+    outcome: Outcome,
+    status: Option<u16>,
+    code: Option<Code>,
+    message: Option<Cow<'static, str>>,
 }
 
 impl Exchange {
     /// A request whose head has been read.
-    pub fn begin(house: &House, client_id: Option<&str>) -> Self {
-        let now = Instant::now();
+    pub fn begin(house: &House, downstream: &Downstream) -> Self {
+        let (now, policy) = (Instant::now(), house.policy.get());
+        let head = downstream.head();
+        let request_id = head.headers.get(X_REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
         Self {
-            id: client_id.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned),
-            policy: house.policy.get(),
+            id: Id::new(),
             surface: &UNKNOWN,
-            times: Times { received: now, body: now, admitted: now, queued: now, answered: now },
-            attempts: 0,
-            outcome: Outcome::Aborted,
+            times: Stages {
+                at: SystemTime::now(),
+                received: now,
+                body: now,
+                admitted: now,
+                queued: now,
+                answered: now,
+                first: now,
+            },
+            attempts: Attempts::new(),
+            asked: None,
+            route: None,
+            streaming: false,
+            body_bytes: 0,
+            trace: policy.traces.as_ref().map(|traces| traces.place(Context::of(&head.headers))),
+            policy,
+            tally: Tally::default(),
+            caller: Caller {
+                peer: downstream.peer(),
+                protocol: downstream.protocol(),
+                method: head.method.clone(),
+                request_id,
+            },
+            decisions: Decisions::new(),
+            ending: End { outcome: Outcome::Aborted, status: None, code: None, message: None },
+            place: house.journal.as_ref().and_then(Journal::reserve),
+            journal: house.journal.clone(),
             telemetry: house.telemetry.clone(),
+            tracer: house.tracer.clone(),
             _in_flight: InFlight::enter(&house.telemetry),
         }
     }
 
-    /// The first piece of the answer is about to leave.
-    pub fn answering(&mut self, head_at: Instant) {
-        self.times.answered = head_at;
-        self.telemetry.first_token(self.surface, self.times.received.elapsed());
+    /// What the client itself calls it, if that can stand in a header of ours.
+    pub fn client_id(&self) -> Option<&str> {
+        self.caller.request_id.as_deref().filter(|id| is_sane_id(id))
+    }
+
+    /// Whether its record can be kept, where there is a journal.
+    pub fn is_recorded(&self) -> bool {
+        self.journal.is_none() || self.place.is_some()
+    }
+
+    /// There is no room for its record: it is served all the same, or not.
+    pub fn unrecorded(&self, served: bool) {
+        if let Some(journal) = &self.journal {
+            journal.lose(served);
+        }
+    }
+
+    /// Somebody decided something about it.
+    pub fn decide(
+        &mut self,
+        stage: &'static str,
+        rule: impl Into<Text>,
+        verdict: impl Into<Text>,
+        why: impl Into<Text>,
+    ) {
+        self.decisions.push(Decision { stage, rule: rule.into(), verdict: verdict.into(), why: why.into() });
     }
 
     /// Everything that the gateway does itself before it asks an upstream has been done.
     pub fn admitted(&mut self) {
         self.times.admitted = Instant::now();
-        self.telemetry.self_time.observe((self.times.admitted - self.times.body).as_secs_f64());
     }
 
-    /// We said no.
-    pub fn refused(&mut self, code: Code) {
-        self.telemetry.refused(code);
-        self.outcome = match code {
+    /// An upstream is about to be asked; `bytes` is the length of the body.
+    pub fn attempt_begins(&mut self, pool: &Arc<Pool>, picked: &Picked<'_>, bytes: usize) {
+        let span = self.trace.map_or(0, |_| trace::new_span());
+        self.attempts.push(Attempt::begin(pool, picked, bytes, span));
+    }
+
+    /// The `traceparent` for the upstream that is asked now; none where the policy says nothing of traces.
+    pub fn traceparent(&self) -> Option<[u8; TRACEPARENT_BYTES]> {
+        Some(trace::traceparent(self.trace.as_ref()?, self.attempts.last()?.span))
+    }
+
+    /// The head of the running attempt's answer has come.
+    pub fn attempt_answers(&mut self, head_at: Instant, status: u16) {
+        if let Some(attempt) = self.attempts.last_mut() {
+            attempt.head = Some((head_at, status));
+        }
+    }
+
+    /// The running attempt is over.
+    pub fn attempt_ends(&mut self, result: Ending, why: Option<Text>) {
+        let received = self.tally.bytes;
+        if let Some(attempt) = self.attempts.last_mut().filter(|attempt| attempt.ended.is_none()) {
+            attempt.received = received;
+            attempt.end(result, why);
+        }
+    }
+
+    /// How many upstreams have been asked.
+    pub fn attempt_count(&self) -> u32 {
+        self.attempts.len() as u32
+    }
+
+    /// The first piece of the answer came at `first_at` and is about to leave.
+    pub fn answering(&mut self, first_at: Instant, status: u16) {
+        self.times.answered = first_at;
+        self.times.first = Instant::now();
+        self.ending.status = Some(status);
+    }
+
+    /// We say no: before an answer, or in the middle of one (then `status` has been told already).
+    pub fn refused(&mut self, refusal: &Refusal) {
+        self.telemetry.refused(refusal.code);
+        let verdict = if self.ending.status.is_some() { "break off" } else { "refuse" };
+        self.decide("refuse", refusal.code.name(), verdict, refusal.message.clone());
+        self.ending.status.get_or_insert(refusal.code.status().as_u16());
+        self.ending.code = Some(refusal.code);
+        self.ending.message = Some(refusal.message.clone());
+        self.ending.outcome = match refusal.code {
             Code::ConnectFailed | Code::UpstreamClosed | Code::UpstreamInvalid => Outcome::UpstreamError,
             Code::ConnectTimeout
             | Code::FirstTokenTimeout
@@ -73,26 +229,103 @@ impl Exchange {
 
     /// The answer was given to its end.
     pub fn completed(&mut self) {
-        self.outcome = Outcome::Ok;
+        self.ending.outcome = Outcome::Ok;
     }
 
     /// The client left.
     pub fn client_closed(&mut self) {
-        self.outcome = Outcome::ClientClosed;
+        self.ending.outcome = Outcome::ClientClosed;
+    }
+
+    /// Whether the client may have the end of its answer only when the record is on disk.
+    pub fn is_durable(&self) -> bool {
+        self.place.is_some() && self.policy.audit.durable == Durable::BeforeResponseEnd
+    }
+
+    /// Files the record as it stands, and waits until it is on disk. What comes after is the way to the client.
+    pub async fn put_on_record(&mut self) {
+        if !self.is_durable() {
+            return;
+        }
+        let (Some(journal), Some(place)) = (self.journal.clone(), self.place.take()) else { return };
+        let entry = journal.file(&self.record(Instant::now()), place);
+        journal.durable(entry).await;
+    }
+
+    /// What the gateway itself took until the first piece of the answer, which came at `came`, left at `left`.
+    pub fn overhead(&self, came: Instant, left: Instant) -> Duration {
+        let admit = self.times.admitted.saturating_duration_since(self.times.body);
+        admit + left.saturating_duration_since(came)
+    }
+
+    fn record(&self, ended: Instant) -> Record<'_> {
+        let times = &self.times;
+        let moment = Moment { at: times.at, received: times.received, ended };
+        let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
+        Record {
+            id: self.id,
+            outcome: self.ending.outcome,
+            status: self.ending.status,
+            surface: self.surface.path,
+            operation: self.surface.operation.name(),
+            method: self.caller.method.as_str(),
+            stream: self.streaming,
+            client: Client {
+                address: self.caller.peer,
+                protocol: self.caller.protocol,
+                request_id: self.caller.request_id.as_deref(),
+            },
+            trace: self.trace,
+            principal: None,
+            tenant: None,
+            model: self.models(),
+            policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
+            decisions: &self.decisions,
+            attempts: AttemptList { list: &self.attempts, moment },
+            usage: self.tally.usage(),
+            bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
+            times: Times {
+                body: reached(times.body),
+                admitted: reached(times.admitted),
+                queued: reached(times.queued),
+                first: reached(times.first),
+                ended: moment.micros(ended),
+                own: self.overhead(times.answered, times.first).as_micros() as u64,
+            },
+            code: self.ending.code.map(Code::name),
+            message: self.ending.message.as_deref().map(clip),
+            moment,
+        }
+    }
+
+    fn models(&self) -> Models<'_> {
+        let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
+        let used = self.attempts.last().and_then(|attempt| {
+            let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
+            stage.other_name(attempt.upstream()?).or(self.asked.as_deref()).or(Some(&route.model.name))
+        });
+        Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        let took = self.times.received.elapsed();
-        self.telemetry.ended(self.surface, self.outcome, took);
+        let place = self.place.take();
+        let record = self.record(Instant::now());
+        self.telemetry.finished(&record, self.surface, self.route.as_deref());
+        if let Some(traces) = &self.policy.traces {
+            self.tracer.finish(traces, &record);
+        }
+        if let (Some(journal), Some(place)) = (&self.journal, place) {
+            journal.file(&record, place);
+        }
         tracing::debug!(
             id = %self.id,
-            surface = self.surface.path,
-            outcome = self.outcome.name(),
-            attempts = self.attempts,
+            surface = record.surface,
+            outcome = record.outcome.name(),
+            attempts = self.attempts.len(),
             policy = %self.policy.hash,
-            took_ms = took.as_millis() as u64,
+            took_ms = record.times.ended / 1000,
             "request ended"
         );
     }

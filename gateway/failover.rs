@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use http::HeaderValue;
 use infergate_plugins::provider::Reason;
 
+use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::local;
@@ -69,7 +71,7 @@ pub async fn ask<'a>(
             Outcome::Answered(asked) => return Ok(asked),
             Outcome::Missed(miss) => {
                 let cause = miss.cause;
-                let spent = exchange.attempts >= planned.attempts_max();
+                let spent = exchange.attempt_count() >= planned.attempts_max();
                 last = Some(miss.refusal);
                 stage =
                     if spent { None } else { stages.find(|next| cause.is_some_and(|cause| next.on.contains(&cause))) };
@@ -106,7 +108,7 @@ async fn ask_stage<'a>(
         Ok(permit) => permit,
         Err(miss) => return Ok(Outcome::Missed(miss)),
     };
-    exchange.times.queued = Instant::now();
+    queued(exchange, pool);
     pool.state.retries.request(exchange.times.queued);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
@@ -115,7 +117,6 @@ async fn ask_stage<'a>(
         };
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
         tried.push(picked.endpoint.clone());
-        exchange.attempts += 1;
         match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
             Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
             // What is drained for a client that has left is not tried again.
@@ -124,6 +125,15 @@ async fn ask_stage<'a>(
             Err(_) => {}
         }
     }
+}
+
+/// The request has its place in the pool.
+fn queued(exchange: &mut Exchange, pool: &Pool) {
+    let before = exchange.attempts.last().and_then(|attempt| attempt.ended).unwrap_or(exchange.times.admitted);
+    exchange.times.queued = Instant::now();
+    let waited = exchange.times.queued.saturating_duration_since(before).as_millis();
+    let why = if waited == 0 { Text::from("at once") } else { Text::from(format!("waited {waited} ms")) };
+    exchange.decide("queue", &pool.name, "enter", why);
 }
 
 /// A place in the pool, or why there is none.
@@ -192,7 +202,7 @@ async fn back_off(
 /// One attempt: an answer to pass on, or why there is none.
 async fn attempt(
     house: &House,
-    exchange: &Exchange,
+    exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
     stage: &Stage,
@@ -202,6 +212,7 @@ async fn attempt(
     let target = &picked.endpoint.target;
     let body = body_for(planned, stage, picked.upstream);
     let path = format!("{}{}", picked.upstream.path, planned.identified.path);
+    exchange.attempt_begins(&stage.pool, picked, body.len());
     let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
     let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
@@ -213,11 +224,12 @@ async fn attempt(
     let mut answer = match asked {
         Ok(answer) => answer,
         Err(failure) => {
-            let mut miss = failed(planned, stage, picked, failure)?;
+            let mut miss = failed(exchange, planned, stage, picked, failure)?;
             miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
             return Ok(Err(miss));
         }
     };
+    exchange.attempt_answers(answer.head_at, answer.head.status.as_u16());
     if answer.stale {
         picked.upstream.attempts.stale.inc();
     }
@@ -237,24 +249,20 @@ async fn attempt(
         return Ok(Ok(answer));
     }
     picked.upstream.attempts.status.inc();
+    exchange.attempt_ends(Ending::Status, Some(format!("status {status}").into()));
     answer.discard(&house.connections, target).await;
     Ok(Err(miss))
 }
 
-/// The name that this upstream knows the model by, if the policy gives another than the client's.
-fn other_name<'a>(stage: &'a Stage, upstream: &'a Upstream) -> Option<&'a str> {
-    upstream.model.as_deref().or(stage.rename.as_deref())
-}
-
 /// The name of the model that answers.
-pub fn model_at<'a>(planned: &'a Planned, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
-    let asked = || planned.model.as_deref().unwrap_or(&planned.route.model.name);
-    other_name(stage, upstream).unwrap_or_else(asked)
+pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> String {
+    let asked = || exchange.asked.as_deref().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
+    stage.other_name(upstream).or_else(asked).unwrap_or_default().to_owned()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another.
 fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let edit = other_name(stage, upstream).and_then(|name| planned.scan.rename_model(name));
+    let edit = stage.other_name(upstream).and_then(|name| planned.scan.rename_model(name));
     scan::splice(&planned.received.body, &mut edit.into_iter().collect::<Vec<_>>())
 }
 
@@ -272,7 +280,8 @@ fn request_head<'a>(
         authority: &upstream.authority,
         set: &upstream.headers,
         required: upstream.provider.required_headers(),
-        id: &exchange.id,
+        id: exchange.id.as_str(),
+        traceparent: exchange.traceparent().and_then(|text| HeaderValue::from_bytes(&text).ok()),
         inspected: planned.identified.passthrough.is_none(),
         length: length.filter(|_| planned.received.has_body),
         upgrade: planned.identified.upgrade.as_ref(),
@@ -322,43 +331,52 @@ fn pause(text: &str, now: SystemTime) -> Option<Duration> {
 }
 
 /// An attempt that gave no answer: what it tells about the upstream, and how it is told to the client.
-fn failed(planned: &Planned, stage: &Stage, picked: &Picked<'_>, failure: Failure) -> Result<Miss, Stop> {
+fn failed(
+    exchange: &mut Exchange,
+    planned: &Planned,
+    stage: &Stage,
+    picked: &Picked<'_>,
+    failure: Failure,
+) -> Result<Miss, Stop> {
     let (attempts, breaker, now) = (&picked.upstream.attempts, &picked.endpoint.breaker, Instant::now());
     let timeouts = &stage.pool.timeouts;
-    let (counter, cause, code, message) = match failure {
+    let (counter, ending, code, message) = match failure {
         Failure::Gone => {
             attempts.cancelled.inc();
             breaker.released();
+            exchange.attempt_ends(Ending::Cancelled, Some("the client left".into()));
             return Err(Stop::Gone);
         }
         Failure::TotalTimeout => {
             attempts.timeout.inc();
             breaker.released();
-            return Err(too_long(planned).into());
+            let refusal = too_long(planned);
+            exchange.attempt_ends(Ending::Timeout, Some(refusal.message.clone().into()));
+            return Err(refusal.into());
         }
         Failure::Connect(why) => {
             let message = format!("the upstream cannot be reached: {why}");
-            (&attempts.connect, Some(Cause::Connect), Code::ConnectFailed, message)
+            (&attempts.connect, Ending::Connect, Code::ConnectFailed, message)
         }
         Failure::ConnectTimeout => {
             let message = format!("no connection to the upstream within {} ms", timeouts.connect_ms);
-            (&attempts.connect, Some(Cause::Connect), Code::ConnectTimeout, message)
+            (&attempts.connect, Ending::Connect, Code::ConnectTimeout, message)
         }
         Failure::Reset(why) => {
             let message = format!("the upstream closed the connection without an answer: {why}");
-            (&attempts.reset, Some(Cause::Reset), Code::UpstreamClosed, message)
+            (&attempts.reset, Ending::Reset, Code::UpstreamClosed, message)
         }
         Failure::Invalid(why) => {
             let message = format!("the upstream's answer is no HTTP: {why}");
-            (&attempts.reset, Some(Cause::Reset), Code::UpstreamInvalid, message)
+            (&attempts.reset, Ending::Reset, Code::UpstreamInvalid, message)
         }
         Failure::FirstTokenTimeout => {
             let message = format!("no first token within {} ms", timeouts.first_token_ms);
-            (&attempts.timeout, Some(Cause::Timeout), Code::FirstTokenTimeout, message)
+            (&attempts.timeout, Ending::Timeout, Code::FirstTokenTimeout, message)
         }
         Failure::AnswerTimeout => {
             let message = format!("no answer within {} ms", timeouts.answer_ms);
-            (&attempts.timeout, Some(Cause::Timeout), Code::AnswerTimeout, message)
+            (&attempts.timeout, Ending::Timeout, Code::AnswerTimeout, message)
         }
     };
     counter.inc();
@@ -366,18 +384,24 @@ fn failed(planned: &Planned, stage: &Stage, picked: &Picked<'_>, failure: Failur
     if breaker.failure(&stage.pool.breaker, now) {
         tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, "breaker opened");
     }
-    Ok(Miss { cause, refusal: Refusal::new(code, message), again: false })
+    exchange.attempt_ends(ending, Some(message.clone().into()));
+    let cause = match ending {
+        Ending::Connect => Cause::Connect,
+        Ending::Timeout => Cause::Timeout,
+        _ => Cause::Reset,
+    };
+    Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
 }
 
 fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
     let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
-    listed && exchange.attempts < planned.attempts_max() && pool.available(Instant::now())
+    listed && exchange.attempt_count() < planned.attempts_max() && pool.available(Instant::now())
 }
 
 fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
     let now = Instant::now();
     let helps = |next: &&Stage| next.on.contains(&cause) && next.pool.available(now);
-    exchange.attempts < planned.attempts_max() && rest.iter().any(helps)
+    exchange.attempt_count() < planned.attempts_max() && rest.iter().any(helps)
 }
 
 /// Whether the pool's budget still has a retry.
@@ -393,7 +417,7 @@ fn granted(pool: &Pool) -> bool {
 /// can use put on.
 pub fn head_for_client(
     mut head: Box<AnswerHead>,
-    head_at: Instant,
+    first_at: Instant,
     is_event_stream: bool,
     upstream: &Upstream,
     exchange: &Exchange,
@@ -412,7 +436,7 @@ pub fn head_for_client(
         local::set(&mut head, "cache-control", "no-cache")?;
         local::set(&mut head, "x-accel-buffering", "no")?;
     }
-    local::set(&mut head, "x-request-id", exchange.id.as_str())?;
+    local::identify(&mut head, exchange)?;
     // A name that no header can carry is not told.
     if model.is_ascii() {
         let _ = local::set(&mut head, "x-infergate-model", model);
@@ -420,19 +444,25 @@ pub fn head_for_client(
     if exchange.policy.requests.name_upstream {
         local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
     }
-    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempts))?;
-    local::set(&mut head, "server-timing", timing(exchange, head_at))?;
+    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempt_count()))?;
+    if exchange.policy.requests.server_timing {
+        local::set(&mut head, "server-timing", timing(exchange, first_at))?;
+    }
+    if exchange.policy.requests.overhead {
+        let own = exchange.overhead(first_at, Instant::now()).as_micros();
+        local::set(&mut head, "x-infergate-overhead-us", own as u64)?;
+    }
     Ok(head)
 }
 
-fn timing(exchange: &Exchange, head_at: Instant) -> String {
+fn timing(exchange: &Exchange, first_at: Instant) -> String {
     let times = &exchange.times;
     server_timing(&[
         ("body", times.body - times.received),
         ("admit", times.admitted - times.body),
         ("queue", times.queued - times.admitted),
-        ("upstream", head_at.saturating_duration_since(times.queued)),
-        ("relay", head_at.elapsed()),
+        ("upstream", first_at.saturating_duration_since(times.queued)),
+        ("relay", first_at.elapsed()),
     ])
 }
 
@@ -449,13 +479,14 @@ pub async fn tunnel(
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
+    queued(exchange, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
         let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
         tried.push(picked.endpoint.clone());
-        exchange.attempts += 1;
+        exchange.attempt_begins(&stage.pool, &picked, 0);
         let client = downstream.head().clone();
         let path = format!("{}{}", picked.upstream.path, planned.identified.path);
         let head = request_head(exchange, planned, picked.upstream, &client, &path, None);
@@ -466,16 +497,20 @@ pub async fn tunnel(
             Ok(Tunnelled::Closed) => {
                 picked.endpoint.breaker.success(&pool.breaker, Instant::now());
                 picked.upstream.attempts.answered.inc();
+                exchange.attempt_ends(Ending::Answered, None);
+                exchange.answering(exchange.times.queued, 101);
                 exchange.completed();
                 return Ok(());
             }
             Ok(Tunnelled::Refused(answer)) => {
                 let status = answer.status.as_u16();
+                exchange.attempt_answers(Instant::now(), status);
+                exchange.attempt_ends(Ending::Status, None);
                 let message = format!("the upstream refused to open a WebSocket: status {status}");
                 return Err(Refusal::new(Code::UpstreamInvalid, message).into());
             }
             Err(failure) => {
-                let miss = failed(planned, stage, &picked, failure)?;
+                let miss = failed(exchange, planned, stage, &picked, failure)?;
                 if miss.cause != Some(Cause::Connect)
                     || !may_retry(exchange, planned, pool, miss.cause)
                     || !granted(pool)

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
+use crate::audit::journal::{Act, By, Journal};
 use crate::policy::reload::InForce;
 use crate::relay::Connections;
 use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::Telemetry;
+use crate::telemetry::trace::Tracer;
 
 /// The process's belongings.
 #[derive(Debug)]
@@ -22,6 +24,10 @@ pub struct House {
     pub state: Arc<State>,
     /// The metrics.
     pub telemetry: Arc<Telemetry>,
+    /// The traces on their way out.
+    pub tracer: Arc<Tracer>,
+    /// The journal, if there is one.
+    pub journal: Option<Arc<Journal>>,
     /// The connections to upstreams.
     pub connections: Connections,
     /// Turns true when connections of clients are to be closed after their answer.
@@ -34,10 +40,13 @@ impl House {
     /// A house without a policy, which is not ready for requests.
     pub fn new(settings: Settings) -> Self {
         let (close_connections, connections_closing) = watch::channel(false);
+        let telemetry = Arc::new(Telemetry::new());
         Self {
+            tracer: Arc::new(Tracer::new(telemetry.traces.clone())),
+            telemetry,
             state: Arc::new(State::new(settings.bodies_bytes())),
-            telemetry: Arc::new(Telemetry::new()),
             connections: Connections::new(settings.ca_file.as_deref(), settings.kept_connections),
+            journal: None,
             policy: InForce::default(),
             connections_closing,
             close_connections,
@@ -60,6 +69,20 @@ impl House {
     /// Whether the process is going down.
     pub fn draining(&self) -> bool {
         *self.connections_closing.borrow()
+    }
+
+    /// Files an administrative act.
+    pub fn act(&self, act: &str, by: By, change: serde_json::Value) {
+        if let Some(journal) = &self.journal {
+            journal.act(&Act { act, by, change });
+        }
+    }
+
+    /// The process ends: what the journal still holds goes to disk, and its run is closed.
+    pub fn close_journal(&self) {
+        if let Some(journal) = &self.journal {
+            journal.close("the process ended");
+        }
     }
 
     /// The process is going down: readiness fails, and connections close after their answer.

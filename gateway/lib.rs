@@ -10,17 +10,20 @@
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
-//! | [`telemetry`], [`admin`], [`memory`] | what is measured and shown to operators |
+//! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
 pub mod admin;
+pub mod audit;
 pub mod cli;
 pub mod discover;
+pub mod egress;
 pub mod exchange;
 pub mod failover;
 pub mod house;
 pub mod local;
+pub mod logging;
 pub mod memory;
 pub mod pipeline;
 pub mod policy;
@@ -35,3 +38,4 @@ pub mod sse;
 pub mod state;
 pub mod surface;
 pub mod telemetry;
+pub mod usage;

@@ -24,18 +24,21 @@ pub async fn answer(
         _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
         _ => (StatusCode::SERVICE_UNAVAILABLE, json!({"status": "not ready"})),
     };
-    let head = head(status, "application/json", &exchange.id)?;
+    let head = head(status, "application/json", exchange)?;
+    let body = Bytes::from(body.to_string());
+    exchange.answering(exchange.times.received, status.as_u16());
+    exchange.tally.bytes = body.len() as u64;
+    exchange.completed();
+    exchange.put_on_record().await;
     // A body on such a request is not read, so the connection cannot be used again.
     let close = downstream.content_length().is_some_and(|length| length > 0);
-    downstream.answer(Box::new(head), Bytes::from(body.to_string()), close).await.map_err(|_| Stop::Gone)?;
-    exchange.completed();
-    Ok(())
+    downstream.answer(Box::new(head), body, close).await.map_err(|_| Stop::Gone)
 }
 
 /// `GET /v1/models` in OpenAI's shape, with what each model is and where it lives.
 fn models(policy: &Policy) -> Value {
     let entry = |name: &str, route: &Route| {
-        let stages: Vec<&str> = route.stages.iter().map(|stage| stage.pool.name.as_str()).collect();
+        let stages: Vec<&str> = route.stages.iter().map(|stage| &*stage.pool.name).collect();
         let providers: Vec<&str> = route
             .stages
             .iter()
@@ -62,11 +65,17 @@ fn dedup(mut words: Vec<&str>) -> Vec<&str> {
 }
 
 /// The head of an answer of our own.
-pub fn head(status: StatusCode, content_type: &'static str, request_id: &str) -> Result<AnswerHead, Refusal> {
+pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange) -> Result<AnswerHead, Refusal> {
     let mut head = AnswerHead::build(status, Some(8)).map_err(|_| broken_header())?;
     set(&mut head, "content-type", content_type)?;
-    set(&mut head, "x-request-id", request_id)?;
+    identify(&mut head, exchange)?;
     Ok(head)
+}
+
+/// Says which request an answer belongs to: our id, and the client's own.
+pub fn identify(head: &mut AnswerHead, exchange: &Exchange) -> Result<(), Refusal> {
+    set(head, "x-request-id", exchange.id.as_str())?;
+    exchange.client_id().map_or(Ok(()), |id| set(head, "x-client-request-id", id))
 }
 
 /// Sets one header of an answer.

@@ -12,14 +12,15 @@ use http::header::{CONTENT_TYPE, UPGRADE};
 use http::{HeaderValue, Method};
 use infergate_plugins::operation::Operation;
 
+use crate::audit::record::{Ending, clip};
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::house::House;
 use crate::local;
 use crate::policy::Route;
-use crate::policy::file::{OnDisconnect, Priority};
+use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Waiting, headers};
+use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Tally, Waiting};
 use crate::scan::{self, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
@@ -67,8 +68,6 @@ pub struct Planned {
     pub received: Received,
     /// Where the deciding fields stand.
     pub scan: Scan,
-    /// The model that the client asked for.
-    pub model: Option<String>,
     /// Whether the answer is to be a stream.
     pub streaming: bool,
     /// The pools to ask.
@@ -81,7 +80,7 @@ pub struct Planned {
 
 /// Serves one request from its head to its end.
 pub async fn serve(house: &House, downstream: &mut Downstream) {
-    let mut exchange = Exchange::begin(house, headers::sane_request_id(&downstream.head().headers));
+    let mut exchange = Exchange::begin(house, downstream);
     downstream.set_write_timeout(Duration::from_millis(exchange.policy.requests.write_ms));
     match line(house, &mut exchange, downstream).await {
         Ok(()) => {}
@@ -97,6 +96,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     }
     let received = read(house, exchange, downstream).await?;
     exchange.times.body = Instant::now();
+    exchange.body_bytes = received.body.len() as u64;
     let planned = admit(exchange, downstream, identified, received)?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
@@ -124,6 +124,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         (None, None) => &surface::UNKNOWN,
     };
     downstream.check_head()?;
+    recordable(exchange)?;
     if house.state.shedding.load(std::sync::atomic::Ordering::Relaxed) {
         let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
         return Err(refusal.retry_after(Duration::from_secs(1)).into());
@@ -137,6 +138,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         return Err(Refusal::new(Code::MethodNotAllowed, message).into());
     }
     let upgrade = upgrade(exchange.surface, downstream, passthrough.is_some_and(|entry| entry.websocket))?;
+    exchange.decide("identify", "anonymous", "allow", "the policy asks for no key");
     let query = forwarded_query(head.uri.query().unwrap_or_default());
     Ok(Identified {
         surface: exchange.surface,
@@ -144,6 +146,17 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         passthrough: passthrough.filter(|_| found.is_none()).map(|entry| entry.route.clone()),
         upgrade,
     })
+}
+
+/// No work is done whose record could not be kept, unless the policy says that it may.
+fn recordable(exchange: &Exchange) -> Result<(), Refusal> {
+    if exchange.is_recorded() {
+        return Ok(());
+    }
+    let served = exchange.policy.audit.on_error == OnError::Allow;
+    exchange.unrecorded(served);
+    let refusal = || Refusal::new(Code::AuditUnavailable, "the journal has no room for the record of this request");
+    if served { Ok(()) } else { Err(refusal().retry_after(Duration::from_secs(1))) }
 }
 
 /// The query as the upstream gets it: what came, without the client's credentials.
@@ -217,6 +230,7 @@ fn admit(
     let policy = exchange.policy.clone();
     let scan = scan_body(identified.surface, downstream, &received.body)?;
     let model = asked_model(identified.surface, &scan, downstream, &received.body)?;
+    exchange.asked = model.as_deref().map(|name| clip(name).into());
     let streaming = identified.surface.always_streams() || scan.stream(&received.body).map_err(invalid)?;
     let route = match &identified.passthrough {
         Some(route) => route.clone(),
@@ -228,11 +242,13 @@ fn admit(
         let message = format!("no upstream of the model `{name}` can do {}", identified.surface.path);
         return Err(Refusal::new(Code::NotFound, message).into());
     }
+    exchange.decide("route", &route.rule, &route.verdict, route.why(model.as_deref()));
+    exchange.streaming = streaming;
+    exchange.route = Some(route.clone());
     let header = policy.priority_header.as_ref().and_then(|name| downstream.head().headers.get(name));
     let priority = policy.priority(header, &route);
     let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
-    let model = model.map(Cow::into_owned);
-    Ok(Planned { identified, scan, model, streaming, route, priority, total, received })
+    Ok(Planned { identified, scan, streaming, route, priority, total, received })
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -294,30 +310,40 @@ async fn relay(
         return Err(Refusal::new(Code::UpstreamInvalid, message).into());
     }
     let (head, answer) = answer.split();
+    let status = head.status.as_u16();
     let head = if downstream.head_sent() {
         None
     } else {
-        let model = failover::model_at(&planned, stage, picked.upstream);
-        Some(failover::head_for_client(head, answer.head_at, is_events, picked.upstream, exchange, model)?)
+        let model = failover::model_at(exchange, stage, picked.upstream);
+        Some(failover::head_for_client(head, answer.first_at, is_events, picked.upstream, exchange, &model)?)
     };
-    exchange.answering(answer.head_at);
+    exchange.answering(answer.first_at, status);
+    exchange.tally = Tally::new(planned.identified.surface.operation, is_events);
+    // What tells the end of an answer is its last piece where its length is known: it waits for the record.
+    downstream.hold_last(exchange.is_durable() && !is_events);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
-    let passed = relay::pass_on(downstream, &house.connections, &picked.endpoint.target, head, answer, pace).await;
+    let tally = &mut exchange.tally;
+    let passed =
+        relay::pass_on(downstream, tally, &house.connections, &picked.endpoint.target, (head, answer), pace).await;
     drop(permit);
     match passed {
         Passed::Whole => {
             picked.upstream.attempts.answered.inc();
+            exchange.attempt_ends(Ending::Answered, None);
             exchange.completed();
-            Ok(())
+            exchange.put_on_record().await;
+            downstream.finish().await.map_err(|_| Stop::Gone)
         }
         Passed::Gone => {
             picked.upstream.attempts.cancelled.inc();
+            exchange.attempt_ends(Ending::Cancelled, None);
             Err(Stop::Gone)
         }
         Passed::Broken(code, why) => {
             picked.upstream.attempts.broken.inc();
             picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
+            exchange.attempt_ends(Ending::Broken, Some(why.clone().into()));
             let message = format!("the upstream broke off its answer: {why}");
             broken_off(exchange, downstream, Refusal::new(code, message), is_events).await;
             Ok(())
@@ -332,8 +358,8 @@ pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
 }
 
 /// Waits for an upstream while minding the client; a stream's client gets signs of life.
-pub fn waiting<'a>(downstream: &'a mut Downstream, exchange: &'a Exchange, planned: &Planned) -> Waiting<'a> {
-    let mut waiting = Waiting::new(downstream, planned.total, &exchange.id, Instant::now());
+pub fn waiting<'a>(downstream: &'a mut Downstream, exchange: &Exchange, planned: &Planned) -> Waiting<'a> {
+    let mut waiting = Waiting::new(downstream, planned.total, exchange.id, Instant::now());
     waiting.heartbeat = if planned.streaming { heartbeat(exchange) } else { None };
     waiting
 }
@@ -349,9 +375,11 @@ async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: R
     if downstream.head_sent() {
         return broken_off(exchange, downstream, refusal, true).await;
     }
-    exchange.refused(refusal.code);
+    exchange.refused(&refusal);
     tracing::debug!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "refused");
-    let body = refusal.body(exchange.surface.dialect, &exchange.id);
+    let body = refusal.body(exchange.surface.dialect, exchange.id.as_str());
+    exchange.tally.bytes = body.len() as u64;
+    exchange.put_on_record().await;
     if let Ok(head) = refusal_head(exchange, &refusal)
         && downstream.answer(Box::new(head), body.into(), refusal.close).await.is_err()
     {
@@ -360,10 +388,10 @@ async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: R
 }
 
 fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Refusal> {
-    let mut head = local::head(refusal.code.status(), "application/json", &exchange.id)?;
+    let mut head = local::head(refusal.code.status(), "application/json", exchange)?;
     let mut set = |name: &'static str, value: String| local::set(&mut head, name, value);
     set("x-should-retry", refusal.code.retryable().to_string())?;
-    set("x-infergate-attempts", exchange.attempts.to_string())?;
+    set("x-infergate-attempts", exchange.attempt_count().to_string())?;
     if let Some(seconds) = refusal.retry_after_s() {
         set("retry-after", seconds.to_string())?;
     }
@@ -376,12 +404,13 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
 /// Ends an answer that has begun and cannot be completed: an event stream with an error event, anything else with a
 /// connection that breaks off, so that nobody takes it for whole.
 async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
-    exchange.refused(refusal.code);
+    exchange.refused(&refusal);
+    exchange.put_on_record().await;
     tracing::warn!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "an answer broke off");
     if !is_events {
         return downstream.abort().await;
     }
-    let event = refusal.event(exchange.surface.dialect, &exchange.id);
+    let event = refusal.event(exchange.surface.dialect, exchange.id.as_str());
     let ended = async {
         downstream.write(event.into()).await?;
         downstream.finish().await

@@ -3,6 +3,7 @@
 pub mod file;
 pub mod problem;
 pub mod reload;
+mod traces;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{HeaderName, HeaderValue, Method};
-use infergate_plugins::provider;
+use infergate_plugins::{provider, sink};
 use sha2::{Digest, Sha256};
 
 use self::file::{Cause, File};
@@ -18,10 +19,11 @@ use self::problem::{Document, Problem, nearest};
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
 use crate::refusal::{Code, Refusal};
-use crate::secret::{Secret, SecretSource};
+use crate::secret::{self, Secret, SecretSource};
 use crate::settings::Settings;
 use crate::state::State;
-use crate::telemetry::Telemetry;
+use crate::telemetry::trace::Traces;
+use crate::telemetry::{Meters, Telemetry};
 
 /// What every request is decided by.
 #[derive(Debug)]
@@ -42,6 +44,12 @@ pub struct Policy {
     pub priorities: BTreeMap<String, file::Priority>,
     /// The files whose secrets are in it.
     pub secret_files: Vec<PathBuf>,
+    /// What becomes of records.
+    pub audit: file::Audit,
+    /// Where the lines of the journal go.
+    pub sinks: Vec<Arc<sink::Outlet>>,
+    /// Which traces are kept and where they go; none is, without it.
+    pub traces: Option<Traces>,
     models: Models,
 }
 
@@ -65,6 +73,41 @@ pub struct Route {
     pub priority: Option<file::Priority>,
     /// The entry in the file, for the list of models.
     pub model: file::Model,
+    /// The entry's name, for records.
+    pub rule: Arc<str>,
+    /// The pools' names in order, for records.
+    pub verdict: Arc<str>,
+    /// The handles of its metrics.
+    pub meters: Meters,
+}
+
+impl Route {
+    fn new(stages: Vec<Stage>, priority: Option<file::Priority>, model: file::Model) -> Arc<Self> {
+        let pools: Vec<&str> = stages.iter().map(|stage| &*stage.pool.name).collect();
+        Arc::new(Self { verdict: pools.join(", ").into(), rule: model.name.as_str().into(), stages, priority, model, meters: Meters::default() })
+    }
+
+    /// How a request that asks for `asked` came to this entry.
+    pub fn why(&self, asked: Option<&str>) -> &'static str {
+        match asked {
+            Some(name) if name == self.model.name => "by its name",
+            Some(name) if self.model.aliases.iter().any(|alias| alias == name) => "by an alias",
+            Some(name) if self.takes(name) => "by a pattern",
+            Some(_) => "the default model, because no entry knows the name",
+            None if self.model.name.starts_with('/') => "by its path",
+            None => "the default model, because the request names none",
+        }
+    }
+
+    fn takes(&self, name: &str) -> bool {
+        let patterns = std::iter::once(&self.model.name).chain(&self.model.aliases);
+        patterns.filter_map(|pattern| pattern.split_once('*')).any(|(before, behind)| fits(name, before, behind))
+    }
+}
+
+/// Whether `name` begins and ends as the pattern does that has a star between the two.
+fn fits(name: &str, before: &str, behind: &str) -> bool {
+    name.len() >= before.len() + behind.len() && name.starts_with(before) && name.ends_with(behind)
 }
 
 /// One pool that a request may go to.
@@ -76,6 +119,13 @@ pub struct Stage {
     pub rename: Option<String>,
     /// What must have happened before; empty for the first.
     pub on: Vec<Cause>,
+}
+
+impl Stage {
+    /// The name that an upstream knows the model by, if the policy gives another than the client's.
+    pub fn other_name<'a>(&'a self, upstream: &'a Upstream) -> Option<&'a str> {
+        upstream.model.as_deref().or(self.rename.as_deref())
+    }
 }
 
 /// A path that passes through unread.
@@ -203,7 +253,9 @@ impl<'a> Compiler<'a> {
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
         self.requests(&file.requests);
+        let traces = file.telemetry.traces.as_ref().and_then(|traces| self.traces(traces));
         Policy {
+            sinks: self.sinks(&file.audit.sinks),
             hash: format!("{:x}", self.secrets.clone().finalize()),
             revision: 0,
             priority_header: file.requests.priority_header.as_deref().and_then(|name| name.parse().ok()),
@@ -212,6 +264,8 @@ impl<'a> Compiler<'a> {
             passthrough,
             priorities: file.priorities,
             secret_files: std::mem::take(&mut self.secret_files),
+            audit: file.audit,
+            traces,
             models,
         }
     }
@@ -243,11 +297,13 @@ impl<'a> Compiler<'a> {
             self.wrong(&format!("{path}.health.path"), format!("{probe} must begin with a slash"));
         }
         let upstreams = pool.upstreams.iter().enumerate();
+        let mut upstreams: Vec<Upstream> = upstreams
+            .filter_map(|(index, upstream)| self.upstream(&format!("{path}.upstreams[{index}]"), name, upstream))
+            .collect();
+        upstreams.iter_mut().enumerate().for_each(|(index, upstream)| upstream.index = index);
         Pool {
-            name: name.to_owned(),
-            upstreams: upstreams
-                .filter_map(|(index, upstream)| self.upstream(&format!("{path}.upstreams[{index}]"), name, upstream))
-                .collect(),
+            name: name.into(),
+            upstreams,
             timeouts: pool.timeouts,
             retry: pool.retry.clone(),
             breaker: breaker::Parameters {
@@ -276,13 +332,7 @@ impl<'a> Compiler<'a> {
         let provider = self.provider(path, upstream)?;
         let mut headers = self.headers(path, upstream);
         if let Some(source) = &upstream.key {
-            let secret = match (source, self.world.secret_files) {
-                (SecretSource { file: Some(_), env: None }, false) => Ok(Secret::new("unknown")),
-                _ => source.read(self.world.env),
-            };
-            let secret = secret.map_err(|error| self.wrong(&format!("{path}.key"), error)).ok()?;
-            self.secrets.update(secret.reveal());
-            self.secret_files.extend(source.file.clone());
+            let secret = self.secret(&format!("{path}.key"), source)?;
             let credential = provider.credential(secret.reveal());
             let mut value = HeaderValue::try_from(credential.value)
                 .map_err(|_| self.wrong(&format!("{path}.key"), "the secret cannot stand in a header"))
@@ -297,6 +347,7 @@ impl<'a> Compiler<'a> {
             return None;
         };
         Some(Upstream {
+            index: 0,
             attempts: self.world.telemetry.attempts(pool, &name),
             name: name_value,
             path: base,
@@ -307,6 +358,31 @@ impl<'a> Compiler<'a> {
             near: upstream.zone.is_none() || self.world.zone.is_none() || upstream.zone.as_deref() == self.world.zone,
             model: upstream.model.clone(),
             origin: self.world.state.origin(&origin, self.world.now),
+        })
+    }
+
+    /// Reads the secret that the key at `path` names.
+    fn secret(&mut self, path: &str, source: &SecretSource) -> Option<Secret> {
+        self.resolve(source).map_err(|error| self.wrong(path, error)).ok()
+    }
+
+    /// Reads a secret; it counts for the hash.
+    fn resolve(&mut self, source: &SecretSource) -> Result<Secret, String> {
+        let secret = match (source, self.world.secret_files) {
+            (SecretSource { file: Some(_), env: None }, false) => Secret::new("unknown"),
+            _ => secret::read(source, self.world.env)?,
+        };
+        self.secrets.update(secret.reveal());
+        self.secret_files.extend(source.file.clone());
+        Ok(secret)
+    }
+
+    fn sinks(&mut self, configs: &[sink::Config]) -> Vec<Arc<sink::Outlet>> {
+        sink::build(configs, &mut |source| self.resolve(source)).unwrap_or_else(|problems| {
+            for (path, message) in problems {
+                self.wrong(&format!("audit.sinks{path}"), message);
+            }
+            Vec::new()
         })
     }
 
@@ -378,7 +454,7 @@ impl<'a> Compiler<'a> {
         let mut stages: Vec<Stage> = first.into_iter().map(stage).collect();
         for (index, fallback) in model.fallbacks.iter().enumerate() {
             let place = format!("{path}.fallbacks[{index}].pool");
-            if stages.iter().any(|stage| stage.pool.name == fallback.pool) {
+            if stages.iter().any(|stage| *stage.pool.name == *fallback.pool) {
                 self.wrong(&place, format!("{} is tried already before this", fallback.pool));
             }
             let Some(pool) = self.find_pool(&place, &fallback.pool, pools) else {
@@ -399,7 +475,7 @@ impl<'a> Compiler<'a> {
                 found
             }
         };
-        complete.then(|| Arc::new(Route { stages, priority, model: model.clone() }))
+        complete.then(|| Route::new(stages, priority, model.clone()))
     }
 
     fn passthrough(
@@ -432,7 +508,7 @@ impl<'a> Compiler<'a> {
             description: None,
         };
         let stages = vec![Stage { pool, rename: None, on: Vec::new() }];
-        let route = Arc::new(Route { stages, priority: None, model });
+        let route = Route::new(stages, None, model);
         Some(Passthrough { path: entry.path.clone(), methods, websocket: entry.websocket, route })
     }
 
@@ -461,11 +537,8 @@ impl Models {
     }
 
     fn named(&self, name: &str) -> Option<&Arc<Route>> {
-        let fits = |before: &str, behind: &str| {
-            name.len() >= before.len() + behind.len() && name.starts_with(before) && name.ends_with(behind)
-        };
         self.exact.get(name).or_else(|| {
-            self.patterns.iter().find(|(before, behind, _)| fits(before, behind)).map(|(_, _, route)| route)
+            self.patterns.iter().find(|(before, behind, _)| fits(name, before, behind)).map(|(_, _, route)| route)
         })
     }
 }
@@ -482,6 +555,9 @@ impl Policy {
             priority_header: None,
             priorities: BTreeMap::new(),
             secret_files: Vec::new(),
+            audit: file::Audit::default(),
+            sinks: Vec::new(),
+            traces: None,
             models: Models::default(),
         }
     }
@@ -561,7 +637,7 @@ mod tests {
             "{POOLS}models:\n  - {{name: '*', pool: slow}}\n  - {{name: 'gpt-*', pool: fast}}\n  - {{name: gpt-4, pool: slow, aliases: [four]}}\n"
         );
         let policy = compiled(&text).unwrap();
-        let pool = |name: &str| policy.route(Some(name)).unwrap().stages[0].pool.name.clone();
+        let pool = |name: &str| policy.route(Some(name)).unwrap().stages[0].pool.name.to_string();
         assert_eq!([pool("gpt-5"), pool("gpt-4"), pool("four"), pool("else")], ["fast", "slow", "slow", "slow"]);
     }
 

@@ -23,7 +23,7 @@ use crate::telemetry::AttemptCounters;
 #[derive(Debug)]
 pub struct Pool {
     /// Its name.
-    pub name: String,
+    pub name: Arc<str>,
     /// The upstreams, in the order of the file.
     pub upstreams: Vec<Upstream>,
     /// How long each phase may take.
@@ -45,6 +45,8 @@ pub struct Pool {
 /// One upstream as the policy means it.
 #[derive(Debug)]
 pub struct Upstream {
+    /// Its place in the pool's list.
+    pub index: usize,
     /// Its name in headers and metrics.
     pub name: HeaderValue,
     /// The path before `/v1`.
@@ -64,7 +66,7 @@ pub struct Upstream {
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.
-    pub attempts: AttemptCounters,
+    pub attempts: Arc<AttemptCounters>,
 }
 
 /// A pool's levels.

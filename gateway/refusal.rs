@@ -44,6 +44,8 @@ pub enum Code {
     RequestTimeout,
     /// No room for another body, or the process is at its memory ceiling.
     Overloaded,
+    /// No room for the request's record, which the policy insists on.
+    AuditUnavailable,
     /// The pool's queue is full.
     QueueFull,
     /// The pool's queue was too slow.
@@ -83,6 +85,7 @@ pub const CODES: &[Code] = &[
     Code::RequestTooLarge,
     Code::RequestTimeout,
     Code::Overloaded,
+    Code::AuditUnavailable,
     Code::QueueFull,
     Code::QueueTimeout,
     Code::NoUpstream,
@@ -111,6 +114,7 @@ impl Code {
             Self::RequestTooLarge => "request_too_large",
             Self::RequestTimeout => "request_timeout",
             Self::Overloaded => "overloaded",
+            Self::AuditUnavailable => "audit_unavailable",
             Self::QueueFull => "queue_full",
             Self::QueueTimeout => "queue_timeout",
             Self::NoUpstream => "no_upstream",
@@ -137,7 +141,7 @@ impl Code {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::Overloaded | Self::QueueFull | Self::QueueTimeout | Self::NoUpstream => {
+            Self::Overloaded | Self::AuditUnavailable | Self::QueueFull | Self::QueueTimeout | Self::NoUpstream => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::ConnectFailed | Self::UpstreamClosed | Self::UpstreamInvalid => StatusCode::BAD_GATEWAY,

@@ -29,7 +29,7 @@ use crate::pipeline;
 pub use attempt::{Answer, Failure, Order, ask, fetch};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
-pub use stream::{Pace, Passed, pass_on};
+pub use stream::{Pace, Passed, Tally, pass_on};
 pub use upgrade::{Tunnelled, tunnel};
 pub use waiting::{Interrupted, Waiting};
 
@@ -63,6 +63,7 @@ impl HttpServerApp for App {
         session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
+        self.house.telemetry.runtimes.on("requests");
         let mut downstream = Downstream::read(session, self.idle, shutdown, &self.house.connections_closing).await?;
         pipeline::serve(&self.house, &mut downstream).await;
         downstream.into_reusable().await

@@ -21,6 +21,8 @@ pub struct Settings {
     /// Threads that serve requests. Absent: one a core.
     #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<usize>,
+    /// Where the journal lies.
+    pub audit: Audit,
     /// How the process ends.
     pub shutdown: Shutdown,
     /// How much memory it may use.
@@ -45,6 +47,7 @@ impl Default for Settings {
             listeners: vec![Listener::default()],
             admin: Admin::default(),
             threads: None,
+            audit: Audit::default(),
             shutdown: Shutdown::default(),
             memory: Memory::default(),
             zone: None,
@@ -121,6 +124,39 @@ pub struct Admin {
 impl Default for Admin {
     fn default() -> Self {
         Self { address: "127.0.0.1:9090".to_owned() }
+    }
+}
+
+/// Where the journal lies. What becomes of its records is in the policy, under `audit`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// Whether there is a journal at all.
+    pub enabled: bool,
+    /// Its directory. Several gateways may share one, if it is on a local disk. Absent: `$STATE_DIRECTORY/journal`
+    /// (systemd sets it), else `$XDG_STATE_HOME/infergate/journal`, else `~/.local/state/infergate/journal`; where
+    /// none of these can be written, the gateway warns and runs without a journal.
+    pub directory: Option<PathBuf>,
+    /// The file with the key that signs it (Ed25519, PKCS#8 in hexadecimal digits), made at the first start. Absent:
+    /// `signing.key` in the directory. Keep it elsewhere, so that whoever can edit the journal cannot sign it.
+    pub key_file: Option<PathBuf>,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { enabled: true, directory: None, key_file: None }
+    }
+}
+
+impl Audit {
+    /// The directory that is used where none is named.
+    pub fn usual_directory(env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+        let below = |name: &str, rest: &str| {
+            env(name).filter(|path| path.starts_with('/')).map(|path| PathBuf::from(path).join(rest))
+        };
+        below("STATE_DIRECTORY", "journal")
+            .or_else(|| below("XDG_STATE_HOME", "infergate/journal"))
+            .or_else(|| below("HOME", ".local/state/infergate/journal"))
     }
 }
 

@@ -1,10 +1,17 @@
 //! Every metric, in one list, with the handles that the request path keeps.
 //!
-//! Labels come from bounded sets only: the table of surfaces, the refusals, the policy's pools and upstreams.
+//! Labels come from bounded sets only: the table of surfaces, the refusals, the policy's models, pools and upstreams.
 
-use std::sync::Arc;
+mod evidence;
+mod genai;
+pub mod names;
+mod process;
+pub mod trace;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -14,11 +21,22 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
+use self::evidence::Sinks;
+use self::genai::GenAi;
+pub use self::genai::Meters;
+use self::process::Process;
+pub use self::process::Runtimes;
+use crate::audit::record::{OUTCOMES, Record};
+use crate::policy::Route;
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
 /// Seconds, from a millisecond to the longest answers.
 const BUCKETS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0];
+
+/// Seconds, for what takes microseconds.
+const SELF_BUCKETS: [f64; 9] = [10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 5e-3, 25e-3];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
@@ -29,6 +47,11 @@ struct RequestLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct SurfaceLabels {
     surface: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StageLabels {
+    stage: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -60,39 +83,6 @@ struct HashLabels {
     hash: String,
 }
 
-/// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The upstream's answer was passed on to its end, whatever its status.
-    Ok,
-    /// We said no.
-    Refused,
-    /// No upstream could answer, or one broke off.
-    UpstreamError,
-    /// A time-out of the policy.
-    Timeout,
-    /// The client left.
-    ClientClosed,
-    /// The exchange was dropped: shutdown, or a panic.
-    Aborted,
-}
-
-const OUTCOMES: [(Outcome, &str); 6] = [
-    (Outcome::Ok, "ok"),
-    (Outcome::Refused, "refused"),
-    (Outcome::UpstreamError, "upstream_error"),
-    (Outcome::Timeout, "timeout"),
-    (Outcome::ClientClosed, "client_closed"),
-    (Outcome::Aborted, "aborted"),
-];
-
-impl Outcome {
-    /// Its name on metrics and in logs.
-    pub fn name(self) -> &'static str {
-        OUTCOMES[self as usize].1
-    }
-}
-
 /// The results of attempts on one upstream.
 #[derive(Clone, Debug, Default)]
 pub struct AttemptCounters {
@@ -114,15 +104,22 @@ pub struct AttemptCounters {
     pub broken: Counter,
 }
 
+/// The words for the fields of [`AttemptCounters`], in their order.
+const RESULTS: [&str; 8] = ["answered", "connect", "reset", "timeout", "status", "stale", "cancelled", "broken"];
+
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Telemetry {
     registry: Mutex<Registry>,
+    genai: GenAi,
+    sinks: Sinks,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
     refusals: [Counter; CODES.len()],
     attempts: Family<AttemptLabels, Counter>,
+    /// The upstreams, by pool and name, whose counters somebody holds.
+    attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
     retries_refused: Family<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
@@ -140,9 +137,15 @@ pub struct Telemetry {
     shedding: Gauge,
     /// Requests that run now.
     pub in_flight: Gauge,
-    /// Time that a request spent in the gateway itself before its upstream was asked.
-    pub self_time: Histogram,
+    admit_time: Histogram,
+    relay_time: Histogram,
     loaded_at: AtomicU64,
+    /// For the journal to keep.
+    pub journal: JournalMeters,
+    /// For the exporter of traces to keep.
+    pub traces: TraceMeters,
+    /// Where runtimes tell of themselves.
+    pub runtimes: Runtimes,
 }
 
 /// What an endpoint is doing, for the gauges.
@@ -182,11 +185,16 @@ impl Default for Telemetry {
 impl Telemetry {
     /// All metrics at zero.
     pub fn new() -> Self {
-        let mut registry = Registry::with_prefix("infergate");
+        let mut page = Registry::default();
+        let genai = GenAi::new(&mut page);
+        let runtimes = Runtimes::default();
+        page.register_collector(Box::new(Process(runtimes.clone())));
+        let registry = page.sub_registry_with_prefix("infergate");
         let requests = Family::<RequestLabels, Counter>::default();
         let durations = Family::<SurfaceLabels, Histogram>::new_with_constructor(histogram);
         let first_tokens = Family::<SurfaceLabels, Histogram>::new_with_constructor(histogram);
         let refusals = Family::<CodeLabels, Counter>::default();
+        let self_time = Family::<StageLabels, Histogram>::new_with_constructor(|| Histogram::new(SELF_BUCKETS));
         let telemetry = Self {
             requests: std::array::from_fn(|row| {
                 std::array::from_fn(|outcome| {
@@ -204,6 +212,7 @@ impl Telemetry {
                 refusals.get_or_create(&CodeLabels { code: CODES[code].name() }).clone()
             }),
             attempts: Family::default(),
+            attempted: Mutex::default(),
             retries_refused: Family::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
@@ -220,8 +229,14 @@ impl Telemetry {
             resident: Gauge::default(),
             shedding: Gauge::default(),
             in_flight: Gauge::default(),
-            self_time: Histogram::new([10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 5e-3, 25e-3]),
+            admit_time: self_time.get_or_create_owned(&StageLabels { stage: "admit" }),
+            relay_time: self_time.get_or_create_owned(&StageLabels { stage: "relay" }),
             loaded_at: AtomicU64::new(0),
+            journal: JournalMeters::new(registry),
+            traces: TraceMeters::new(registry),
+            sinks: Sinks::new(registry),
+            runtimes,
+            genai,
             registry: Mutex::default(),
         };
         let t = &telemetry;
@@ -246,21 +261,29 @@ impl Telemetry {
         registry.register_with_unit("bodies_in_flight", "Bodies held in memory", Unit::Bytes, t.body_bytes.clone());
         registry.register_with_unit("resident_memory", "Of the process", Unit::Bytes, t.resident.clone());
         registry.register("shedding", "1 while requests are refused for memory", t.shedding.clone());
-        registry.register_with_unit("self_time", "Before the upstream was asked", Unit::Seconds, t.self_time.clone());
-        *telemetry.registry.lock() = registry;
+        registry.register_with_unit("self_time", "What the gateway itself took", Unit::Seconds, self_time);
+        *telemetry.registry.lock() = page;
         telemetry
     }
 
-    /// A request has ended.
-    pub fn ended(&self, surface: &Surface, outcome: Outcome, took: Duration) {
-        let row = surface.index();
-        self.requests[row][outcome as usize].inc();
-        self.durations[row].observe(took.as_secs_f64());
-    }
-
-    /// The first piece of an answer is on its way.
-    pub fn first_token(&self, surface: &Surface, took: Duration) {
-        self.first_tokens[surface.index()].observe(took.as_secs_f64());
+    /// A request is over. `route` is where it went, if it came so far.
+    pub fn finished(&self, record: &Record<'_>, surface: &Surface, route: Option<&Route>) {
+        let (row, times) = (surface.index(), &record.times);
+        self.requests[row][record.outcome as usize].inc();
+        self.durations[row].observe(seconds(times.ended));
+        if let Some((body, admitted)) = times.body.zip(times.admitted) {
+            let admit = admitted.saturating_sub(body);
+            self.admit_time.observe(seconds(admit));
+            if times.first.is_some() {
+                self.relay_time.observe(seconds(times.own.saturating_sub(admit)));
+            }
+        }
+        if let Some(first) = times.first {
+            self.first_tokens[row].observe(seconds(first));
+        }
+        if let Some(route) = route {
+            self.genai.finished(record, surface.operation, route);
+        }
     }
 
     /// We said no.
@@ -268,22 +291,46 @@ impl Telemetry {
         self.refusals[code as usize].inc();
     }
 
-    /// The counters of one upstream, to be kept with it.
-    pub fn attempts(&self, pool: &str, upstream: &str) -> AttemptCounters {
-        let counter = |result| {
+    /// The counters of one upstream, to be kept with it. They leave the page when nobody holds them any more.
+    pub fn attempts(&self, pool: &str, upstream: &str) -> Arc<AttemptCounters> {
+        let mut attempted = self.attempted.lock();
+        let entry = attempted.entry((pool.to_owned(), upstream.to_owned())).or_default();
+        entry.upgrade().unwrap_or_else(|| {
+            let counters = Arc::new(self.attempt_counters(pool, upstream));
+            *entry = Arc::downgrade(&counters);
+            counters
+        })
+    }
+
+    fn attempt_counters(&self, pool: &str, upstream: &str) -> AttemptCounters {
+        let [answered, connect, reset, timeout, status, stale, cancelled, broken] = RESULTS.map(|result| {
             let labels = AttemptLabels { pool: pool.to_owned(), upstream: upstream.to_owned(), result };
             self.attempts.get_or_create_owned(&labels)
-        };
-        AttemptCounters {
-            answered: counter("answered"),
-            connect: counter("connect"),
-            reset: counter("reset"),
-            timeout: counter("timeout"),
-            status: counter("status"),
-            stale: counter("stale"),
-            cancelled: counter("cancelled"),
-            broken: counter("broken"),
-        }
+        });
+        AttemptCounters { answered, connect, reset, timeout, status, stale, cancelled, broken }
+    }
+
+    fn forget_upstreams(&self) {
+        self.attempted.lock().retain(|(pool, upstream), counters| {
+            let held = counters.strong_count() > 0;
+            if !held {
+                for result in RESULTS {
+                    let labels = AttemptLabels { pool: pool.clone(), upstream: upstream.clone(), result };
+                    self.attempts.remove(&labels);
+                }
+            }
+            held
+        });
+    }
+
+    /// The metrics of one sink, to be kept with it.
+    pub fn sink(&self, name: &str) -> SinkMeters {
+        self.sinks.of(name)
+    }
+
+    /// A sink left the policy.
+    pub fn sink_gone(&self, name: &str) {
+        self.sinks.forget(name);
     }
 
     /// The counter of one pool's refused retries, to be kept with it.
@@ -299,6 +346,7 @@ impl Telemetry {
         self.policy_failed.set(0);
         self.reloads.inc();
         self.loaded_at.store(now_ms(), Ordering::Relaxed);
+        self.forget_upstreams();
     }
 
     /// The newest policy is the one in force already.
@@ -334,6 +382,7 @@ impl Telemetry {
             self.endpoint_healthy.get_or_create(&labels).set(i64::from(level.healthy));
             self.endpoint_breaker.get_or_create(&labels).set(level.breaker);
         }
+        self.forget_upstreams();
         self.body_bytes.set(i64::try_from(body_bytes).unwrap_or(i64::MAX));
         self.policy_age.set(now_ms().saturating_sub(self.loaded_at.load(Ordering::Relaxed)) as f64 / 1e3);
     }
@@ -352,6 +401,10 @@ impl Telemetry {
             Err(error) => format!("# the metrics could not be written: {error}\n# EOF\n"),
         }
     }
+}
+
+fn seconds(micros: u64) -> f64 {
+    micros as f64 / 1e6
 }
 
 fn now_ms() -> u64 {
@@ -388,30 +441,12 @@ pub fn server_timing(stages: &[(&'static str, Duration)]) -> String {
     out
 }
 
-/// When each stage of a request began.
-#[derive(Clone, Copy, Debug)]
-pub struct Times {
-    /// The head had been read.
-    pub received: Instant,
-    /// The body had been read.
-    pub body: Instant,
-    /// The request had been parsed and routed.
-    pub admitted: Instant,
-    /// It had its place in the pool.
-    pub queued: Instant,
-    /// The upstream's head had come.
-    pub answered: Instant,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn outcomes_are_named_in_the_order_of_the_enum() {
-        for (index, (outcome, name)) in OUTCOMES.iter().enumerate() {
-            assert_eq!((*outcome as usize, outcome.name()), (index, *name));
-        }
+    fn refusals_stand_in_the_order_of_the_enum() {
         for (index, code) in CODES.iter().enumerate() {
             assert_eq!(*code as usize, index, "{code:?}");
         }
@@ -426,9 +461,29 @@ mod tests {
     #[test]
     fn a_pool_that_is_gone_leaves_the_gauges() {
         let telemetry = Telemetry::new();
-        telemetry.levels(&[("old".to_owned(), 1, 0)], &[], 0);
+        telemetry.levels(&[("old".into(), 1, 0)], &[], 0);
         assert!(telemetry.text().contains("pool=\"old\""));
         telemetry.levels(&[], &[], 0);
         assert!(!telemetry.text().contains("pool=\"old\""));
+    }
+
+    #[test]
+    fn an_upstream_that_nobody_holds_leaves_the_page() {
+        let telemetry = Telemetry::new();
+        let held = telemetry.attempts("p", "held");
+        let before = telemetry.attempts("p", "back");
+        before.reset.inc();
+        drop((before, telemetry.attempts("p", "gone")));
+        let back = telemetry.attempts("p", "back");
+        telemetry.levels(&[], &[], 0);
+        held.answered.inc();
+        back.reset.inc();
+        let page = telemetry.text();
+        assert!(!page.contains("gone"), "{page}");
+        let line = |upstream, result, count| {
+            let labels = format!("{{pool=\"p\",upstream=\"{upstream}\",result=\"{result}\"}}");
+            page.contains(&format!("infergate_attempts_total{labels} {count}\n"))
+        };
+        assert!(line("held", "answered", 1) && line("back", "reset", 2), "{page}");
     }
 }

@@ -7,6 +7,7 @@
 //! | kind | what it decides | trait |
 //! |---|---|---|
 //! | provider | how one family of model servers wants to be spoken to | [`provider::Provider`] |
+//! | sink | what leaves of the audit journal, and in which shape | [`sink::Sink`] |
 //!
 //! # A whole plugin
 //!
@@ -39,3 +40,5 @@
 
 pub mod operation;
 pub mod provider;
+pub mod secret;
+pub mod sink;

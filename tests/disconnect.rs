@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_millis(250);
 
 /// What became of the request with this id; `None` if it has not come.
 fn outcome(server: &Simulated, id: &str) -> Option<Outcome> {
-    let named = |headers: &http::HeaderMap| headers.get("x-request-id").is_some_and(|value| value == id);
+    let named = |headers: &http::HeaderMap| headers.get("x-test-id").is_some_and(|value| value == id);
     server.seen().iter().rev().find(|seen| named(&seen.headers)).map(|seen| seen.outcome)
 }
 
@@ -151,7 +151,7 @@ async fn a_client_that_leaves_a_pass_through_path_stops_the_upstream() {
     for client in Client::both() {
         let request = http::Request::post(format!("http://{}/v1/unheard", gateway.address));
         let request =
-            request.header("x-simulate-fault", "hang").header("x-request-id", "through").body("x".into()).unwrap();
+            request.header("x-simulate-fault", "hang").header("x-test-id", "through").body("x".into()).unwrap();
         let asking = tokio::spawn(async move { client.try_send(request).await.map(|answer| answer.status) });
         arrived(&server, "through").await;
         asking.abort();
@@ -165,7 +165,7 @@ async fn a_client_that_closes_its_websocket_closes_the_upstreams() {
     let server = every_surface().await;
     let gateway = Gateway::start(&policy_for_every_surface(&server.url(), "", "", "")).await;
     let mut stream = TcpStream::connect(gateway.address).await.unwrap();
-    let head = "GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nx-request-id: socket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    let head = "GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nx-test-id: socket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     assert!(read_until(&mut stream, "\r\n\r\n").await.contains("101"));
     let health_checks = 1;

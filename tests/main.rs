@@ -3,18 +3,24 @@
 
 mod bytes;
 mod command_line;
+mod dashboards;
 mod disconnect;
 mod edge;
 mod failure;
 mod fuzz;
 mod lifecycle;
+mod metrics;
+mod logs;
+mod nats;
 mod overload;
 mod readme;
 mod reload;
 mod routing;
 mod simulate;
+mod sinks;
 mod smoke;
 mod streams;
 mod support;
 mod surfaces;
 mod tls;
+mod traces;

@@ -8,15 +8,20 @@ use std::time::Duration;
 
 use clap::Args;
 
+use serde_json::json;
+
 use super::Logging;
 use crate::admin::Admin;
+use crate::audit::fanout;
+use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
+use crate::egress::Egress;
 use crate::house::House;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
 use crate::pool::watch::{self, Names};
 use crate::relay::server::{Certificates, Running};
-use crate::settings::{Settings, check_address};
+use crate::settings::{Audit, Settings, check_address};
 use crate::simulate::{Options, Simulated};
 
 /// The policy that is served where no file is named and `config/policy.yaml` is not there.
@@ -42,6 +47,9 @@ pub(super) struct Serve {
     /// Where operators connect, instead of what the settings say: IP:PORT or unix:/path
     #[arg(long, value_name = "ADDR", env = "INFERGATE_ADMIN", value_parser = address)]
     admin: Option<String>,
+    /// The directory of the journal, instead of what the settings say
+    #[arg(long, value_name = "DIR", env = "INFERGATE_JOURNAL")]
+    journal: Option<PathBuf>,
     /// Serve every model that this server lists, without a policy file. May be given several times
     #[arg(long, value_name = "URL")]
     upstream: Vec<String>,
@@ -71,18 +79,23 @@ enum Source {
 
 impl Serve {
     pub(super) fn run(self) -> Result<ExitCode, String> {
-        self.logging.start()?;
+        let levels = self.logging.start()?;
         // Before anything that speaks TLS: one provider for all of it.
         let _already_there = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let settings = self.settings()?;
-        let house = Arc::new(House::new(settings));
+        let mut house = House::new(settings);
+        house.journal = open_journal(&house)?;
+        let house = Arc::new(house);
         let source = self.source();
         source.load(&house)?;
+        let addresses: Vec<_> = house.settings.listeners.iter().map(|listener| &listener.address).collect();
+        house.act("start", By::itself("process"), json!({"upgrade": self.upgrade, "listeners": addresses}));
         let running = Running::prepare(house.clone(), self.upgrade)?;
         let certificates = running.certificates();
-        let admin = Admin::new(house.clone(), source.path(), certificates.clone());
-        let background = Box::pin(beside(house, source, certificates));
+        let admin = Admin::new(house.clone(), source.path(), certificates.clone(), levels);
+        let background = Box::pin(beside(house.clone(), source, certificates));
         running.run(admin, background)?;
+        house.close_journal();
         Ok(ExitCode::SUCCESS)
     }
 
@@ -102,6 +115,9 @@ impl Serve {
         if let Some(admin) = &self.admin {
             settings.admin.address.clone_from(admin);
         }
+        if let Some(journal) = &self.journal {
+            settings.audit.directory = Some(journal.clone());
+        }
         Ok(settings)
     }
 
@@ -113,6 +129,28 @@ impl Serve {
                 Source::Upstreams(Upstreams { urls: self.upstream.clone(), key_env: self.upstream_key_env.clone() })
             }
             None => Source::Demo(shipped.is_file().then(|| shipped.to_owned())),
+        }
+    }
+}
+
+/// The journal that the settings name, or the usual one; none where there is none to be.
+fn open_journal(house: &House) -> Result<Option<Arc<Journal>>, String> {
+    let audit = &house.settings.audit;
+    if !audit.enabled {
+        return Ok(None);
+    }
+    let open = |directory: &Path| {
+        Journal::open(directory, audit.key_file.as_deref(), Default::default(), house.telemetry.journal.clone())
+    };
+    if let Some(directory) = &audit.directory {
+        return open(directory).map(Some);
+    }
+    let usual = Audit::usual_directory(&|name| std::env::var(name).ok());
+    match usual.ok_or_else(|| "no directory for it is known".to_owned()).and_then(|directory| open(&directory)) {
+        Ok(journal) => Ok(Some(journal)),
+        Err(error) => {
+            tracing::warn!(%error, "requests leave no record: name a directory with --journal or in the settings, under `audit`");
+            Ok(None)
         }
     }
 }
@@ -136,7 +174,7 @@ impl Source {
             (_, None) => return Ok(()),
         };
         let told = |problems: Problems| format!("the policy is refused:\n{}", problems.lines(&name).join("\n"));
-        reload::swap(house, compiled.map_err(told)?);
+        reload::swap(house, compiled.map_err(told)?, By::itself("process"));
         Ok(())
     }
 }
@@ -154,6 +192,15 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
     let mut jobs = tokio::task::JoinSet::new();
     jobs.spawn(watch::run(house.clone(), names.clone()));
     jobs.spawn(memory::watch(house.clone()));
+    match Egress::new(house.settings.ca_file.as_deref()) {
+        Ok(egress) => {
+            let egress = Arc::new(egress);
+            jobs.spawn(fanout::run(house.clone(), egress.clone()));
+            let exporting = house.clone();
+            jobs.spawn(async move { exporting.tracer.run(&exporting.policy, &egress).await });
+        }
+        Err(error) => tracing::error!(%error, "nothing can be sent out: no sinks, no traces"),
+    }
     match &source {
         Source::Upstreams(upstreams) => {
             let complete = upstreams.discover(&house, &names).await.unwrap_or_else(|error| {
@@ -216,6 +263,9 @@ fn greet(house: &House, source: &Source) {
         policy.listed().iter().map(|(name, _)| name.as_str()).find(|name| !name.contains('*')).unwrap_or("MODEL");
     println!("Infergate {} listens on {address}, admin on {}", env!("CARGO_PKG_VERSION"), house.settings.admin.address);
     println!("{} models, {} pools, policy {}", policy.listed().len(), policy.pools.len(), source.described());
+    if let Some(journal) = &house.journal {
+        println!("Every request leaves a record in {}", journal.directory().display());
+    }
     println!("\nTry it:\n  curl -N {socket}{base}/v1/chat/completions -H 'content-type: application/json' \\");
     println!(
         "    -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello!\"}}]}}'\n"

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use infergate_plugins::sink;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -37,6 +38,12 @@ pub struct File {
     /// Classes of urgency, by name. When a pool is full, a request of a higher class goes first.
     #[serde(default)]
     pub priorities: BTreeMap<String, Priority>,
+    /// The journal: what becomes of the record that every request leaves.
+    #[serde(default)]
+    pub audit: Audit,
+    /// What is told to other systems while requests run.
+    #[serde(default)]
+    pub telemetry: Telemetry,
 }
 
 /// One model as clients see it.
@@ -378,6 +385,10 @@ pub struct Requests {
     pub priority_header: Option<String>,
     /// Whether answers tell the upstream that gave them (`x-infergate-upstream`).
     pub name_upstream: bool,
+    /// Whether answers tell how long each stage took (`server-timing`).
+    pub server_timing: bool,
+    /// Whether answers tell the microseconds that the gateway itself took (`x-infergate-overhead-us`).
+    pub overhead: bool,
 }
 
 impl Default for Requests {
@@ -392,6 +403,8 @@ impl Default for Requests {
             write_ms: 60_000,
             priority_header: None,
             name_upstream: true,
+            server_timing: true,
+            overhead: false,
         }
     }
 }
@@ -404,6 +417,128 @@ pub enum OnDisconnect {
     Cancel,
     /// The answer is read to its end, so that its usage is known.
     Drain,
+}
+
+/// The journal: one record for every request, chained and signed. Where it lies is in the settings.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// What happens to a request for whose record there is no room, because the disk does not keep up: `deny`
+    /// refuses it with 503 `audit_unavailable`, `allow` serves it without a record, and the journal says how many.
+    pub on_error: OnError,
+    /// Records that may be on their way to the disk at once, those of running requests included.
+    #[schemars(range(min = 1))]
+    pub places: u32,
+    /// When a record is on disk: `soon` (within `commit_ms`; that much is lost if the machine or the process dies) or
+    /// `before_response_end` (a client that has the whole answer can be sure that its record is safe).
+    pub durable: Durable,
+    /// How long records are gathered before they are written and flushed to disk together, in milliseconds.
+    #[schemars(range(min = 1, max = 60_000))]
+    pub commit_ms: u64,
+    /// How often the chain is signed while records come in, in seconds.
+    #[schemars(range(min = 1))]
+    pub checkpoint_s: u64,
+    /// The size at which a segment is finished, in bytes.
+    #[schemars(range(min = 4_096))]
+    pub segment_bytes: u64,
+    /// The age at which a segment is finished, in seconds.
+    #[schemars(range(min = 1))]
+    pub segment_s: u64,
+    /// Whether finished segments are compressed (zstd).
+    pub compress: bool,
+    /// Finished segments older than this many days are removed; the journal says so. Absent: never.
+    #[schemars(range(min = 1))]
+    pub keep_days: Option<u32>,
+    /// The oldest finished segments are removed while the journal is larger than this, in bytes. Absent: never.
+    pub keep_bytes: Option<u64>,
+    /// Where the journal's lines go besides. Each sink has its own position and tries again on its own: it gets every
+    /// line at least once, those of one run in order.
+    pub sinks: Vec<sink::Config>,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self {
+            on_error: OnError::Deny,
+            places: 65_536,
+            durable: Durable::Soon,
+            commit_ms: 100,
+            checkpoint_s: 60,
+            segment_bytes: 64 << 20,
+            segment_s: 86_400,
+            compress: true,
+            keep_days: None,
+            keep_bytes: None,
+            sinks: Vec::new(),
+        }
+    }
+}
+
+/// What happens when a check or a record that the policy asks for cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The request is refused.
+    Deny,
+    /// The request goes on without it.
+    Allow,
+}
+
+/// When a record is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Durable {
+    /// Within `commit_ms`.
+    Soon,
+    /// Before the client has the end of its answer.
+    BeforeResponseEnd,
+}
+
+/// What is told to other systems while requests run. Metrics need nothing here: they are on the admin port.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Telemetry {
+    /// Traces: one span for each request and one for each attempt, sent by OTLP over HTTP. `traces: {}` is enough where
+    /// a collector runs beside the gateway. Absent: none, and a caller's `traceparent` passes on as it came.
+    pub traces: Option<Traces>,
+}
+
+/// Which traces are kept and where they go.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Traces {
+    /// The collector's base URL; `/v1/traces` is added. Absent: what OTEL_EXPORTER_OTLP_ENDPOINT says, else
+    /// `http://localhost:4318`.
+    pub endpoint: Option<String>,
+    /// The share of requests that are kept, 1 for all. A caller that has decided already, in its `traceparent`, is
+    /// obeyed.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub share: f64,
+    /// Requests that take as long as this are kept whatever the share, in milliseconds. 0: they are not.
+    pub slow_ms: u64,
+    /// Whether requests that fail are kept whatever the share: upstream errors, time-outs, aborted requests, answers
+    /// with a status of 500 and above.
+    pub errors: bool,
+    /// Headers for the collector.
+    pub headers: BTreeMap<String, String>,
+    /// Headers for the collector whose values are secret.
+    pub secret_headers: BTreeMap<String, SecretSource>,
+    /// The gateway's `service.name`. Absent: what OTEL_SERVICE_NAME says, else `infergate`.
+    pub service_name: Option<String>,
+}
+
+impl Default for Traces {
+    fn default() -> Self {
+        Self {
+            endpoint: None,
+            share: 0.01,
+            slow_ms: 60_000,
+            errors: true,
+            headers: BTreeMap::new(),
+            secret_headers: BTreeMap::new(),
+            service_name: None,
+        }
+    }
 }
 
 /// A class of urgency.

@@ -8,9 +8,11 @@ use arc_swap::ArcSwapOption;
 use notify_debouncer_full::notify::RecursiveMode;
 use notify_debouncer_full::{DebounceEventResult, new_debouncer};
 use parking_lot::Mutex;
+use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::{Policy, Problems, World, load};
+use crate::audit::journal::By;
 use crate::house::House;
 
 /// The policy in force.
@@ -53,7 +55,7 @@ pub enum Reloaded {
 }
 
 /// Puts `policy` in force.
-pub fn swap(house: &House, mut policy: Policy) -> Reloaded {
+pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
     let mut last = house.policy.last.lock();
     let before = house.policy.policy.load_full();
     last.problems.clear();
@@ -61,25 +63,30 @@ pub fn swap(house: &House, mut policy: Policy) -> Reloaded {
         house.telemetry.policy_kept();
         return Reloaded::Unchanged;
     }
+    let from = before.as_ref().map(|before| before.hash.clone());
     let revision = before.map_or(1, |before| before.revision + 1);
     let hash = policy.hash.clone();
     policy.revision = revision;
+    if let Some(journal) = &house.journal {
+        journal.configure(&policy.audit);
+    }
     house.policy.policy.store(Some(Arc::new(policy)));
     last.loaded = Some(SystemTime::now());
     drop(last);
     house.telemetry.policy_loaded(revision, &hash);
     house.state.sweep();
+    house.act("reload", by, json!({"from": from, "to": hash, "revision": revision}));
     tracing::info!(revision, hash = %&hash[..12], "policy in force");
     Reloaded::Swapped(revision, hash)
 }
 
 /// Loads the file at `path` and puts it in force, or leaves everything as it is and says what is wrong.
-pub fn reload(house: &House, path: &Path) -> Result<Reloaded, Problems> {
+pub fn reload(house: &House, path: &Path, by: By) -> Result<Reloaded, Problems> {
     let env = |name: &str| std::env::var(name).ok();
     let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
     let _one_at_a_time = house.policy.loading.lock();
     match load(path, &world) {
-        Ok(policy) => Ok(swap(house, policy)),
+        Ok(policy) => Ok(swap(house, policy, by)),
         Err(problems) => {
             house.state.sweep();
             house.telemetry.policy_refused();
@@ -88,6 +95,7 @@ pub fn reload(house: &House, path: &Path) -> Result<Reloaded, Problems> {
                 tracing::error!("{line}");
             }
             tracing::error!("the policy was refused; the one before stays in force");
+            house.act("reload_refused", by, json!({"problems": lines}));
             house.policy.last.lock().problems = lines;
             Err(problems)
         }
@@ -124,7 +132,8 @@ pub async fn watch(house: Arc<House>, path: PathBuf, others: Vec<PathBuf>, chang
             continue;
         }
         seen = now;
-        let _told_in_the_log = reload(&house, &path);
+        let by = By::itself(if nudge == Nudge::Asked { "signal" } else { "file" });
+        let _told_in_the_log = reload(&house, &path, by);
         changed();
     }
 }
@@ -179,14 +188,14 @@ mod tests {
         let path = directory.path().join("policy.yaml");
         let house = House::new(Settings::default());
         write(&path, "good");
-        assert!(matches!(reload(&house, &path), Ok(Reloaded::Swapped(1, _))));
-        assert!(matches!(reload(&house, &path), Ok(Reloaded::Unchanged)));
+        assert!(matches!(reload(&house, &path, By::itself("file")), Ok(Reloaded::Swapped(1, _))));
+        assert!(matches!(reload(&house, &path, By::itself("file")), Ok(Reloaded::Unchanged)));
         std::fs::write(&path, "version: 1\npools: {p: {}}\n").unwrap();
-        assert!(reload(&house, &path).is_err());
+        assert!(reload(&house, &path, By::itself("file")).is_err());
         assert!(house.policy.get().pools.contains_key("good"));
         assert!(house.policy.last().problems[0].contains("policy.yaml:2:"), "{:?}", house.policy.last());
         write(&path, "better");
-        assert!(matches!(reload(&house, &path), Ok(Reloaded::Swapped(2, _))));
+        assert!(matches!(reload(&house, &path, By::itself("file")), Ok(Reloaded::Swapped(2, _))));
         assert!(house.policy.last().problems.is_empty());
         assert_eq!(house.state.sizes(), (1, 1), "what no policy names is forgotten");
     }

@@ -146,6 +146,12 @@ impl Breaker {
         self.hold(self.at(now), pause);
     }
 
+    /// Closes it, whatever has been counted: somebody knows better.
+    pub fn reset(&self) {
+        *self.counts.lock() = Counts::default();
+        self.open_until.store(0, Ordering::Relaxed);
+    }
+
     /// A health check found the endpoint well: an open breaker lets one request try.
     pub fn recovered(&self, now: Instant) {
         let at = self.at(now).max(1);

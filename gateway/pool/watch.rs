@@ -106,7 +106,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
 struct Due {
     lookups: HashMap<Origin, Instant>,
     /// By pool and endpoint: the next check, and the results in a row (good ones above zero).
-    checks: HashMap<(String, usize), Check>,
+    checks: HashMap<(Arc<str>, usize), Check>,
     swept: Option<Instant>,
 }
 
@@ -121,7 +121,7 @@ struct Check {
 /// A background job's end.
 enum Job {
     Resolved(Origin, Duration),
-    Checked { key: (String, usize), well: bool, healthy_after: u32, unhealthy_after: u32 },
+    Checked { key: (Arc<str>, usize), well: bool, healthy_after: u32, unhealthy_after: u32 },
 }
 
 impl Due {

@@ -95,6 +95,8 @@ pub struct Answer {
     pub first: Bytes,
     /// When the head came.
     pub head_at: Instant,
+    /// When the first piece came.
+    pub first_at: Instant,
     /// Whether a kept connection was found stale on the way.
     pub stale: bool,
     body: AnswerBody,
@@ -102,8 +104,8 @@ pub struct Answer {
 
 /// An answer without its head.
 pub struct Rest {
-    /// When the head came.
-    pub head_at: Instant,
+    /// When the first piece came.
+    pub first_at: Instant,
     pub(super) first: Bytes,
     pub(super) body: AnswerBody,
 }
@@ -181,6 +183,7 @@ pub async fn fetch(
         set: &upstream.headers,
         required: upstream.provider.required_headers(),
         id: "infergate",
+        traceparent: None,
         inspected: true,
         length: None,
         upgrade: None,
@@ -222,7 +225,7 @@ async fn answer(connection: Connection, order: &Order<'_>, waiting: &mut Waiting
         Ok(first) => first.map_err(Failure::Reset)?,
         Err(interrupted) => return Err(interrupted.during(late)),
     };
-    Ok(Answer { head, first, head_at, stale: false, body })
+    Ok(Answer { head, first, head_at, first_at: Instant::now(), stale: false, body })
 }
 
 /// Writes the request and reads the head of its answer.
@@ -439,7 +442,7 @@ impl Answer {
 
     /// Its head, and what comes behind it.
     pub fn split(self) -> (Box<AnswerHead>, Rest) {
-        (self.head, Rest { head_at: self.head_at, first: self.first, body: self.body })
+        (self.head, Rest { first_at: self.first_at, first: self.first, body: self.body })
     }
 
     /// Whether it is a stream of events that can be told apart.

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::AnswerHead;
 use super::connection::plain;
+use crate::audit::record::Peer;
 use crate::refusal::{Code, Refusal};
 use crate::state::Lease;
 
@@ -33,6 +34,9 @@ pub struct Downstream {
     mute: bool,
     /// Bytes that an HTTP/1 answer of known length still lacks.
     lacking: u64,
+    /// Whether the last piece waits for the end, and that piece.
+    holds_last: bool,
+    held: Bytes,
     write_timeout: Duration,
 }
 
@@ -84,6 +88,8 @@ impl Downstream {
             finished: false,
             mute: false,
             lacking: 0,
+            holds_last: false,
+            held: Bytes::new(),
             write_timeout: Duration::MAX,
         })
     }
@@ -91,6 +97,20 @@ impl Downstream {
     /// The request's head.
     pub fn head(&self) -> &request::Parts {
         self.session.req_header()
+    }
+
+    /// The other end of the connection.
+    pub fn peer(&self) -> Peer {
+        Peer(self.session.client_addr().and_then(|address| address.as_inet().copied()))
+    }
+
+    /// The protocol, as records name it.
+    pub fn protocol(&self) -> &'static str {
+        match (self.is_http2(), self.head().version) {
+            (true, _) => "h2",
+            (_, Version::HTTP_10) => "http/1.0",
+            _ => "http/1.1",
+        }
     }
 
     /// Whether the request came over HTTP/2.
@@ -267,9 +287,24 @@ impl Downstream {
         self.session.write_response_header(head).await.map_err(|_| Gone)
     }
 
-    /// Sends a piece of the answer, at once.
-    pub async fn write(&mut self, piece: Bytes) -> Result<(), Gone> {
+    /// From now on the last piece that was written leaves only when the answer is finished.
+    pub fn hold_last(&mut self, holds: bool) {
+        self.holds_last = holds;
+    }
+
+    /// Sends a piece of the answer, at once, unless it is to be held.
+    pub async fn write(&mut self, mut piece: Bytes) -> Result<(), Gone> {
         if self.mute || piece.is_empty() {
+            return Ok(());
+        }
+        if self.holds_last {
+            std::mem::swap(&mut self.held, &mut piece);
+        }
+        self.send(piece).await
+    }
+
+    async fn send(&mut self, piece: Bytes) -> Result<(), Gone> {
+        if piece.is_empty() {
             return Ok(());
         }
         self.lacking = self.lacking.saturating_sub(piece.len() as u64);
@@ -298,6 +333,8 @@ impl Downstream {
         if self.mute {
             return Ok(());
         }
+        let held = std::mem::take(&mut self.held);
+        self.send(held).await?;
         self.session.finish_body().await.map_err(|_| Gone)
     }
 

@@ -6,6 +6,8 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, request};
 
+use crate::telemetry::trace::{Context, TRACEPARENT, TRACESTATE};
+
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -74,6 +76,8 @@ pub struct RequestHead<'a> {
     pub required: &'static [(&'static str, &'static str)],
     /// The request's id.
     pub id: &'a str,
+    /// The `traceparent` that stands in the client's place.
+    pub traceparent: Option<HeaderValue>,
     /// Whether bodies are read here.
     pub inspected: bool,
     /// The body's length in bytes; `None` for a request that has no body.
@@ -85,7 +89,9 @@ pub struct RequestHead<'a> {
 impl RequestHead<'_> {
     /// Every header of the request but the framing, in the order in which it is sent.
     pub fn each(&self, mut header: impl FnMut(&[u8], &HeaderValue)) {
-        let replaced = |name: &HeaderName| self.set.iter().any(|(set, _)| set == name);
+        let replaced = |name: &HeaderName| {
+            self.set.iter().any(|(set, _)| set == name) || (self.traceparent.is_some() && self.is_trace(name))
+        };
         for (name, value) in forwarded(&self.client.headers, self.inspected).filter(|(name, _)| !replaced(name)) {
             header(name.as_ref(), value);
         }
@@ -100,6 +106,15 @@ impl RequestHead<'_> {
         if let Ok(id) = HeaderValue::from_str(self.id) {
             header(X_REQUEST_ID.as_ref(), &id);
         }
+        if let Some(traceparent) = &self.traceparent {
+            header(TRACEPARENT.as_bytes(), traceparent);
+        }
+    }
+
+    /// Whether a client's header gives way to our place in the trace; what vendors added to theirs goes on with it,
+    /// unless theirs was none.
+    fn is_trace(&self, name: &HeaderName) -> bool {
+        name == TRACEPARENT || (name == TRACESTATE && Context::of(&self.client.headers).is_none())
     }
 
     /// The head as HTTP/1.1 puts it on the wire.
@@ -129,12 +144,10 @@ fn line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     }
 }
 
-/// The client's own id for the request, if it is one that can be passed on and logged: 1 to 128 of
-/// `A-Z a-z 0-9 - _ . :`.
-pub fn sane_request_id(headers: &HeaderMap) -> Option<&str> {
-    let id = headers.get(X_REQUEST_ID)?.to_str().ok()?;
+/// Whether a client's own id for its request can stand in a header of ours: 1 to 128 of `A-Z a-z 0-9 - _ . :`.
+pub fn is_sane_id(id: &str) -> bool {
     let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
-    ((1..=128).contains(&id.len()) && id.bytes().all(sane)).then_some(id)
+    (1..=128).contains(&id.len()) && id.bytes().all(sane)
 }
 
 #[cfg(test)]
@@ -161,6 +174,7 @@ mod tests {
             set,
             required: &[("anthropic-version", "2023-06-01")],
             id: "id-1",
+            traceparent: None,
             inspected: true,
             length: Some(2),
             upgrade: None,
@@ -203,9 +217,8 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_kept_only_if_it_is_sane() {
-        let id = |value: &str| sane_request_id(&parts(&[("x-request-id", value)]).headers).map(str::to_owned);
-        assert_eq!(id("req_1-a.B:2").as_deref(), Some("req_1-a.B:2"));
-        assert_eq!((id("a b"), id(""), id(&"x".repeat(129))), (None, None, None));
+    fn an_id_comes_back_only_if_it_is_sane() {
+        assert!(is_sane_id("req_1-a.B:2"));
+        assert!(["a b", "", &"x".repeat(129), "\u{e4}"].iter().all(|id| !is_sane_id(id)));
     }
 }

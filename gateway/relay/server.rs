@@ -20,14 +20,20 @@ use pingora::server::configuration::{Opt, ServerConf};
 use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
+use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::App;
 use super::downstream::{LINGER, WRITE_BUFFER};
 use super::tls::ListenerTls;
 use crate::admin::Admin;
+use crate::audit::journal::By;
 use crate::house::House;
 use crate::settings::{Listener, Settings};
+use crate::telemetry::Runtimes;
+
+/// How long the end of the process waits for the collector of traces.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// Work that goes on beside the requests, as long as the process lives.
 pub type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -99,7 +105,8 @@ impl Running {
             service.threads = Some(settings.thread_count());
             server.add_service(service);
         }
-        let mut admin_service = Service::new("admin".to_owned(), AdminApp(Arc::new(admin)));
+        let mut admin_service =
+            Service::new("admin".to_owned(), AdminApp(Arc::new(admin), self.house.telemetry.runtimes.clone()));
         admin_service.threads = Some(1);
         let plain = Listener { address: settings.admin.address.clone(), ..Listener::default() };
         admin_service.add_listener(endpoint(&plain, None)?);
@@ -164,6 +171,7 @@ struct Beside {
 impl BackgroundService for Beside {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         let Some(work) = self.work.lock().take() else { return };
+        self.house.telemetry.runtimes.on("background");
         let work = tokio::spawn(work);
         // An error means that the server is gone, which is the same.
         let _ = shutdown.wait_for(|down| *down).await;
@@ -175,6 +183,8 @@ impl BackgroundService for Beside {
         while Instant::now() < until {
             if self.house.telemetry.in_flight.get() == 0 {
                 tracing::info!("nothing is running any more: good-bye");
+                self.house.tracer.flush(&self.house.policy, FLUSH).await;
+                self.house.close_journal();
                 std::process::exit(0);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -201,6 +211,7 @@ impl ShutdownSignalWatch for Signals {
         loop {
             tokio::select! {
                 _ = terminate.recv() => {
+                    self.0.act("drain", By::itself("signal"), json!({"signal": "SIGTERM"}));
                     tracing::info!(delay_ms = self.0.settings.shutdown.drain_delay_ms, "going down: readiness fails now");
                     self.0.drain();
                     let delay = Duration::from_millis(self.0.settings.shutdown.drain_delay_ms);
@@ -212,6 +223,7 @@ impl ShutdownSignalWatch for Signals {
                 }
                 _ = quit.recv() => {
                     if self.0.settings.upgrade_socket.is_some() {
+                        self.0.act("upgrade", By::itself("signal"), json!({"signal": "SIGQUIT"}));
                         tracing::info!("handing the listeners to the new process");
                         return ShutdownSignal::GracefulUpgrade;
                     }
@@ -224,15 +236,17 @@ impl ShutdownSignalWatch for Signals {
 }
 
 /// The admin listener: hyper on Pingora's sockets, so that an upgrade hands it over too.
-struct AdminApp(Arc<Admin>);
+struct AdminApp(Arc<Admin>, Runtimes);
 
 #[async_trait]
 impl ServerApp for AdminApp {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         let admin = self.0.clone();
+        self.1.on("admin");
+        let peer = stream.get_socket_digest().and_then(|digest| digest.peer_addr().map(ToString::to_string));
         let service = hyper::service::service_fn(move |request| {
-            let admin = admin.clone();
-            async move { Ok::<_, std::convert::Infallible>(admin.answer(request).await) }
+            let (admin, peer) = (admin.clone(), peer.clone());
+            async move { Ok::<_, std::convert::Infallible>(admin.answer(request, peer).await) }
         });
         let builder = Builder::new(TokioExecutor::new());
         let connection = builder.serve_connection(TokioIo::new(stream), service);

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_now::now;
+use infergate_plugins::operation::Operation;
 use tokio::time::sleep_until;
 
 use super::attempt::{AnswerBody, Rest};
@@ -11,6 +12,7 @@ use super::connection::{Connections, Target};
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
 use crate::refusal::Code;
+use crate::usage::{Meter, Usage};
 
 /// The most that leaves in one write when several pieces have come already.
 const GATHER_MAX: usize = 64 << 10;
@@ -18,7 +20,7 @@ const GATHER_MAX: usize = 64 << 10;
 /// How an answer ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Passed {
-    /// Complete.
+    /// Complete, but for its end.
     Whole,
     /// The client left.
     Gone,
@@ -39,26 +41,55 @@ pub struct Pace {
     pub drain: Option<Duration>,
 }
 
-/// Passes `answer` on to its end. `head` is what the client gets for a head; `None` if it has one already.
+/// What has gone to a client of an answer, and what it told of itself.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Bytes of its body.
+    pub bytes: u64,
+    meter: Option<Meter>,
+}
+
+impl Tally {
+    /// The tally of an answer to `operation`; `events` says that it is a stream of them.
+    pub fn new(operation: Operation, events: bool) -> Self {
+        Self { bytes: 0, meter: Some(Meter::new(operation, events)) }
+    }
+
+    /// The tokens that it used, as far as it told.
+    pub fn usage(&self) -> Usage {
+        self.meter.as_ref().map(Meter::usage).unwrap_or_default()
+    }
+
+    fn count(&mut self, piece: &[u8]) {
+        self.bytes += piece.len() as u64;
+        if let Some(meter) = &mut self.meter {
+            meter.push(piece);
+        }
+    }
+}
+
+/// Passes an answer on, all but its end: that is the caller's. The head is what the client gets for one; `None` if it
+/// has one already.
 pub async fn pass_on(
     downstream: &mut Downstream,
+    tally: &mut Tally,
     connections: &Connections,
     target: &Target,
-    head: Option<Box<AnswerHead>>,
-    answer: Rest,
+    (head, answer): (Option<Box<AnswerHead>>, Rest),
     pace: Pace,
 ) -> Passed {
     let Rest { first, mut body, .. } = answer;
+    tally.count(&first);
     // A client may have left before the first piece came.
     let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, first).await };
     let passed = match written {
-        Ok(()) => pieces(downstream, &mut body, &pace).await,
+        Ok(()) => pieces(downstream, tally, &mut body, &pace).await,
         Err(Gone) => Err(Stop::Gone),
     };
     let passed = match passed {
         Err(Stop::Gone) => {
             if let Some(longest) = pace.drain {
-                drain(downstream, &mut body, pace, longest).await;
+                drain(downstream, tally, &mut body, pace, longest).await;
             }
             Passed::Gone
         }
@@ -69,10 +100,8 @@ pub async fn pass_on(
             }
             Passed::Broken(code, why)
         }
-        Ok(()) => match downstream.finish().await {
-            Ok(()) if !downstream.is_mute() => Passed::Whole,
-            _ => Passed::Gone,
-        },
+        Ok(()) if downstream.is_mute() => Passed::Gone,
+        Ok(()) => Passed::Whole,
     };
     body.release(connections, target).await;
     passed
@@ -98,7 +127,12 @@ async fn begin(downstream: &mut Downstream, head: Option<Box<AnswerHead>>, first
 }
 
 /// Every piece until the end. One timer serves the whole answer: it is set anew only when it has gone off.
-async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &Pace) -> Result<(), Stop> {
+async fn pieces(
+    downstream: &mut Downstream,
+    tally: &mut Tally,
+    body: &mut AnswerBody,
+    pace: &Pace,
+) -> Result<(), Stop> {
     let mut clock = Clock::new(Instant::now());
     let alarm = sleep_until(clock.alarm(pace).into());
     tokio::pin!(alarm);
@@ -111,6 +145,7 @@ async fn pieces(downstream: &mut Downstream, body: &mut AnswerBody, pace: &Pace)
                 clock.heard();
                 gather(body, &mut out);
                 if !out.is_empty() {
+                    tally.count(&out);
                     downstream.write(out.split().freeze()).await?;
                     clock.said();
                 }
@@ -163,12 +198,18 @@ async fn rang(downstream: &mut Downstream, body: &AnswerBody, clock: &mut Clock,
 }
 
 /// Reads an answer to its end without its client, so that the upstream finishes and tells what it used.
-async fn drain(downstream: &mut Downstream, body: &mut AnswerBody, mut pace: Pace, longest: Duration) {
+async fn drain(
+    downstream: &mut Downstream,
+    tally: &mut Tally,
+    body: &mut AnswerBody,
+    mut pace: Pace,
+    longest: Duration,
+) {
     downstream.mute();
     pace.total = pace.total.min(Instant::now() + longest);
     pace.heartbeat = None;
     // Whether it ends well or not: the client is gone.
-    let _ = pieces(downstream, body, &pace).await;
+    let _ = pieces(downstream, tally, body, &pace).await;
 }
 
 /// When the last pieces came and went.

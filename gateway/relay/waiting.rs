@@ -10,6 +10,7 @@ use tokio::time::sleep_until;
 
 use super::headers::X_REQUEST_ID;
 use super::{AnswerHead, Downstream};
+use crate::audit::record::Id;
 
 /// The comment that a silent stream gets. It is no event, so no parser hands it on.
 pub const HEARTBEAT: Bytes = Bytes::from_static(b": keep-alive\n\n");
@@ -36,13 +37,13 @@ pub struct Waiting<'a> {
     /// How long the upstream is waited for after the client left; `None`: it is left too.
     pub drain: Option<Duration>,
     /// The request's id, for the head that the first heartbeat must send.
-    pub request_id: &'a str,
+    pub request_id: Id,
     last_sign: Instant,
 }
 
 impl<'a> Waiting<'a> {
     /// Waits for no longer than `total`, without signs of life and without draining.
-    pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: &'a str, now: Instant) -> Self {
+    pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, now: Instant) -> Self {
         Self { downstream, total, heartbeat: None, drain: None, request_id, last_sign: now }
     }
 
@@ -80,7 +81,7 @@ impl<'a> Waiting<'a> {
     async fn give_sign(&mut self, now: Instant) -> Result<(), Interrupted> {
         self.last_sign = now;
         if !self.downstream.head_sent()
-            && let Some(head) = event_stream_head(self.request_id)
+            && let Some(head) = event_stream_head(&self.request_id)
         {
             self.downstream.write_head(head).await.map_err(|_| Interrupted::Gone)?;
         }
@@ -89,11 +90,11 @@ impl<'a> Waiting<'a> {
 }
 
 /// The head of an event stream whose upstream has not answered yet.
-fn event_stream_head(request_id: &str) -> Option<Box<AnswerHead>> {
+fn event_stream_head(request_id: &Id) -> Option<Box<AnswerHead>> {
     let mut head = AnswerHead::build(StatusCode::OK, Some(8)).ok()?;
     head.insert_header(CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
     head.insert_header(CACHE_CONTROL, "no-cache").ok()?;
     head.insert_header("x-accel-buffering", "no").ok()?;
-    head.insert_header(X_REQUEST_ID, request_id).ok()?;
+    head.insert_header(X_REQUEST_ID, request_id.as_str()).ok()?;
     Some(Box::new(head))
 }

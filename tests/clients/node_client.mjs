@@ -299,11 +299,12 @@ gatewayOnly('a refusal of the gateway is in OpenAI\'s words', async (side) => {
   assert.ok(error.code && error.type && error.requestID, 'code, type or x-request-id is missing');
 });
 
-gatewayOnly('a request id is given and kept', async (side) => {
+gatewayOnly('a request id of its own is given to every request', async (side) => {
   const answer = await side.chat('Hello');
   assert.ok(answer._request_id, 'x-request-id is missing');
-  const kept = await side.chat('Hello', {}, { headers: { 'x-request-id': 'my-id-1234' } });
-  assert.equal(kept._request_id, 'my-id-1234');
+  const other = await side.chat('Hello', {}, { headers: { 'x-request-id': 'my-id-1234' } });
+  assert.match(other._request_id, /^[0-9a-f]{8}-[0-9a-f]{4}-7/);
+  assert.notEqual(other._request_id, answer._request_id);
 });
 
 // --- interruptions and load ------------------------------------------------------------------------------------------

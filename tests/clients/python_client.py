@@ -537,13 +537,14 @@ def a_refusal_of_the_gateway_is_in_openai_words(side):
 
 
 @gateway_only
-def a_request_id_is_given_and_kept(side):
+def a_request_id_of_its_own_is_given_to_every_request(side):
     given = side.chat("Hello")
     expect(given._request_id, "x-request-id is missing")
     raw = side.openai.chat.completions.with_raw_response.create(
         model=MODEL, messages=[{"role": "user", "content": "Hi"}], extra_headers={"x-request-id": "my-id-1234"}
     )
-    equal(raw.headers["x-request-id"], "my-id-1234", "x-request-id")
+    equal(raw.headers["x-client-request-id"], "my-id-1234", "x-client-request-id")
+    expect(raw.headers["x-request-id"] != given._request_id, "an x-request-id was given twice")
     expect(raw.headers["x-infergate-upstream"], "x-infergate-upstream is missing")
     message = side.message("Hello")
     expect(message.id, "the message has no id")

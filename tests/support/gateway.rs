@@ -159,6 +159,7 @@ fn base_command(directory: &TempDir, address: SocketAddr, admin: SocketAddr) -> 
     command
         .args(["serve", "--listen", &address.to_string(), "--admin", &admin.to_string()])
         .env("INFERGATE_LOG", "info")
+        .env("INFERGATE_JOURNAL", directory.path().join("journal"))
         .arg("--settings")
         .arg(directory.path().join("settings.yaml"))
         .current_dir(directory.path())

@@ -4,7 +4,10 @@ pub mod dns;
 pub mod gateway;
 pub mod http;
 pub mod load;
+pub mod nats;
+pub mod otlp;
 pub mod process;
+pub mod prometheus;
 pub mod requests;
 pub mod wire;
 

@@ -1,0 +1,620 @@
+//! The journal: one line a record, appended, chained, signed, committed in groups.
+//!
+//! Requests push their lines into a buffer; one thread empties it every `commit_ms`, so no request wakes anybody. On
+//! disk a line is a JSON object whose first member after the version is `seq`, without holes, and whose last is
+//! `chain`: SHA-256 over the chain of the line before and this line's own bytes. Every minute, and where a segment
+//! ends, a checkpoint signs the chain with Ed25519. The format is told in the README, "The journal".
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use parking_lot::{Condvar, Mutex};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+use super::keep;
+use super::key::SigningKey;
+use super::record::{Record, Stamp};
+use super::tip::{self, Tip};
+use crate::policy::file::Audit;
+use crate::telemetry::JournalMeters;
+
+/// How long the disk is left alone after it failed.
+const RETRY: Duration = Duration::from_millis(250);
+/// How long the end of the process waits for the last lines.
+const CLOSE: Duration = Duration::from_secs(10);
+/// A buffer that has grown beyond this is given back when it has been emptied.
+const BUFFER_KEPT: usize = 4 << 20;
+/// The chain before the first line of a run.
+const GENESIS: Chain = [b'0'; 64];
+
+/// A chain value: 64 hexadecimal digits.
+pub type Chain = [u8; 64];
+
+/// The journal of this process.
+#[derive(Debug)]
+pub struct Journal {
+    directory: PathBuf,
+    run: String,
+    policy: ArcSwap<Audit>,
+    pending: Mutex<Pending>,
+    wake: Condvar,
+    taken: AtomicUsize,
+    lost: Lost,
+    /// Entries that are on disk, for those who wait for their own.
+    durable: watch::Sender<u64>,
+    /// The last line on disk, for those who read along.
+    committed: watch::Sender<u64>,
+    meters: JournalMeters,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What has been pushed and not been taken by the writer.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Lines without their frame: `"kind":…`, each with its line end.
+    lines: Vec<u8>,
+    /// Entries pushed since the start.
+    entries: u64,
+    /// Whether somebody waits for the disk.
+    urgent: bool,
+    closing: Option<&'static str>,
+}
+
+/// Requests that went without a record since the last `gap` line.
+#[derive(Debug, Default)]
+struct Lost {
+    refused: AtomicU64,
+    served: AtomicU64,
+}
+
+/// The right to file one record: room for it is kept until it is on disk.
+#[derive(Debug)]
+pub struct Place(Option<Arc<Journal>>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(journal) = &self.0 {
+            journal.taken.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// An administrative act: who did what.
+#[derive(Debug, Serialize)]
+pub struct Act<'a> {
+    /// What was done.
+    pub act: &'a str,
+    /// By what way, and from where.
+    pub by: By,
+    /// What changed.
+    #[serde(flatten)]
+    pub change: serde_json::Value,
+}
+
+/// Who did something.
+#[derive(Clone, Debug, Serialize)]
+pub struct By {
+    /// `signal`, `file`, `admin` or `process`.
+    pub how: &'static str,
+    /// The address it came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+}
+
+impl By {
+    /// Something other than a person's request: a signal, a changed file, the process itself.
+    pub fn itself(how: &'static str) -> Self {
+        Self { how, address: None }
+    }
+}
+
+impl Journal {
+    /// Begins a run in `directory`, which is made if it is not there.
+    pub fn open(
+        directory: &Path,
+        key_file: Option<&Path>,
+        policy: Audit,
+        meters: JournalMeters,
+    ) -> Result<Arc<Self>, String> {
+        let place =
+            |error: std::io::Error| format!("the journal in {} cannot be written: {error}", directory.display());
+        let key = SigningKey::load(directory, key_file)?;
+        std::fs::create_dir_all(directory.join("runs")).map_err(place)?;
+        let previous = tip::of_earlier_runs(directory).map_err(place)?;
+        let run = format!("{}-{:08x}", run_stamp(SystemTime::now()), fastrand::u32(..));
+        let journal = Arc::new(Self {
+            directory: directory.to_owned(),
+            run,
+            policy: ArcSwap::from_pointee(policy),
+            pending: Mutex::default(),
+            wake: Condvar::new(),
+            taken: AtomicUsize::new(0),
+            lost: Lost::default(),
+            durable: watch::Sender::new(0),
+            committed: watch::Sender::new(0),
+            meters,
+            writer: Mutex::default(),
+        });
+        let mut writer = Writer::begin(journal.clone(), key).map_err(place)?;
+        writer.open_line(&previous);
+        writer.commit(0);
+        let thread =
+            std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run()).map_err(place)?;
+        *journal.writer.lock() = Some(thread);
+        Ok(journal)
+    }
+
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The name of this process's run.
+    pub fn run(&self) -> &str {
+        &self.run
+    }
+
+    /// What the policy says of it now.
+    pub fn configure(&self, policy: &Audit) {
+        self.meters.places.set(i64::from(policy.places));
+        self.policy.store(Arc::new(policy.clone()));
+    }
+
+    /// The `seq` of the last line on disk.
+    pub fn committed(&self) -> watch::Receiver<u64> {
+        self.committed.subscribe()
+    }
+
+    /// Room for one record, if there is any.
+    pub fn reserve(self: &Arc<Self>) -> Option<Place> {
+        let max = self.policy.load().places as usize;
+        let taken = self.taken.fetch_add(1, Ordering::Relaxed);
+        // Where there is no room, the drop gives it back.
+        let place = Place(Some(self.clone()));
+        (taken < max).then_some(place)
+    }
+
+    /// A request goes without a record, because there was no room: it is refused, or served all the same.
+    pub fn lose(&self, served: bool) {
+        let (lost, meter) = match served {
+            true => (&self.lost.served, &self.meters.served),
+            false => (&self.lost.refused, &self.meters.refused),
+        };
+        lost.fetch_add(1, Ordering::Relaxed);
+        meter.inc();
+    }
+
+    /// Files a record. Returns the number to wait for with [`Journal::durable`].
+    pub fn file(&self, record: &Record<'_>, mut place: Place) -> u64 {
+        // The writer gives it back, when the line is on disk.
+        place.0 = None;
+        let entry = self.push("request", record.moment.at, record);
+        self.meters.lag.inc();
+        entry
+    }
+
+    /// Files an act.
+    pub fn act(&self, act: &Act<'_>) -> u64 {
+        self.push("act", SystemTime::now(), act)
+    }
+
+    /// Files any other line.
+    pub(super) fn push(&self, kind: &str, at: SystemTime, members: &impl Serialize) -> u64 {
+        thread_local!(static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+        LINE.with_borrow_mut(|line| {
+            line.clear();
+            encode(line, kind, at, members);
+            let mut pending = self.pending.lock();
+            let first = pending.lines.is_empty();
+            pending.lines.extend_from_slice(line);
+            pending.entries += 1;
+            let entry = pending.entries;
+            drop(pending);
+            // Only the first line after a commit finds the writer asleep.
+            if first {
+                self.wake.notify_one();
+            }
+            entry
+        })
+    }
+
+    /// Waits until `entry` is on disk.
+    pub async fn durable(&self, entry: u64) {
+        let mut durable = self.durable.subscribe();
+        if *durable.borrow() >= entry {
+            return;
+        }
+        self.hurry();
+        // The sender lives in this journal.
+        let _ = durable.wait_for(|done| *done >= entry).await;
+    }
+
+    /// Waits until everything that has been filed is on disk.
+    pub async fn flush(&self) {
+        let entry = self.pending.lock().entries;
+        self.durable(entry).await;
+    }
+
+    /// The same for a thread that may block.
+    pub(super) fn flush_blocking(&self, entry: u64) {
+        let durable = self.durable.subscribe();
+        while *durable.borrow() < entry {
+            self.hurry();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn hurry(&self) {
+        self.pending.lock().urgent = true;
+        self.wake.notify_one();
+    }
+
+    /// Ends the run: everything that has been filed goes to disk, and a signed last line says that this is the end.
+    pub fn close(&self, reason: &'static str) {
+        let Some(thread) = self.writer.lock().take() else { return };
+        self.pending.lock().closing = Some(reason);
+        self.wake.notify_one();
+        let begun = Instant::now();
+        while !thread.is_finished() && begun.elapsed() < CLOSE {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        if !thread.is_finished() {
+            tracing::error!("the journal could not be closed: its disk does not answer");
+        }
+    }
+}
+
+/// Appends a line without its frame: the kind, the time, and the members of a struct.
+fn encode(line: &mut Vec<u8>, kind: &str, at: SystemTime, members: &impl Serialize) {
+    // Writing to a Vec cannot fail, and nothing of ours fails to serialise; if it ever does, the line stays whole.
+    let _ = write!(line, r#""kind":"{kind}","at":"{}""#, Stamp(at));
+    let begun = line.len();
+    if serde_json::to_writer(&mut *line, members).is_err() || line.len() - begun <= 2 {
+        line.truncate(begun);
+    } else {
+        line[begun] = b',';
+        line.pop();
+    }
+    line.push(b'\n');
+}
+
+/// `20261122T140305Z`.
+fn run_stamp(at: SystemTime) -> String {
+    let stamp = Stamp(at).to_string();
+    let digits: String = stamp[..19].chars().filter(|c| *c != '-' && *c != ':').collect();
+    format!("{digits}Z")
+}
+
+/// The thread that writes.
+struct Writer {
+    journal: Arc<Journal>,
+    key: SigningKey,
+    segment: Segment,
+    seq: u64,
+    chain: Chain,
+    /// Records in this run.
+    records: u64,
+    /// Entries that are on disk.
+    entries: u64,
+    /// Lines that are framed and not yet on disk.
+    out: Vec<u8>,
+    /// How many those are, and how many of them are records.
+    uncommitted: (u64, u64),
+    /// The last checkpoint: when, and its seq.
+    checkpoint: (Instant, u64),
+    /// Whether the disk failed at the last try.
+    failing: bool,
+    /// Held as long as the process lives.
+    _lock: File,
+}
+
+/// The file that is being written.
+struct Segment {
+    path: PathBuf,
+    file: File,
+    number: u32,
+    /// The `seq` of its first line.
+    first: u64,
+    /// Bytes that are on disk.
+    bytes: u64,
+    begun: Instant,
+}
+
+impl Segment {
+    fn create(run: &Path, number: u32, first: u64) -> std::io::Result<Self> {
+        let path = run.join(format!("{number:06}.jsonl"));
+        let file = File::options().create_new(true).append(true).open(&path)?;
+        // The name must survive a crash too.
+        File::open(run)?.sync_all()?;
+        Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })
+    }
+
+    /// Appends whole lines. What a failed try left behind is taken off first.
+    fn append(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        self.file.set_len(self.bytes)?;
+        self.file.write_all(lines)?;
+        self.file.sync_data()?;
+        self.bytes += lines.len() as u64;
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct Opening<'a> {
+    run: &'a str,
+    version: &'a str,
+    key: &'a str,
+    previous: &'a [Tip],
+}
+
+#[derive(Serialize)]
+struct SegmentLine<'a> {
+    run: &'a str,
+    segment: u32,
+    prev: &'a str,
+}
+
+#[derive(Serialize)]
+struct Checkpoint<'a> {
+    run: &'a str,
+    segment: u32,
+    segment_first: u64,
+    records: u64,
+    head: &'a str,
+    key: &'a str,
+    signature: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Gap {
+    lost: u64,
+    refused: u64,
+}
+
+impl Writer {
+    fn begin(journal: Arc<Journal>, key: SigningKey) -> std::io::Result<Self> {
+        let run = journal.directory.join("runs").join(&journal.run);
+        std::fs::create_dir_all(&run)?;
+        let lock = File::create(run.join("lock"))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+        let segment = Segment::create(&run, 1, 1)?;
+        Ok(Self {
+            journal,
+            key,
+            segment,
+            seq: 0,
+            chain: GENESIS,
+            records: 0,
+            entries: 0,
+            out: Vec::new(),
+            uncommitted: (0, 0),
+            checkpoint: (Instant::now(), 0),
+            failing: false,
+            _lock: lock,
+        })
+    }
+
+    fn run(mut self) {
+        let mut lines = Vec::new();
+        loop {
+            let (entries, closing) = self.wait(&mut lines);
+            self.gap();
+            self.frame_all(&lines);
+            lines.clear();
+            if lines.capacity() > BUFFER_KEPT {
+                lines = Vec::new();
+            }
+            let policy = self.journal.policy.load_full();
+            if let Some(reason) = closing {
+                self.sign("close", Some(reason));
+                self.commit(entries);
+                return;
+            }
+            let due = self.checkpoint.0.elapsed() >= Duration::from_secs(policy.checkpoint_s);
+            if due && self.seq > self.checkpoint.1 {
+                self.sign("checkpoint", None);
+            }
+            self.commit(entries);
+            if self.segment_is_full(&policy) {
+                self.rotate(&policy);
+            }
+        }
+    }
+
+    /// Waits until there is something to write and takes it into `lines`: how many entries there have been, and
+    /// whether this is the end.
+    fn wait(&mut self, lines: &mut Vec<u8>) -> (u64, Option<&'static str>) {
+        let journal = self.journal.clone();
+        let policy = journal.policy.load();
+        let mut pending = journal.pending.lock();
+        if pending.lines.is_empty() && !pending.urgent && pending.closing.is_none() {
+            journal.wake.wait_for(&mut pending, self.idle(&policy));
+        }
+        // The first line has come: others join it until the group is committed.
+        let until = Instant::now() + Duration::from_millis(policy.commit_ms);
+        while !pending.urgent && pending.closing.is_none() && !pending.lines.is_empty() {
+            if journal.wake.wait_until(&mut pending, until).timed_out() {
+                break;
+            }
+        }
+        pending.urgent = false;
+        std::mem::swap(&mut pending.lines, lines);
+        (pending.entries, pending.closing)
+    }
+
+    /// How long there may be nothing to do.
+    fn idle(&self, policy: &Audit) -> Duration {
+        let unsigned = self.seq > self.checkpoint.1;
+        let checkpoint = Duration::from_secs(policy.checkpoint_s).saturating_sub(self.checkpoint.0.elapsed());
+        let rotation = Duration::from_secs(policy.segment_s).saturating_sub(self.segment.begun.elapsed());
+        let next = if unsigned { checkpoint.min(rotation) } else { rotation };
+        next.max(Duration::from_millis(10))
+    }
+
+    fn segment_is_full(&self, policy: &Audit) -> bool {
+        let old = self.segment.begun.elapsed() >= Duration::from_secs(policy.segment_s);
+        // A segment of nothing but its first line is not worth another.
+        self.segment.bytes >= policy.segment_bytes || (old && self.seq > self.segment.first + 1)
+    }
+
+    /// Says in the journal itself how many requests went without a record.
+    fn gap(&mut self) {
+        let lost = &self.journal.lost;
+        let gap =
+            Gap { lost: lost.served.swap(0, Ordering::Relaxed), refused: lost.refused.swap(0, Ordering::Relaxed) };
+        if gap.lost + gap.refused > 0 {
+            self.own("gap", SystemTime::now(), &gap);
+        }
+    }
+
+    fn open_line(&mut self, previous: &[Tip]) {
+        let (journal, key) = (self.journal.clone(), self.key.id.clone());
+        let opening = Opening { run: &journal.run, version: env!("CARGO_PKG_VERSION"), key: &key, previous };
+        self.own("open", SystemTime::now(), &opening);
+    }
+
+    /// Frames a line of the writer's own.
+    fn own(&mut self, kind: &str, at: SystemTime, members: &impl Serialize) {
+        let mut line = Vec::with_capacity(512);
+        encode(&mut line, kind, at, members);
+        self.frame_all(&line);
+    }
+
+    /// Gives every line its number and its chain.
+    fn frame_all(&mut self, lines: &[u8]) {
+        let mut rest = lines;
+        while let Some(end) = memchr::memchr(b'\n', rest) {
+            self.frame(&rest[..end]);
+            rest = &rest[end + 1..];
+        }
+    }
+
+    fn frame(&mut self, line: &[u8]) {
+        self.seq += 1;
+        let record = u64::from(line.starts_with(br#""kind":"request""#));
+        self.records += record;
+        self.uncommitted = (self.uncommitted.0 + 1, self.uncommitted.1 + record);
+        let begun = self.out.len();
+        let _ = write!(self.out, r#"{{"v":1,"seq":{},"#, self.seq);
+        self.out.extend_from_slice(line);
+        let digest = Sha256::new().chain_update(self.chain).chain_update(&self.out[begun..]).finalize();
+        self.chain = hex(&digest);
+        self.out.extend_from_slice(br#","chain":""#);
+        self.out.extend_from_slice(&self.chain);
+        self.out.extend_from_slice(b"\"}\n");
+    }
+
+    /// Signs the chain up to here.
+    fn sign(&mut self, kind: &str, reason: Option<&str>) {
+        let (at, head) = (SystemTime::now(), self.chain);
+        let head = std::str::from_utf8(&head).unwrap_or_default();
+        let (run, seq, records) = (self.journal.run.clone(), self.seq + 1, self.records);
+        let text = format!("infergate checkpoint v1\n{run}\n{seq}\n{records}\n{}\n{head}\n", Stamp(at));
+        let signature = self.key.sign(text.as_bytes());
+        let key = self.key.id.clone();
+        let checkpoint = Checkpoint {
+            run: &run,
+            segment: self.segment.number,
+            segment_first: self.segment.first,
+            records,
+            head,
+            key: &key,
+            signature: &signature,
+            reason,
+        };
+        self.own(kind, at, &checkpoint);
+        self.checkpoint = (Instant::now(), self.seq);
+        // Kept elsewhere, this line shows later that nothing before it was cut off.
+        tracing::info!(%run, seq, records, head, signature, "journal checkpoint");
+    }
+
+    /// Puts everything on disk, however long that takes, and tells those who wait.
+    fn commit(&mut self, entries: u64) {
+        self.entries = entries;
+        if !self.out.is_empty() {
+            let begun = Instant::now();
+            while let Err(error) = self.segment.append(&self.out) {
+                self.failed(&error);
+                std::thread::sleep(RETRY);
+            }
+            self.recovered();
+            self.count(begun.elapsed());
+            self.out.clear();
+            self.out.shrink_to(BUFFER_KEPT);
+        }
+        self.journal.committed.send_replace(self.seq);
+        self.journal.durable.send_if_modified(|durable| std::mem::replace(durable, entries) != entries);
+    }
+
+    fn failed(&mut self, error: &std::io::Error) {
+        self.journal.meters.failing.set(1);
+        if !self.failing {
+            tracing::error!(path = %self.segment.path.display(), %error, "the journal cannot be written; trying on");
+        }
+        self.failing = true;
+    }
+
+    fn recovered(&mut self) {
+        if std::mem::take(&mut self.failing) {
+            tracing::warn!("the journal can be written again");
+            self.journal.meters.failing.set(0);
+        }
+    }
+
+    /// What was committed is counted, and its places are given back.
+    fn count(&mut self, took: Duration) {
+        let meters = &self.journal.meters;
+        let (lines, records) = std::mem::take(&mut self.uncommitted);
+        self.journal.taken.fetch_sub(records as usize, Ordering::Relaxed);
+        meters.lag.dec_by(records as i64);
+        meters.places_in_use.set(self.journal.taken.load(Ordering::Relaxed) as i64);
+        meters.lines.inc_by(lines);
+        meters.bytes.inc_by(self.out.len() as u64);
+        meters.commits.inc();
+        meters.commit_duration.observe(took.as_secs_f64());
+    }
+
+    /// Ends this segment with a signature and begins the next; the old one is compressed, and the oldest go.
+    fn rotate(&mut self, policy: &Audit) {
+        self.sign("checkpoint", None);
+        self.commit(self.entries);
+        let run = self.journal.directory.join("runs").join(&self.journal.run);
+        let prev = self.chain;
+        let next = loop {
+            match Segment::create(&run, self.segment.number + 1, self.seq + 1) {
+                Ok(next) => break next,
+                Err(error) => self.failed(&error),
+            }
+            std::thread::sleep(RETRY);
+        };
+        self.segment = next;
+        let line = SegmentLine {
+            run: &self.journal.run.clone(),
+            segment: self.segment.number,
+            prev: std::str::from_utf8(&prev).unwrap_or_default(),
+        };
+        self.own("segment", SystemTime::now(), &line);
+        self.commit(self.entries);
+        keep::house(&self.journal, policy);
+    }
+}
+
+/// Bytes as hexadecimal digits.
+pub(super) fn hex<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    std::array::from_fn(|at| {
+        let byte = bytes.get(at / 2).copied().unwrap_or(0);
+        DIGITS[usize::from(if at % 2 == 0 { byte >> 4 } else { byte & 15 })]
+    })
+}

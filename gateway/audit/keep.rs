@@ -1,0 +1,140 @@
+//! Housekeeping of the journal: finished segments are compressed, and the oldest go when policy says so.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::fanout;
+use super::journal::Journal;
+use super::read::{self, Run, Segment};
+use crate::policy::file::Audit;
+
+/// What a `.zst` costs beside what it saves: zstd's own default.
+const LEVEL: i32 = 3;
+
+/// A segment that retention removed.
+#[derive(Debug, Serialize)]
+struct Retired {
+    run: String,
+    segment: u32,
+    first: u64,
+    last: u64,
+    /// The chain before its first line.
+    prev: String,
+    /// The chain of its last line.
+    head: String,
+    /// Request lines in it.
+    records: u64,
+}
+
+/// Puts the journal in order on a thread of its own, because disks are slow and requests are not to wait.
+pub fn house(journal: &Arc<Journal>, policy: &Audit) {
+    let (journal, policy) = (journal.clone(), policy.clone());
+    let work = move || {
+        let kept = if policy.compress { compress_all(&journal) } else { Ok(()) };
+        if let Err(error) = kept.and_then(|()| retire(&journal, &policy)) {
+            tracing::error!(%error, "the journal could not be put in order");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("journal-keep".to_owned()).spawn(work) {
+        tracing::error!(%error, "the journal could not be put in order");
+    }
+}
+
+/// The segments that nobody writes to any more, oldest first.
+fn finished(journal: &Journal) -> io::Result<Vec<(Run, Segment)>> {
+    let mut finished = Vec::new();
+    for run in read::runs(journal.directory())? {
+        let mut segments = run.segments()?;
+        if run.is_live() {
+            segments.pop();
+        }
+        finished.extend(segments.into_iter().map(|segment| (run.clone(), segment)));
+    }
+    Ok(finished)
+}
+
+fn compress_all(journal: &Journal) -> io::Result<()> {
+    let plain = finished(journal)?.into_iter().filter(|(_, segment)| !segment.packed);
+    plain.map(|(_, segment)| segment).try_for_each(|segment| compress(&segment.path))
+}
+
+/// Replaces a file by its compressed form; at every moment one of the two is whole.
+fn compress(path: &Path) -> io::Result<()> {
+    let named = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let (fresh, packed) = (named(".zst.new"), named(".zst"));
+    let mut target = File::create(&fresh)?;
+    zstd::stream::copy_encode(File::open(path)?, &mut target, LEVEL)?;
+    target.sync_all()?;
+    std::fs::rename(&fresh, &packed)?;
+    std::fs::remove_file(path)
+}
+
+/// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink has
+/// not had yet stays.
+fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
+    let segments = finished(journal)?;
+    let size = |segment: &Segment| std::fs::metadata(&segment.path).map(|file| file.len());
+    let mut total = segments.iter().map(|(_, segment)| size(segment)).sum::<io::Result<u64>>()?;
+    let oldest = policy.keep_days.map(|days| SystemTime::now() - Duration::from_secs(86_400 * u64::from(days)));
+    let sinks: Vec<&str> = policy.sinks.iter().map(|sink| sink.name.as_str()).collect();
+    for (run, segment) in segments {
+        let written = std::fs::metadata(&segment.path)?.modified()?;
+        let too_old = oldest.is_some_and(|oldest| written < oldest);
+        let too_much = policy.keep_bytes.is_some_and(|max| total > max);
+        if !too_old && !too_much {
+            break;
+        }
+        let retired = told(&run, &segment)?;
+        if fanout::wanted(journal.directory(), &run.name, &sinks).is_some_and(|wanted| wanted <= retired.last) {
+            tracing::warn!(run = %run.name, segment = segment.number, "kept beyond its time: a sink has not had it yet");
+            break;
+        }
+        total -= size(&segment)?;
+        tracing::info!(run = %run.name, segment = segment.number, "journal segment retired");
+        journal.flush_blocking(journal.push("retired", SystemTime::now(), &retired));
+        std::fs::remove_file(&segment.path)?;
+        forget_empty(&run)?;
+    }
+    Ok(())
+}
+
+/// What the journal remembers of a segment.
+fn told(run: &Run, segment: &Segment) -> io::Result<Retired> {
+    let (mut lines, mut ends, mut records) = (segment.open()?, None, 0);
+    while lines.advance()? {
+        let line = lines.line();
+        let Some(seq) = read::seq(line) else { continue };
+        let chain = read::chain(line).map(|(chain, _)| String::from_utf8_lossy(chain).into_owned()).unwrap_or_default();
+        records += u64::from(read::kind(line) == b"request");
+        let (first, prev) = match ends {
+            Some((first, prev, _, _)) => (first, prev),
+            None => (seq, prev_of(line)),
+        };
+        ends = Some((first, prev, seq, chain));
+    }
+    let (first, prev, last, head) = ends.unwrap_or_default();
+    Ok(Retired { run: run.name.clone(), segment: segment.number, first, last, prev, head, records })
+}
+
+/// The chain before a segment's first line, which says it; before a run's first line it is zeros.
+fn prev_of(line: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    struct First {
+        prev: Option<String>,
+    }
+    let said = serde_json::from_slice::<First>(line).ok().and_then(|first| first.prev);
+    said.unwrap_or_else(|| "0".repeat(64))
+}
+
+/// A run without segments leaves nothing but its lock.
+fn forget_empty(run: &Run) -> io::Result<()> {
+    match run.segments()?.is_empty() && !run.is_live() {
+        true => std::fs::remove_dir_all(&run.path),
+        false => Ok(()),
+    }
+}

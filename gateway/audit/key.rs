@@ -1,0 +1,115 @@
+//! The key that signs checkpoints: Ed25519, made at the first start, kept beside the journal or where settings say.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use sha2::{Digest, Sha256};
+
+use super::journal::hex;
+
+/// A key pair.
+pub struct SigningKey {
+    pair: Ed25519KeyPair,
+    /// The first 16 hexadecimal digits of SHA-256 over the public key.
+    pub id: String,
+}
+
+impl fmt::Debug for SigningKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SigningKey({})", self.id)
+    }
+}
+
+impl SigningKey {
+    /// Reads the key from `file`, or from the journal's directory; makes it if it is not there. The public half is
+    /// written beside the journal for those who verify it.
+    pub fn load(directory: &Path, file: Option<&Path>) -> Result<Self, String> {
+        let own = directory.join("signing.key");
+        let path = file.unwrap_or(&own);
+        let told =
+            |what: &str, error: &dyn fmt::Display| format!("the journal's key {}: {what}: {error}", path.display());
+        std::fs::create_dir_all(directory).map_err(|error| told("its directory cannot be made", &error))?;
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                make(path).map_err(|error| told("it cannot be made", &error))?
+            }
+            Err(error) => return Err(told("it cannot be read", &error)),
+        };
+        let wrong = || told("it is no Ed25519 key", &"PKCS#8 in hexadecimal digits is expected");
+        let document = unhex(text.trim()).ok_or_else(wrong)?;
+        let pair = Ed25519KeyPair::from_pkcs8(&document).map_err(|_| wrong())?;
+        let key = Self { id: key_id(pair.public_key().as_ref()), pair };
+        std::fs::write(directory.join("signing.pub"), format!("{}\n", key.public()))
+            .map_err(|error| told("its public half cannot be written", &error))?;
+        Ok(key)
+    }
+
+    /// The public key in hexadecimal digits.
+    pub fn public(&self) -> String {
+        text::<64>(self.pair.public_key().as_ref())
+    }
+
+    /// Signs `message`: 128 hexadecimal digits.
+    pub fn sign(&self, message: &[u8]) -> String {
+        text::<128>(self.pair.sign(message).as_ref())
+    }
+}
+
+/// The id of a public key.
+pub fn key_id(public: &[u8]) -> String {
+    text::<16>(&Sha256::digest(public))
+}
+
+fn text<const N: usize>(bytes: &[u8]) -> String {
+    hex::<N>(bytes).iter().map(|digit| char::from(*digit)).collect()
+}
+
+/// Makes a key that only its owner can read.
+fn make(path: &Path) -> std::io::Result<String> {
+    let broken = |_| std::io::Error::other("no random numbers");
+    let pair = Ed25519KeyPair::generate().map_err(broken)?;
+    let document = pair.to_pkcs8().map_err(broken)?;
+    let digits: String = document.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut file: File = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+    file.write_all(digits.as_bytes())?;
+    file.sync_all()?;
+    Ok(digits)
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let even = text.len().is_multiple_of(2) && text.is_ascii();
+    let byte = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    if even { (0..text.len()).step_by(2).map(byte).collect() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_key_is_made_once_and_only_its_owner_can_read_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = SigningKey::load(directory.path(), None).unwrap();
+        let again = SigningKey::load(directory.path(), None).unwrap();
+        assert_eq!(first.public(), again.public());
+        assert_eq!(first.sign(b"x"), again.sign(b"x"));
+        let mode = std::fs::metadata(directory.path().join("signing.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(std::fs::read_to_string(directory.path().join("signing.pub")).unwrap().trim(), first.public());
+    }
+
+    #[test]
+    fn what_is_no_key_is_told_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("signing.key"), "canary").unwrap();
+        let error = SigningKey::load(directory.path(), None).unwrap_err();
+        assert!(error.contains("no Ed25519 key") && !error.contains("canary"), "{error}");
+    }
+}

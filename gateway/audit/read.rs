@@ -1,0 +1,469 @@
+//! The journal as it lies on disk: its runs, their segments, and line after line, also while it is being written.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use memchr::{memchr, memmem};
+use rustix::fs::{FlockOperation, flock};
+
+/// The longest line that is read, in bytes.
+pub const LONGEST: usize = 4 << 20;
+
+/// How much is read at once.
+const CHUNK: usize = 256 << 10;
+
+/// How far clocks and the order of writing may differ when time decides where to look, in microseconds.
+const SLACK: u64 = 60_000_000;
+
+/// What one process wrote.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Its name: when it started, and eight random digits.
+    pub name: String,
+    /// Its directory.
+    pub path: PathBuf,
+}
+
+/// The runs of the journal in `directory`, oldest first.
+pub fn runs(directory: &Path) -> io::Result<Vec<Run>> {
+    let place = directory.join("runs");
+    let mut runs = Vec::new();
+    for entry in std::fs::read_dir(&place).map_err(named(&place))? {
+        let entry = entry.map_err(named(&place))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with('.') && entry.path().is_dir() {
+            runs.push(Run { name, path: entry.path() });
+        }
+    }
+    runs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(runs)
+}
+
+impl Run {
+    /// Its segments, oldest first. Where a segment is there plain and compressed, the plain one counts.
+    pub fn segments(&self) -> io::Result<Vec<Segment>> {
+        let mut segments = Vec::new();
+        for entry in std::fs::read_dir(&self.path).map_err(named(&self.path))? {
+            segments.extend(Segment::named(entry.map_err(named(&self.path))?.path()));
+        }
+        segments.sort_by_key(|segment: &Segment| (segment.number, segment.packed));
+        segments.dedup_by_key(|segment| segment.number);
+        Ok(segments)
+    }
+
+    /// Whether its process is still there: it holds the lock as long as it lives.
+    pub fn is_live(&self) -> bool {
+        // Shared, so that two who ask at once do not take each other for the process, and never waiting.
+        let lock = File::open(self.path.join("lock"));
+        lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
+    }
+
+    /// Its lines from `from_seq` on.
+    pub fn lines(&self, from_seq: u64) -> Lines {
+        Lines { run: self.clone(), wanted: from_seq, open: None }
+    }
+
+    /// When it started, in microseconds since 1970, as its name tells.
+    pub fn started(&self) -> Option<u64> {
+        let (date, rest) = self.name.split_once('T')?;
+        let (date, time) = (date.get(..8)?, rest.get(..6)?);
+        let part = |text: &str, range: Range<usize>| text.get(range).map(str::to_owned);
+        let date = [part(date, 0..4)?, part(date, 4..6)?, part(date, 6..8)?].join("-");
+        let time = [part(time, 0..2)?, part(time, 2..4)?, part(time, 4..6)?].join(":");
+        micros(format!("{date}T{time}Z").as_bytes())
+    }
+
+    /// The segments that hold lines which were written at `time` or later.
+    pub fn segments_since(&self, time: u64) -> io::Result<Vec<Segment>> {
+        let mut segments = self.segments()?;
+        let over = segments.last().is_none_or(|last| last.untouched_since(time));
+        if over && !self.is_live() {
+            return Ok(Vec::new());
+        }
+        let begun = |segment: &Segment| segment.first().ok().flatten().and_then(|line| micros(at(&line)));
+        let later =
+            segments.partition_point(|segment| begun(segment).is_some_and(|at| at.saturating_add(SLACK) < time));
+        Ok(segments.split_off(later.saturating_sub(1)))
+    }
+
+    fn find(&self, wanted: &[u8], time: u64) -> io::Result<Option<Vec<u8>>> {
+        let finder = memmem::Finder::new(wanted);
+        for segment in self.segments_since(time)? {
+            let mut lines = match segment.open() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // removed while we looked
+                lines => lines?,
+            };
+            while lines.advance()? {
+                if finder.find(lines.line()).is_some() && is_record(lines.line(), wanted) {
+                    return Ok(Some(lines.line().to_vec()));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The record of the request `id` (a UUIDv7), if the journal in `directory` has it. Looks only where its time allows.
+pub fn find(directory: &Path, id: &str) -> io::Result<Option<Vec<u8>>> {
+    let Some(id) = uuid::Uuid::parse_str(id).ok().filter(|id| id.get_version_num() == 7) else { return Ok(None) };
+    let time = u64::try_from(id.as_u128() >> 80).unwrap_or(0).saturating_mul(1_000);
+    let wanted = format!("\"id\":\"{}\"", id.hyphenated());
+    for run in runs(directory)?.iter().rev() {
+        if run.started().is_some_and(|started| started > time.saturating_add(SLACK)) {
+            continue;
+        }
+        if let Some(line) = run.find(wanted.as_bytes(), time)? {
+            return Ok(Some(line));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether `line` is a record and the found member is its own, not one further inside.
+fn is_record(line: &[u8], wanted: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Named<'a> {
+        #[serde(borrow)]
+        id: std::borrow::Cow<'a, str>,
+    }
+    kind(line) == b"request"
+        && serde_json::from_slice::<Named<'_>>(line)
+            .is_ok_and(|named| format!("\"id\":\"{}\"", named.id).as_bytes() == wanted)
+}
+
+/// One file of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Its number in the run, from 1.
+    pub number: u32,
+    /// The file.
+    pub path: PathBuf,
+    /// Whether it is compressed.
+    pub packed: bool,
+}
+
+impl Segment {
+    /// The segment that `path` is named for.
+    fn named(path: PathBuf) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let (stem, packed) = match name.strip_suffix(".zst") {
+            Some(stem) => (stem, true),
+            None => (name, false),
+        };
+        let number = stem.strip_suffix(".jsonl")?.parse().ok()?;
+        (stem == format!("{number:06}.jsonl")).then_some(Self { number, path, packed })
+    }
+
+    /// Segment `number` of the run in `directory`, plain or compressed.
+    fn of(directory: &Path, number: u32) -> Option<Self> {
+        let plain = directory.join(format!("{number:06}.jsonl"));
+        let packed = directory.join(format!("{number:06}.jsonl.zst"));
+        // In this order: a plain file is replaced by a compressed one, never the other way round.
+        [plain, packed].into_iter().find(|path| path.exists()).and_then(Self::named)
+    }
+
+    /// The file's name.
+    pub fn file_name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Its lines. A file that was compressed since it was listed is found under its new name.
+    pub fn open(&self) -> io::Result<SegmentLines> {
+        match SegmentLines::open(self) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let directory = self.path.parent().unwrap_or(Path::new(""));
+                Self::of(directory, self.number).map_or(Err(error), |segment| SegmentLines::open(&segment))
+            }
+            lines => lines,
+        }
+    }
+
+    /// Its first line, once that is written.
+    pub fn first(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut lines = self.open()?;
+        Ok(lines.advance()?.then(|| lines.line().to_vec()))
+    }
+
+    fn untouched_since(&self, time: u64) -> bool {
+        let changed = std::fs::metadata(&self.path).and_then(|file| file.modified());
+        changed.is_ok_and(|changed| changed + Duration::from_micros(SLACK) < UNIX_EPOCH + Duration::from_micros(time))
+    }
+}
+
+/// The lines of a run, one after the other, from segment to segment.
+pub struct Lines {
+    run: Run,
+    wanted: u64,
+    open: Option<SegmentLines>,
+}
+
+impl Lines {
+    /// The next line, without its line end. `None`: there is nothing more for now; ask again later, also for what
+    /// stands in segments that are begun by then. A line of which only a part is written is not returned. What is no
+    /// line of a journal is passed over (`verify` names it); one that is too long is an error once.
+    #[expect(clippy::should_implement_trait, reason = "the line is borrowed from the reader")]
+    pub fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        while self.advance()? {
+            if seq(self.line()).is_some_and(|seq| seq >= self.wanted) {
+                self.wanted = seq(self.line()).unwrap_or(self.wanted) + 1;
+                return Ok(Some(self.line()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The seq that the next line has.
+    pub fn position(&self) -> u64 {
+        self.wanted
+    }
+
+    fn line(&self) -> &[u8] {
+        self.open.as_ref().map_or(&[], SegmentLines::line)
+    }
+
+    fn advance(&mut self) -> io::Result<bool> {
+        loop {
+            let Some(open) = &mut self.open else {
+                let Some(segment) = self.beginning()? else { return Ok(false) };
+                self.open = Some(segment.open()?);
+                continue;
+            };
+            if open.advance()? {
+                return Ok(true);
+            }
+            let Some(next) = following(&self.run, open.number)? else { return Ok(false) };
+            // What was written between our look and the beginning of the next segment.
+            if open.advance()? {
+                return Ok(true);
+            }
+            self.open = Some(next.open()?);
+        }
+    }
+
+    /// The segment in which the wanted line stands or will stand.
+    fn beginning(&self) -> io::Result<Option<Segment>> {
+        let mut segments = self.run.segments()?;
+        let begins = |segment: &Segment| segment.first().ok().flatten().and_then(|line| seq(&line));
+        let later = segments.partition_point(|segment| begins(segment).is_some_and(|seq| seq <= self.wanted));
+        let at = later.saturating_sub(1);
+        Ok((at < segments.len()).then(|| segments.swap_remove(at)))
+    }
+}
+
+/// The segment behind `number`, if it is begun. Retention may have removed some between.
+fn following(run: &Run, number: u32) -> io::Result<Option<Segment>> {
+    let next = Segment::of(&run.path, number + 1);
+    if next.is_some() || Segment::of(&run.path, number).is_some() {
+        return Ok(next);
+    }
+    match run.segments() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None), // the whole run was removed
+        segments => Ok(segments?.into_iter().find(|segment| segment.number > number)),
+    }
+}
+
+/// The lines of one segment.
+pub struct SegmentLines {
+    /// The number of the segment.
+    pub number: u32,
+    path: PathBuf,
+    source: Source,
+    buffer: Vec<u8>,
+    filled: usize,
+    line: Range<usize>,
+    /// Where the line begins that was not whole yet.
+    rest: usize,
+    count: u64,
+    torn: u64,
+    skipped: u64,
+}
+
+enum Source {
+    Plain(File),
+    Packed(zstd::stream::read::Decoder<'static, io::BufReader<File>>),
+}
+
+impl SegmentLines {
+    fn open(segment: &Segment) -> io::Result<Self> {
+        let file = File::open(&segment.path).map_err(named(&segment.path))?;
+        let source = match segment.packed {
+            false => Source::Plain(file),
+            true => Source::Packed(zstd::stream::read::Decoder::new(file).map_err(named(&segment.path))?),
+        };
+        let (number, path) = (segment.number, segment.path.clone());
+        let (buffer, line) = (vec![0; CHUNK], 0..0);
+        Ok(Self { number, path, source, buffer, filled: 0, line, rest: 0, count: 0, torn: 0, skipped: 0 })
+    }
+
+    /// Goes to the next line; `false` if there is none, or none yet.
+    pub fn advance(&mut self) -> io::Result<bool> {
+        let mut searched = self.rest;
+        loop {
+            if let Some(length) = memchr(b'\n', &self.buffer[searched..self.filled]) {
+                self.line = self.rest..searched + length;
+                self.rest = self.line.end + 1;
+                self.count += 1;
+                return self.whole();
+            }
+            if self.filled - self.rest > LONGEST {
+                self.skipped += (self.filled - self.rest) as u64;
+                self.rest = self.filled;
+            }
+            searched = self.filled - self.rest;
+            if self.fill()? == 0 {
+                self.pause()?;
+                return Ok(false);
+            }
+        }
+    }
+
+    /// The line that it is at, without its line end.
+    pub fn line(&self) -> &[u8] {
+        &self.buffer[self.line.clone()]
+    }
+
+    /// The number of that line in the file, from 1.
+    pub fn number_of_line(&self) -> u64 {
+        self.count
+    }
+
+    /// Bytes behind the last line end, as of the last time that there was no further line.
+    pub fn torn(&self) -> u64 {
+        self.torn
+    }
+
+    fn whole(&mut self) -> io::Result<bool> {
+        if std::mem::take(&mut self.skipped) == 0 && self.line.len() <= LONGEST {
+            return Ok(true);
+        }
+        self.line = 0..0;
+        let message = format!("line {} is longer than {LONGEST} bytes", self.count);
+        Err(named(&self.path)(io::Error::new(io::ErrorKind::InvalidData, message)))
+    }
+
+    /// Reads more behind what is there, which moves to the front of the buffer.
+    fn fill(&mut self) -> io::Result<usize> {
+        self.buffer.copy_within(self.rest..self.filled, 0);
+        (self.filled, self.rest, self.line) = (self.filled - self.rest, 0, 0..0);
+        if self.buffer.len() - self.filled < CHUNK / 2 {
+            self.buffer.resize(self.buffer.len() * 2, 0);
+        }
+        let room = &mut self.buffer[self.filled..];
+        let read = match &mut self.source {
+            Source::Plain(file) => file.read(room),
+            Source::Packed(decoder) => decoder.read(room),
+        };
+        let read = read.map_err(named(&self.path))?;
+        self.filled += read;
+        Ok(read)
+    }
+
+    /// Forgets the half line at the end: its writer may take it back and write another.
+    fn pause(&mut self) -> io::Result<()> {
+        let half = self.filled - self.rest;
+        self.torn = self.skipped + half as u64;
+        if let Source::Plain(file) = &mut self.source {
+            file.seek(SeekFrom::Current(-i64::try_from(half).unwrap_or(0))).map_err(named(&self.path))?;
+            self.filled = self.rest;
+        }
+        Ok(())
+    }
+}
+
+/// Adds the place to an error.
+fn named(path: &Path) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// A line's seq. This and the next ones rely on the order in which every line begins and ends, and read no further.
+pub fn seq(line: &[u8]) -> Option<u64> {
+    let rest = &line[behind(line, b",\"seq\":")?..];
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()
+}
+
+/// A line's kind; empty if it has none.
+pub fn kind(line: &[u8]) -> &[u8] {
+    text(line, b",\"kind\":\"")
+}
+
+/// A line's time; empty if it has none.
+pub fn at(line: &[u8]) -> &[u8] {
+    text(line, b",\"at\":\"")
+}
+
+/// A line's chain value, 64 hexadecimal digits, and the bytes that it covers besides the chain value before.
+pub fn chain(line: &[u8]) -> Option<(&[u8], &[u8])> {
+    let covered = line.len().checked_sub(b",\"chain\":\"\"}".len() + 64)?;
+    let value = line[covered..].strip_prefix(b",\"chain\":\"")?.strip_suffix(b"\"}")?;
+    let digits = value.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    digits.then_some((value, &line[..covered]))
+}
+
+/// Where the value behind `name` begins, which stands near the beginning of the line.
+fn behind(line: &[u8], name: &[u8]) -> Option<usize> {
+    let beginning = &line[..line.len().min(160)];
+    beginning.starts_with(b"{\"v\":").then(|| memmem::find(beginning, name).map(|at| at + name.len()))?
+}
+
+fn text<'a>(line: &'a [u8], name: &[u8]) -> &'a [u8] {
+    let Some(from) = behind(line, name) else { return &[] };
+    let rest = &line[from..];
+    &rest[..memchr(b'"', rest).unwrap_or(0)]
+}
+
+/// `2026-11-22T14:03:05.123456Z` as microseconds since 1970; the time and its parts may be absent, the zone may be
+/// `+02:00`.
+pub fn micros(time: &[u8]) -> Option<u64> {
+    let time = std::str::from_utf8(time).ok()?;
+    let (date, rest) = time.split_once(['T', 't', ' ']).unwrap_or((time, ""));
+    let (rest, ahead) = zone(rest)?;
+    let days = days(&numbers::<3>(date, '-')?)?;
+    let (clock, fraction) = rest.split_once('.').unwrap_or((rest, "0"));
+    let parts = clock.matches(':').count();
+    let [hours, minutes, seconds] = match parts {
+        0 if clock.is_empty() => [0; 3],
+        1 => numbers::<2>(clock, ':').map(|[hours, minutes]| [hours, minutes, 0])?,
+        _ => numbers::<3>(clock, ':')?,
+    };
+    if hours > 24 || minutes > 59 || seconds > 60 {
+        return None;
+    }
+    let fraction: i64 = format!("{fraction:0<6}").get(..6)?.parse().ok()?;
+    let seconds = days * 86_400 + hours * 3_600 + minutes * 60 + seconds - ahead;
+    u64::try_from(seconds * 1_000_000 + fraction).ok()
+}
+
+/// Cuts the zone off; how many seconds it is ahead.
+fn zone(time: &str) -> Option<(&str, i64)> {
+    if let Some(rest) = time.strip_suffix(['Z', 'z']) {
+        return Some((rest, 0));
+    }
+    let Some(at) = time.rfind(['+', '-']) else { return Some((time, 0)) };
+    let [hours, minutes] = numbers::<2>(&time[at + 1..], ':')?;
+    let ahead = hours * 3_600 + minutes * 60;
+    Some((&time[..at], if time[at..].starts_with('-') { -ahead } else { ahead }))
+}
+
+fn numbers<const N: usize>(text: &str, between: char) -> Option<[i64; N]> {
+    let mut numbers = [0; N];
+    let mut parts = text.split(between);
+    for number in &mut numbers {
+        let part = parts.next()?;
+        *number = part.bytes().all(|byte| byte.is_ascii_digit()).then(|| part.parse().ok())??;
+    }
+    (parts.next().is_none() && numbers.iter().all(|number| *number <= 9_999)).then_some(numbers)
+}
+
+/// Days since 1970 of a date in the Gregorian calendar, counted from March so that the leap day comes last.
+fn days(&[year, month, day]: &[i64; 3]) -> Option<i64> {
+    if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    let year = if month <= 2 { year - 1 } else { year };
+    let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+    Some(year * 365 + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + of_year - 719_468)
+}

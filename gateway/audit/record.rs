@@ -1,0 +1,593 @@
+//! The record of one request: what it asked, who decided what, who answered, how it ended.
+//!
+//! Fields are added, never renamed; the schema is `config/record.schema.json`. Nothing that a client sends can set a
+//! field of ours: what it said stands under `client` and `model.asked`, clipped. No prompt and no answer is in it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use schemars::JsonSchema;
+use serde::{Serialize, Serializer};
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+use crate::pool::origin::{Address, Endpoint};
+use crate::pool::{Picked, Pool, Upstream};
+use crate::usage::Usage;
+
+/// The most of a name or a sentence from outside that a record keeps, in bytes.
+pub const CLIPPED: usize = 256;
+
+/// One request's record, borrowed from the request that is over. Members that do not apply are absent; times are
+/// microseconds after the head had been read.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Record<'a> {
+    /// The gateway's own id of the request (UUIDv7), unique; it is `x-request-id` on the answer.
+    #[schemars(with = "Uuid")]
+    pub id: Id,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The status that the client got.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// The endpoint, as the table of endpoints spells it.
+    pub surface: &'a str,
+    /// What was asked of the model, by OpenTelemetry's name where it has one.
+    pub operation: &'a str,
+    /// The HTTP method.
+    pub method: &'a str,
+    /// Whether a stream was asked for.
+    pub stream: bool,
+    /// Whom the request came from.
+    pub client: Client<'a>,
+    /// Its place in a distributed trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Trace>,
+    /// Who asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub principal: Option<&'a str>,
+    /// Who pays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<&'a str>,
+    /// The model's names.
+    pub model: Models<'a>,
+    /// The policy that decided.
+    pub policy: PolicyMark<'a>,
+    /// Every decision, in order.
+    #[schemars(with = "Vec<Decision>")]
+    pub decisions: &'a [Decision],
+    /// Every attempt on an upstream, in order.
+    #[schemars(with = "Vec<AttemptRecord<'_>>")]
+    pub attempts: AttemptList<'a>,
+    /// The tokens of the answer that was passed on.
+    #[serde(skip_serializing_if = "Usage::is_unknown")]
+    pub usage: Usage,
+    /// Bytes of bodies.
+    pub bytes: BodyBytes,
+    /// When each stage was over.
+    pub times: Times,
+    /// Why we said no, or why the answer broke off: the `code` that the client got.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<&'a str>,
+    /// The same as a sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<&'a str>,
+    /// When it began and ended.
+    #[serde(skip)]
+    pub moment: Moment,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The upstream's answer was passed on to its end, whatever its status.
+    Ok,
+    /// We said no.
+    Refused,
+    /// No upstream could answer, or one broke off.
+    UpstreamError,
+    /// A time-out of the policy.
+    Timeout,
+    /// The client left.
+    ClientClosed,
+    /// A guardrail stopped the request or its answer.
+    Blocked,
+    /// The answer was ended at a limit.
+    LimitCut,
+    /// The exchange was dropped: shutdown, or a panic.
+    Aborted,
+}
+
+/// Every outcome with its name, in the order of the enum.
+pub const OUTCOMES: [(Outcome, &str); 8] = [
+    (Outcome::Ok, "ok"),
+    (Outcome::Refused, "refused"),
+    (Outcome::UpstreamError, "upstream_error"),
+    (Outcome::Timeout, "timeout"),
+    (Outcome::ClientClosed, "client_closed"),
+    (Outcome::Blocked, "blocked"),
+    (Outcome::LimitCut, "limit_cut"),
+    (Outcome::Aborted, "aborted"),
+];
+
+impl Outcome {
+    /// Its name in records, on metrics and in logs.
+    pub fn name(self) -> &'static str {
+        OUTCOMES[self as usize].1
+    }
+}
+
+/// A request's id: a UUIDv7 of ours, as text.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Id([u8; 36]);
+
+impl Id {
+    /// A new id.
+    pub fn new() -> Self {
+        let mut text = [0; 36];
+        Uuid::now_v7().hyphenated().encode_lower(&mut text);
+        Self(text)
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl Default for Id {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Serialize for Id {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+/// Whom a request came from.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Client<'a> {
+    /// The peer of the connection, `IP:PORT` or `unix`.
+    #[serde(serialize_with = "shown")]
+    #[schemars(with = "String")]
+    pub address: Peer,
+    /// `http/1.0`, `http/1.1` or `h2`.
+    pub protocol: &'a str,
+    /// What the client itself called the request (its `x-request-id`). Anything may stand here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<&'a str>,
+}
+
+/// The other end of a client's connection; none on a Unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer(pub Option<SocketAddr>);
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(address) => address.fmt(f),
+            None => f.write_str("unix"),
+        }
+    }
+}
+
+fn shown<S: Serializer, T: fmt::Display>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+/// A request's place in a distributed trace (W3C Trace Context).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Trace {
+    /// The trace's id.
+    #[serde(serialize_with = "hex128")]
+    #[schemars(with = "String")]
+    pub id: u128,
+    /// The request's own span.
+    #[serde(serialize_with = "hex64")]
+    #[schemars(with = "String")]
+    pub span: u64,
+    /// The caller's span.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex64_option")]
+    #[schemars(with = "Option<String>")]
+    pub parent: Option<u64>,
+    /// Whether the trace is kept whatever becomes of the request.
+    pub sampled: bool,
+}
+
+fn hex128<S: Serializer>(value: &u128, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:032x}"))
+}
+
+fn hex64<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:016x}"))
+}
+
+fn hex64_option<S: Serializer>(value: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+    hex64(&value.unwrap_or_default(), serializer)
+}
+
+/// A model's names on the way from the client to the upstream.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+pub struct Models<'a> {
+    /// What the client asked for, clipped to 256 bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asked: Option<&'a str>,
+    /// The policy's entry that took it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub route: Option<&'a str>,
+    /// What the last upstream that was asked knows it by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub used: Option<&'a str>,
+}
+
+/// The policy that decided about a request.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+pub struct PolicyMark<'a> {
+    /// Counts the policies since the start.
+    pub revision: u64,
+    /// SHA-256 of the file and the secrets that it names.
+    pub hash: &'a str,
+}
+
+/// Bytes of bodies.
+#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
+pub struct BodyBytes {
+    /// What came from the client.
+    pub request: u64,
+    /// What went to it.
+    pub answer: u64,
+}
+
+/// When each stage was over, in microseconds after the head had been read.
+#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
+pub struct Times {
+    /// The body was there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<u64>,
+    /// Parsed and routed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admitted: Option<u64>,
+    /// It had its place in the pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queued: Option<u64>,
+    /// The first piece of the answer left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<u64>,
+    /// The end.
+    pub ended: u64,
+    /// What of it the gateway itself took until the first piece left.
+    #[serde(rename = "self")]
+    pub own: u64,
+}
+
+/// One decision about a request.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Decision {
+    /// The stage that decided: `identify`, `route`, `queue`, `refuse`.
+    pub stage: &'static str,
+    /// The rule of the policy, or the refusal's code.
+    #[schemars(with = "String")]
+    pub rule: Text,
+    /// What it said.
+    #[schemars(with = "String")]
+    pub verdict: Text,
+    /// Why.
+    #[schemars(with = "String")]
+    pub why: Text,
+}
+
+/// All decisions about one request.
+pub type Decisions = SmallVec<[Decision; 4]>;
+
+/// A few words that cost nothing to keep: constant, shared with the policy, or made for this request.
+#[derive(Clone, Debug)]
+pub enum Text {
+    /// Constant.
+    Static(&'static str),
+    /// The policy's own.
+    Shared(Arc<str>),
+    /// Made for this request.
+    Own(Box<str>),
+}
+
+impl Text {
+    /// The words.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Static(text) => text,
+            Self::Shared(text) => text,
+            Self::Own(text) => text,
+        }
+    }
+}
+
+impl From<&'static str> for Text {
+    fn from(text: &'static str) -> Self {
+        Self::Static(text)
+    }
+}
+
+impl From<&Arc<str>> for Text {
+    fn from(text: &Arc<str>) -> Self {
+        Self::Shared(text.clone())
+    }
+}
+
+impl From<String> for Text {
+    fn from(text: String) -> Self {
+        Self::Own(text.into())
+    }
+}
+
+impl From<Cow<'static, str>> for Text {
+    fn from(text: Cow<'static, str>) -> Self {
+        match text {
+            Cow::Borrowed(text) => Self::Static(text),
+            Cow::Owned(text) => Self::Own(text.into()),
+        }
+    }
+}
+
+impl Serialize for Text {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(clip(self.as_str()))
+    }
+}
+
+/// One attempt on an upstream, as it goes on.
+#[derive(Debug)]
+pub struct Attempt {
+    pool: Arc<Pool>,
+    upstream: usize,
+    endpoint: Arc<Endpoint>,
+    /// The head of its answer: when it came, and its status.
+    pub head: Option<(Instant, u16)>,
+    /// When it began.
+    pub began: Instant,
+    /// When it was over; absent for one that runs.
+    pub ended: Option<Instant>,
+    /// What it came to.
+    pub result: Ending,
+    /// Why, where there is more to say than the result.
+    pub why: Option<Text>,
+    /// Bytes of the body that went to it.
+    pub sent: u64,
+    /// Bytes of its answer's body that were passed on.
+    pub received: u64,
+    /// Its span in the trace; 0 without one.
+    pub span: u64,
+}
+
+/// What an attempt came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// Its answer was passed on to the end.
+    Answered,
+    /// No connection.
+    Connect,
+    /// The connection was lost before an answer.
+    Reset,
+    /// No answer in time.
+    Timeout,
+    /// Its status made us ask another.
+    Status,
+    /// The client left, or the process ended.
+    Cancelled,
+    /// The answer broke off on its way.
+    Broken,
+}
+
+/// All attempts of one request.
+pub type Attempts = SmallVec<[Attempt; 1]>;
+
+impl Attempt {
+    /// An attempt that begins now, with its span in the trace (0: none).
+    pub fn begin(pool: &Arc<Pool>, picked: &Picked<'_>, sent: usize, span: u64) -> Self {
+        Self {
+            pool: pool.clone(),
+            upstream: picked.upstream.index,
+            endpoint: picked.endpoint.clone(),
+            head: None,
+            began: Instant::now(),
+            ended: None,
+            // What it stays if nobody says more: its future was dropped.
+            result: Ending::Cancelled,
+            why: None,
+            sent: sent as u64,
+            received: 0,
+            span,
+        }
+    }
+
+    /// It is over.
+    pub fn end(&mut self, result: Ending, why: Option<Text>) {
+        self.ended = Some(Instant::now());
+        self.result = result;
+        self.why = why;
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The upstream; `None` never happens, because the pool is the one it was picked from.
+    pub fn upstream(&self) -> Option<&Upstream> {
+        self.pool.upstreams.get(self.upstream)
+    }
+
+    /// The attempt as a record tells it.
+    pub fn record(&self, moment: &Moment) -> AttemptRecord<'_> {
+        let upstream = self.upstream();
+        AttemptRecord {
+            pool: &self.pool.name,
+            upstream: upstream.and_then(|upstream| upstream.name.to_str().ok()).unwrap_or_default(),
+            address: &self.endpoint.address,
+            provider: upstream.map_or("", |upstream| upstream.provider.kind()),
+            began: moment.micros(self.began),
+            head: self.head.map(|(at, _)| moment.micros(at)),
+            ended: moment.micros(self.ended.unwrap_or(moment.ended)),
+            status: self.head.map(|(_, status)| status),
+            result: self.result,
+            why: self.why.as_ref(),
+            sent: self.sent,
+            received: self.received,
+        }
+    }
+}
+
+/// One attempt in a record.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct AttemptRecord<'a> {
+    /// The pool.
+    pub pool: &'a str,
+    /// The upstream's name.
+    pub upstream: &'a str,
+    /// The address that was asked.
+    #[serde(serialize_with = "shown")]
+    #[schemars(with = "String")]
+    pub address: &'a Address,
+    /// Its dialect.
+    pub provider: &'a str,
+    /// When it began, in microseconds after the head of the request had been read.
+    pub began: u64,
+    /// When the head of its answer came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<u64>,
+    /// When it was over.
+    pub ended: u64,
+    /// Its status.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// What it came to.
+    pub result: Ending,
+    /// Why, where there is more to say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub why: Option<&'a Text>,
+    /// Bytes of the body that went to it.
+    pub sent: u64,
+    /// Bytes of its answer's body that were passed on.
+    pub received: u64,
+}
+
+/// The attempts of a request, told in its own time.
+#[derive(Clone, Copy, Debug)]
+pub struct AttemptList<'a> {
+    /// The attempts.
+    pub list: &'a [Attempt],
+    /// The request's moment.
+    pub moment: Moment,
+}
+
+impl Serialize for AttemptList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.list.iter().map(|attempt| attempt.record(&self.moment)))
+    }
+}
+
+/// When a request began and ended, on the clock of the day and on the one that never jumps.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The head had been read, by the clock of the day.
+    pub at: SystemTime,
+    /// The same.
+    pub received: Instant,
+    /// The end.
+    pub ended: Instant,
+}
+
+impl Moment {
+    /// Microseconds from the beginning to `instant`.
+    pub fn micros(&self, instant: Instant) -> u64 {
+        instant.saturating_duration_since(self.received).as_micros() as u64
+    }
+
+    /// The time of the day at `instant`.
+    pub fn clock(&self, instant: Instant) -> SystemTime {
+        self.at + instant.saturating_duration_since(self.received)
+    }
+}
+
+/// At most [`CLIPPED`] bytes of `text`, whole characters.
+pub fn clip(text: &str) -> &str {
+    &text[..text.floor_char_boundary(CLIPPED)]
+}
+
+/// A time as RFC 3339 spells it, in UTC, with microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Stamp(pub SystemTime);
+
+impl fmt::Display for Stamp {
+    /// The date by Howard Hinnant's `civil_from_days`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since = self.0.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let (days, second) = (since.as_secs() / 86_400 + 719_468, since.as_secs() % 86_400);
+        let (era, of_era) = (days / 146_097, days % 146_097);
+        let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+        let day_of_year = of_era - (365 * year + year / 4 - year / 100);
+        let shifted = (5 * day_of_year + 2) / 153;
+        let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+        let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+        let year = year + era * 400 + u64::from(month <= 2);
+        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+        let micros = since.subsec_micros();
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_spelled_as_rfc_3339_says() {
+        let stamp = |secs, micros: u32| Stamp(UNIX_EPOCH + Duration::new(secs, micros * 1000)).to_string();
+        assert_eq!(stamp(0, 0), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(stamp(951_782_400, 1), "2000-02-29T00:00:00.000001Z");
+        assert_eq!(stamp(1_795_356_185, 123_456), "2026-11-22T14:03:05.123456Z");
+        assert_eq!(stamp(4_107_542_399, 999_999), "2100-02-28T23:59:59.999999Z");
+    }
+
+    #[test]
+    fn what_comes_from_outside_is_clipped_at_a_character() {
+        let long = "\u{4e2d}".repeat(200);
+        assert_eq!(clip(&long).len(), 255);
+        assert_eq!(clip("short"), "short");
+    }
+
+    #[test]
+    fn outcomes_are_named_in_the_order_of_the_enum_and_as_serde_names_them() {
+        for (index, (outcome, name)) in OUTCOMES.iter().enumerate() {
+            assert_eq!((*outcome as usize, outcome.name()), (index, *name));
+            assert_eq!(serde_json::to_value(outcome).unwrap(), *name);
+        }
+    }
+
+    #[test]
+    fn ids_are_uuids_that_sort_by_time() {
+        let ids: Vec<Id> = (0..1000).map(|_| Id::new()).collect();
+        assert!(ids.windows(2).all(|two| two[0].as_str() < two[1].as_str()));
+        assert_eq!(Uuid::parse_str(ids[0].as_str()).unwrap().get_version_num(), 7);
+    }
+}
