@@ -2,16 +2,20 @@
 //! the route, the pick.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use infergate::audit::record::{
+    AttemptList, BodyBytes, Client, Id, Models, Moment, Outcome, Peer, PolicyMark, Record, Times, Trace,
+};
 use infergate::policy::{Policy, World, compile};
 use infergate::scan;
 use infergate::sse::Framer;
 use infergate::state::State;
-use infergate::telemetry::Telemetry;
-use infergate::usage::Meter;
+use infergate::telemetry::trace::{Target, Tracer, Traces, traceparent};
+use infergate::telemetry::{Telemetry, TraceMeters};
+use infergate::usage::{Meter, Usage};
 use infergate_plugins::operation::Operation;
 
 /// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
@@ -84,7 +88,7 @@ fn usages(criterion: &mut Criterion) {
     let frame = format!(
         r#"{{"id":"chatcmpl-1","object":"chat.completion","model":"llama-3","choices":[{{"index":0,"message":{{"role":"assistant","content":"@"}},"finish_reason":"stop"}}],{usage},"kv_transfer_params":null}}"#
     );
-    let answer = frame.replace('@', &"and so on ".repeat((1 << 10).saturating_sub(frame.len()) / 10));
+    let answer = frame.replace('@', &"and so on ".repeat((1usize << 10).saturating_sub(frame.len()) / 10));
     let event = b"data: {\"choices\":[{\"text\":\" word\"}]}\n\n";
     let last = format!("data: {{\"choices\":[],{usage}}}\n\n");
     let mut group = criterion.benchmark_group("usage");
@@ -131,5 +135,50 @@ fn picks(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, scans, splices, frames, usages, routes, picks);
+/// What traces cost a request: one that is sampled out, and one that is kept.
+fn traces(criterion: &mut Criterion) {
+    let url = http::Uri::from_static("http://127.0.0.1:1/v1/traces");
+    let target = Target { url, headers: http::HeaderMap::new(), service: "bench".to_owned() };
+    let (tracer, traces) = (Tracer::new(TraceMeters::default()), Traces::new(0.0, None, true, target));
+    let placed = traces.place(None);
+    let moment = Moment { at: SystemTime::now(), received: Instant::now(), ended: Instant::now() };
+    let record = |trace: Trace| Record {
+        id: Id::new(),
+        outcome: Outcome::Ok,
+        status: Some(200),
+        surface: "/v1/chat/completions",
+        operation: "chat",
+        method: "POST",
+        stream: true,
+        client: Client { address: Peer(None), protocol: "http/1.1", request_id: None },
+        trace: Some(trace),
+        principal: None,
+        tenant: None,
+        model: Models { asked: Some("llama-3"), route: Some("llama-3"), used: Some("llama-3") },
+        policy: PolicyMark { revision: 1, hash: "0123456789abcdef" },
+        decisions: &[],
+        attempts: AttemptList { list: &[], moment },
+        usage: Usage::default(),
+        bytes: BodyBytes::default(),
+        capture: None,
+        times: Times::default(),
+        code: None,
+        message: None,
+        moment,
+    };
+    let mut group = criterion.benchmark_group("trace");
+    group.bench_function("a place", |bencher| bencher.iter(|| traces.place(black_box(None))));
+    group.bench_function("traceparent", |bencher| bencher.iter(|| traceparent(black_box(&placed), 1)));
+    let out = record(placed);
+    group.bench_function("sampled out", |bencher| bencher.iter(|| tracer.finish(&traces, black_box(&out))));
+    let kept = record(Trace { sampled: true, ..placed });
+    // A tracer for each: one that is full throws spans away before it builds them.
+    group.bench_function("kept", |bencher| {
+        let fresh = || Tracer::new(TraceMeters::default());
+        bencher.iter_batched_ref(fresh, |tracer| tracer.finish(&traces, black_box(&kept)), BatchSize::SmallInput);
+    });
+    group.finish();
+}
+
+criterion_group!(pieces, scans, splices, frames, usages, routes, picks, traces);
 criterion_main!(pieces);

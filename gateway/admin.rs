@@ -125,7 +125,7 @@ impl Admin {
             return wrong(why);
         }
         tracing::info!(levels, "log levels changed");
-        self.house.act("log_levels", by, json!({"from": before, "to": levels}));
+        self.house.act("log_levels", by, json!({"before": before, "levels": levels}));
         self.log()
     }
 

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use http::Method;
 
+use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
 use crate::audit::record::{
     Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, Models, Moment, Outcome, Peer,
     PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::house::House;
-use crate::policy::file::Durable;
+use crate::policy::file::{Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
@@ -21,6 +22,9 @@ use crate::relay::{Downstream, Tally};
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
+
+/// How long the end of an answer waits for its record to be on disk.
+const DURABLE: Duration = Duration::from_secs(30);
 
 /// One request.
 #[derive(Debug)]
@@ -242,14 +246,23 @@ impl Exchange {
         self.place.is_some() && self.policy.audit.durable == Durable::BeforeResponseEnd
     }
 
-    /// Files the record as it stands, and waits until it is on disk. What comes after is the way to the client.
-    pub async fn put_on_record(&mut self) {
+    /// Files the record as it stands and waits until it is on disk, where the policy asks for that. What comes after
+    /// is the way to the client. Returns whether the answer may end: not if the disk does not answer.
+    pub async fn put_on_record(&mut self) -> bool {
         if !self.is_durable() {
-            return;
+            return true;
         }
-        let (Some(journal), Some(place)) = (self.journal.clone(), self.place.take()) else { return };
-        let entry = journal.file(&self.record(Instant::now()), place);
-        journal.durable(entry).await;
+        let (Some(journal), Some(place)) = (self.journal.clone(), self.place.take()) else { return true };
+        let entry = self.file(&journal, &self.record(Instant::now()), place);
+        let done = tokio::time::timeout(DURABLE, journal.durable(entry)).await.is_ok();
+        done || self.policy.audit.on_error == OnError::Allow
+    }
+
+    fn file(&self, journal: &Journal, record: &Record<'_>, place: Place) -> u64 {
+        if let Some(capture) = &self.tally.capture {
+            journal.capture(&capture.line(&self.id));
+        }
+        journal.file(record, place)
     }
 
     /// What the gateway itself took until the first piece of the answer, which came at `came`, left at `left`.
@@ -284,6 +297,7 @@ impl Exchange {
             attempts: AttemptList { list: &self.attempts, moment },
             usage: self.tally.usage(),
             bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
+            capture: self.tally.capture.as_deref().map(Capture::mark),
             times: Times {
                 body: reached(times.body),
                 admitted: reached(times.admitted),
@@ -317,7 +331,7 @@ impl Drop for Exchange {
             self.tracer.finish(traces, &record);
         }
         if let (Some(journal), Some(place)) = (&self.journal, place) {
-            journal.file(&record, place);
+            self.file(journal, &record, place);
         }
         tracing::debug!(
             id = %self.id,

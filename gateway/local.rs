@@ -29,7 +29,7 @@ pub async fn answer(
     exchange.answering(exchange.times.received, status.as_u16());
     exchange.tally.bytes = body.len() as u64;
     exchange.completed();
-    exchange.put_on_record().await;
+    let _ = exchange.put_on_record().await;
     // A body on such a request is not read, so the connection cannot be used again.
     let close = downstream.content_length().is_some_and(|length| length > 0);
     downstream.answer(Box::new(head), body, close).await.map_err(|_| Stop::Gone)

@@ -57,9 +57,10 @@ fn filter(levels: &str) -> Result<EnvFilter, String> {
     if levels.len() > LENGTH_MAX {
         return Err(format!("more than {LENGTH_MAX} bytes"));
     }
-    levels.split(',').map(str::trim).try_for_each(check)?;
+    let directives: Vec<&str> = levels.split(',').map(str::trim).collect();
+    directives.iter().copied().try_for_each(check)?;
     let all = match levels.contains(['=', ',']) {
-        true => levels.to_owned(),
+        true => directives.join(","),
         false => format!("{levels},{},{LIBRARIES}", crate::relay::LOG_LEVELS),
     };
     EnvFilter::try_new(all).map_err(|error| error.to_string())

@@ -12,6 +12,7 @@ use http::header::{CONTENT_TYPE, UPGRADE};
 use http::{HeaderValue, Method};
 use infergate_plugins::operation::Operation;
 
+use crate::audit::capture::Capture;
 use crate::audit::record::{Ending, clip};
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
@@ -20,7 +21,7 @@ use crate::local;
 use crate::policy::Route;
 use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Tally, Waiting};
+use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Waiting};
 use crate::scan::{self, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
@@ -97,6 +98,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     let received = read(house, exchange, downstream).await?;
     exchange.times.body = Instant::now();
     exchange.body_bytes = received.body.len() as u64;
+    exchange.tally.capture = Capture::begin(&exchange.policy.audit.capture, &received.body);
     let planned = admit(exchange, downstream, identified, received)?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
@@ -318,7 +320,7 @@ async fn relay(
         Some(failover::head_for_client(head, answer.first_at, is_events, picked.upstream, exchange, &model)?)
     };
     exchange.answering(answer.first_at, status);
-    exchange.tally = Tally::new(planned.identified.surface.operation, is_events);
+    exchange.tally.begin(planned.identified.surface.operation, is_events);
     // What tells the end of an answer is its last piece where its length is known: it waits for the record.
     downstream.hold_last(exchange.is_durable() && !is_events);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
@@ -332,7 +334,11 @@ async fn relay(
             picked.upstream.attempts.answered.inc();
             exchange.attempt_ends(Ending::Answered, None);
             exchange.completed();
-            exchange.put_on_record().await;
+            if !exchange.put_on_record().await {
+                // Its record says `ok`, and may come to the disk yet: the client must not believe so.
+                downstream.abort().await;
+                return Ok(());
+            }
             downstream.finish().await.map_err(|_| Stop::Gone)
         }
         Passed::Gone => {
@@ -379,7 +385,8 @@ async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: R
     tracing::debug!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "refused");
     let body = refusal.body(exchange.surface.dialect, exchange.id.as_str());
     exchange.tally.bytes = body.len() as u64;
-    exchange.put_on_record().await;
+    // A refusal says nothing that would need the record's backing.
+    let _ = exchange.put_on_record().await;
     if let Ok(head) = refusal_head(exchange, &refusal)
         && downstream.answer(Box::new(head), body.into(), refusal.close).await.is_err()
     {
@@ -405,7 +412,7 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
 /// connection that breaks off, so that nobody takes it for whole.
 async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
     exchange.refused(&refusal);
-    exchange.put_on_record().await;
+    let _ = exchange.put_on_record().await;
     tracing::warn!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "an answer broke off");
     if !is_events {
         return downstream.abort().await;

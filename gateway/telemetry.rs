@@ -9,8 +9,8 @@ mod process;
 pub mod trace;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -21,8 +21,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
 use self::evidence::Sinks;
+pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
 use self::genai::GenAi;
 pub use self::genai::Meters;
 use self::process::Process;

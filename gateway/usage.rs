@@ -60,7 +60,7 @@ pub enum Source {
     #[default]
     None,
     /// The answer's tokens are the events of a stream that did not say how many it had.
-    Counted,
+    Estimated,
     /// The upstream reported them.
     Upstream,
 }
@@ -70,7 +70,7 @@ impl Source {
     pub const fn name(self) -> &'static str {
         match self {
             Self::None => "none",
-            Self::Counted => "counted",
+            Self::Estimated => "estimated",
             Self::Upstream => "upstream",
         }
     }
@@ -189,7 +189,7 @@ impl Meter {
         }
         if !complete && self.tally.counted > 0 {
             usage.output_tokens = usage.output_tokens.max(Some(self.tally.counted));
-            usage.source = Source::Counted;
+            usage.source = Source::Estimated;
         }
         usage
     }

@@ -281,9 +281,11 @@ fn outlet(config: &Config, resolve: Resolve<'_>) -> Result<Outlet, Wrong> {
     Ok(Outlet { config: config.clone(), sink, secrets })
 }
 
+type Built = Result<Arc<dyn Sink>, Wrong>;
+
 /// The one kind that an entry names.
-fn one(config: &Config, resolve: Resolve<'_>) -> Result<Arc<dyn Sink>, Wrong> {
-    let mut built: Vec<(&str, Result<Arc<dyn Sink>, Wrong>)> = Vec::new();
+fn one(config: &Config, resolve: Resolve<'_>) -> Built {
+    let mut built: Vec<(&str, Built)> = Vec::new();
     if let Some(config) = &config.stdout {
         built.push(("stdout", Ok(Arc::new(stdout::build(config)))));
     }
@@ -350,22 +352,39 @@ fn headers(
     let mut headers = Vec::new();
     for (name, value) in plain {
         let place = format!(".headers.{name}");
-        headers.push(header(name, value).ok_or_else(|| (place, "this is no valid header".to_owned()))?);
+        headers.push(header(name, value).map_err(|message| (place, message))?);
     }
     for (name, source) in secret {
         let told = |message: String| (format!(".secret_headers.{name}"), message);
         let value = resolve(source).map_err(told)?;
-        let (name, mut value) = header(name, value.reveal())
-            .ok_or_else(|| told("the name or the secret cannot stand in a header".into()))?;
+        let (name, mut value) = header(name, value.reveal()).map_err(told)?;
         value.set_sensitive(true);
         headers.push((name, value));
     }
     Ok(headers)
 }
 
-fn header(name: &str, value: &str) -> Option<(HeaderName, HeaderValue)> {
-    Some((name.parse().ok()?, HeaderValue::from_str(value).ok()?))
+fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), String> {
+    match (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+        (Ok(name), Ok(_)) if FRAMING.contains(&name.as_str()) => {
+            Err("the gateway itself sets this header: take it out".to_owned())
+        }
+        (Ok(name), Ok(value)) => Ok((name, value)),
+        _ => Err("this is no valid header".to_owned()),
+    }
 }
+
+/// Headers that say where a body ends and what it is.
+const FRAMING: &[&str] = &[
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
 
 /// The lines as they stand in the journal.
 fn text(lines: &[&[u8]]) -> Bytes {
@@ -407,9 +426,14 @@ mod tests {
     fn every_problem_is_told_at_its_place() {
         let json = r#"[{"name":"a","stdout":{}},{"name":"a","stdout":{}},{"name":"../x","stdout":{}},
             {"name":"w","webhook":{"url":"ftp://x"}},{"name":"v","webhook":{"url":"http://x","secret":{"file":"/none"}}},
-            {"name":"o","otlp":{"url":"http://u:p@x"}}]"#;
+            {"name":"o","otlp":{"url":"http://u:p@x"}},
+            {"name":"h","otlp":{"url":"http://x","headers":{"Content-Length":"3"}}}]"#;
         let places: Vec<String> = built(json).unwrap_err().into_iter().map(|(path, _)| path).collect();
-        assert_eq!(places, ["[1].name", "[2].name", "[3].webhook.url", "[4].webhook.secret", "[5].otlp.url"]);
+        let expected = ["[1].name", "[2].name", "[3].webhook.url", "[4].webhook.secret", "[5].otlp.url"];
+        assert_eq!(
+            (&places[..5], places[5].as_str()),
+            (&expected.map(str::to_owned)[..], "[6].otlp.headers.Content-Length")
+        );
     }
 
     #[test]

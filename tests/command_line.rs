@@ -166,7 +166,12 @@ fn the_settings_that_are_shipped_say_what_holds_without_them() {
 
 #[test]
 fn the_schemas_that_are_shipped_are_those_of_this_version() {
-    for (arguments, name) in [(&["schema"][..], "policy"), (&["schema", "--settings"], "settings")] {
+    let schemas = [
+        (&["schema"][..], "policy"),
+        (&["schema", "--settings"], "settings"),
+        (&["schema", "--record"], "record"),
+    ];
+    for (arguments, name) in schemas {
         let (code, out, _) = Process::run(arguments);
         let shipped = std::fs::read_to_string(format!("{HOME}/config/{name}.schema.json")).unwrap();
         assert_eq!(code, Some(0));

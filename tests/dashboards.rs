@@ -10,8 +10,9 @@ use infergate::policy::problem::Document;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
+use crate::support::http::post;
 use crate::support::prometheus::{Prometheus, command, shipped};
-use crate::support::{Client, Gateway, Options, Simulated, chat, faulty_server, model_server};
+use crate::support::{Client, Gateway, Options, Simulated, chat, eventually, faulty_server, model_server};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -21,6 +22,11 @@ fn policy(good: &Simulated, bad: &Simulated, slow: &Simulated, comment: &str) ->
     format!(
         "# {comment}
 version: 1
+audit:
+  sinks:
+    - {{name: disk, file: {{path: records.jsonl}}}}
+    - {{name: nowhere, webhook: {{url: 'http://127.0.0.1:9/'}}}}
+telemetry: {{traces: {{endpoint: 'http://127.0.0.1:9', share: 1}}}}
 models:
   - {{name: m, pool: good}}
   - {{name: breaks, pool: bad}}
@@ -50,10 +56,10 @@ fn traffic(gateway: SocketAddr) -> JoinHandle<()> {
             {
                 let body = named(model, stream)
                     .replace("\"stream\"", "\"stream_options\":{\"include_usage\":true},\"stream\"");
-                let _any = client.try_send(crate::support::http::post(gateway, CHAT, &[], body)).await;
+                let _any = client.try_send(post(gateway, CHAT, &[], body)).await;
             }
             let input = r#"{"model":"m","input":"Hello"}"#;
-            client.post(gateway, "/v1/embeddings", input).await;
+            let _any = client.try_send(post(gateway, "/v1/embeddings", &[], input)).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
@@ -64,7 +70,8 @@ fn crowd(gateway: SocketAddr) -> Vec<JoinHandle<()>> {
     let waiting = || async move {
         let client = Client::h1();
         loop {
-            client.post(gateway, CHAT, chat(false, 1).replace(r#""model":"m""#, r#""model":"waits""#)).await;
+            let body = chat(false, 1).replace(r#""model":"m""#, r#""model":"waits""#);
+            let _any = client.try_send(post(gateway, CHAT, &[], body)).await;
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
@@ -149,28 +156,35 @@ async fn no_panel_is_empty_and_every_alert_can_be_evaluated() {
 
 /// Prometheus has loaded all alerts and evaluates each without an error; those whose trouble is there stir.
 async fn alerts_evaluate(prometheus: &Prometheus) {
-    let groups = prometheus.api("rules").await;
-    let rules: Vec<&Value> =
-        groups["groups"].as_array().unwrap().iter().flat_map(|group| group["rules"].as_array().unwrap()).collect();
-    assert!(rules.len() > 20, "{}", rules.len());
-    for rule in &rules {
-        assert_eq!((rule["health"].as_str(), rule["lastError"].as_str()), (Some("ok"), None), "{rule}");
-    }
-    for stirs in [
+    const STIR: [&str; 7] = [
         "InfergatePolicyRefused",
         "InfergateRequestsFail",
         "InfergateRefusesForWantOfRoom",
         "InfergateEndpointUnhealthy",
         "InfergatePoolIsOut",
         "InfergateRetryBudgetSpent",
-    ] {
-        let rule = rules.iter().find(|rule| rule["name"] == stirs).unwrap();
-        assert_ne!(rule["state"], "inactive", "{stirs}");
+        "InfergateSinkFails",
+    ];
+    let stirred = async || {
+        let rules = rules(prometheus).await;
+        STIR.iter().all(|name| rules.iter().any(|rule| rule["name"] == *name && rule["state"] != "inactive"))
+    };
+    eventually("the alerts stir", Duration::from_secs(30), stirred).await;
+    let rules = rules(prometheus).await;
+    assert!(rules.len() > 20, "{}", rules.len());
+    for rule in &rules {
+        assert_eq!((rule["health"].as_str(), rule["lastError"].as_str()), (Some("ok"), None), "{rule}");
     }
     for quiet in ["InfergateDown", "InfergateSheds", "InfergatePoliciesDiffer", "InfergateJournalFails"] {
         let rule = rules.iter().find(|rule| rule["name"] == quiet).unwrap();
         assert_eq!(rule["state"], "inactive", "{quiet}");
     }
+}
+
+async fn rules(prometheus: &Prometheus) -> Vec<Value> {
+    let groups = prometheus.api("rules").await;
+    let groups = groups["groups"].as_array().unwrap().iter();
+    groups.flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
 }
 
 /// A misspelt name is no error to Prometheus, only an alert that never comes.
@@ -198,6 +212,14 @@ fn promtool_finds_nothing_wrong_with_rules_and_configuration() {
         let file = if arguments[1] == "rules" { "prometheus/alerts.yaml" } else { "prometheus/prometheus.yaml" };
         let checked = command("promtool").args(arguments).arg(shipped(file)).output().unwrap();
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+#[test]
+fn the_files_for_grafana_are_sound() {
+    for file in ["datasources/prometheus.yaml", "dashboards/infergate.yaml"] {
+        let text = fs::read_to_string(shipped("grafana/provisioning").join(file)).unwrap();
+        assert_eq!(Document::parse(&text).unwrap().value["apiVersion"], 1, "{file}");
     }
 }
 

@@ -6,6 +6,7 @@ mod command_line;
 mod dashboards;
 mod disconnect;
 mod edge;
+mod evidence;
 mod failure;
 mod fuzz;
 mod lifecycle;

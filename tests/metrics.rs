@@ -1,11 +1,15 @@
 //! What the gateway measures: the conventions' names, ours, the process's, and never more series than it should.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::support::{Client, Gateway, chat, eventually, faulty_server, http, model_server, policy};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::{Client, Gateway, chat, eventually, faulty_server, model_server, policy};
 
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(5);
@@ -114,62 +118,93 @@ async fn an_upstream_that_left_the_policy_leaves_the_metrics() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_thousand_random_models_users_keys_and_paths_leave_the_metrics_as_they_were() {
     const REQUESTS: usize = 100_000;
-    const TASKS: usize = 24;
     let server = model_server().await;
     let policy = policy(&[&server.url()], "").replace(
         "models:\n",
         "passthrough: [{path: '/files/*', pool: p}]\nmodels:\n  - {name: 'any-*', pool: p, rename: m}\n",
     );
-    let gateway = Arc::new(Gateway::start(&policy).await);
-    let (client, sent) = (Client::h1(), Arc::new(AtomicUsize::new(0)));
-    for n in 0..100 {
-        ask(&client, &gateway, n).await;
-    }
-    let finished = async || {
-        let page = gateway.admin("/metrics").await.text();
-        let counts = page.lines().filter_map(|line| line.strip_prefix("infergate_requests_total{")?.rsplit_once(' '));
-        counts.map(|(_, count)| count.parse::<usize>().unwrap()).sum::<usize>()
-    };
-    eventually("all are counted", SOON, async || finished().await == 100).await;
+    let gateway = Gateway::start(&policy).await;
+    ask_all(gateway.address, 1, 100).await;
+    counted(&gateway, 100).await;
     let before = series(&gateway).await;
-    let mut tasks = tokio::task::JoinSet::new();
-    for _ in 0..TASKS {
-        let (client, gateway, sent) = (client.clone(), gateway.clone(), sent.clone());
-        tasks.spawn(async move {
-            loop {
-                let n = sent.fetch_add(1, Ordering::Relaxed);
-                if n >= REQUESTS {
-                    return;
-                }
-                ask(&client, &gateway, n).await;
-            }
-        });
-    }
-    tasks.join_all().await;
-    eventually("all are counted", SOON, async || finished().await == 100 + REQUESTS).await;
+    ask_all(gateway.address, 16, REQUESTS).await;
+    counted(&gateway, 100 + REQUESTS).await;
     let after = series(&gateway).await;
     let new: Vec<_> = after.difference(&before).collect();
     assert!(new.is_empty(), "{new:?}");
     assert!(after.len() < 2_500, "{}", after.len());
 }
 
-/// One request with names that nobody has used before; few of them reach the model server, to save time.
-async fn ask(client: &Client, gateway: &Gateway, n: usize) {
-    let (model, path) = match n % 20 {
-        0 => (format!("any-{n}"), CHAT.to_owned()),
-        1 => (String::new(), format!("/files/{n}")),
-        n if n % 2 == 0 => (format!("nobody-{n}"), CHAT.to_owned()),
-        _ => (String::new(), format!("/nowhere/{n}/{}", fastrand::u64(..))),
+/// Sends so many requests over so many connections.
+async fn ask_all(address: SocketAddr, connections: usize, requests: usize) {
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..connections {
+        let sent = sent.clone();
+        tasks.spawn(async move {
+            let mut connection = None;
+            loop {
+                let n = sent.fetch_add(1, Ordering::Relaxed);
+                if n >= requests {
+                    return;
+                }
+                connection = ask(address, connection, n).await;
+            }
+        });
+    }
+    tasks.join_all().await;
+}
+
+/// One request with names that nobody has used before; few of them reach the model server, to save time. The
+/// connection comes back if it can be used again.
+async fn ask(address: SocketAddr, connection: Option<TcpStream>, n: usize) -> Option<TcpStream> {
+    let random = fastrand::u64(..);
+    let (status, path, model) = match n % 20 {
+        0 => (200, CHAT.to_owned(), "any"),
+        1 => (404, format!("/files/{random}"), "none"),
+        n if n % 2 == 0 => (404, CHAT.to_owned(), "nobody"),
+        _ => (404, format!("/nowhere/{n}/{random}"), "none"),
     };
-    let model = if model.is_empty() { model } else { format!("{model}-{}", fastrand::u64(..)) };
-    let (key, id) = (format!("Bearer sk-{}", fastrand::u64(..)), fastrand::u64(..).to_string());
-    let headers = [("authorization", key.as_str()), ("x-request-id", &id), ("user-agent", &id), ("x-user", &id)];
     let body = format!(
-        r#"{{"model":"{model}","user":"u-{id}","max_tokens":1,"messages":[{{"role":"user","content":"Hi"}}]}}"#
+        r#"{{"model":"{model}-{random}","user":"u-{random}","max_tokens":1,"messages":[{{"role":"user","content":"Hi"}}]}}"#
     );
-    let answer = client.send(http::post(gateway.address, &path, &headers, body)).await;
-    let wanted = if n % 20 == 0 { 200 } else { 404 };
-    assert_eq!(answer.status, wanted, "{n} {}", answer.text());
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: h-{random}\r\nauthorization: Bearer sk-{random}\r\nx-request-id: {random}\r\nuser-agent: {random}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut connection = match connection {
+        Some(connection) => connection,
+        None => TcpStream::connect(address).await.unwrap(),
+    };
+    connection.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+    let answer = read_answer(&mut connection).await;
+    assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{n} {answer}");
+    (!answer.to_ascii_lowercase().contains("\r\nconnection: close")).then_some(connection)
+}
+
+/// An answer whose length is known.
+async fn read_answer(connection: &mut TcpStream) -> String {
+    let mut answer = Vec::with_capacity(2048);
+    loop {
+        assert!(connection.read_buf(&mut answer).await.unwrap() > 0, "{}", String::from_utf8_lossy(&answer));
+        let text = String::from_utf8_lossy(&answer).to_ascii_lowercase();
+        let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+        let length =
+            head.lines().find_map(|line| line.strip_prefix("content-length: ")).map(|text| text.parse().unwrap());
+        if length.map_or(body.ends_with("0\r\n\r\n"), |length: usize| body.len() >= length) {
+            return String::from_utf8_lossy(&answer).into_owned();
+        }
+    }
+}
+
+/// Waits until so many requests have been counted out.
+async fn counted(gateway: &Gateway, requests: usize) {
+    let sum = async || {
+        let page = gateway.admin("/metrics").await.text();
+        let counts = page.lines().filter_map(|line| line.strip_prefix("infergate_requests_total{")?.rsplit_once(' '));
+        counts.map(|(_, count)| count.parse::<usize>().unwrap()).sum::<usize>()
+    };
+    eventually("all are counted", SOON, async || sum().await == requests).await;
 }
 
 /// Everything on the page that has a value, without it.

@@ -390,12 +390,28 @@ async fn the_environment_names_a_collector_where_the_policy_does_not() {
 
 #[tokio::test]
 async fn spans_that_wait_leave_before_the_process_does() {
+    let (collector, server) = (Collector::start().await, faulty_server(&["slow-first=1500"]).await);
+    let mut gateway = Gateway::start(&traced(&[&server.url()], &collector.url(), ", share: 1")).await;
+    let (address, client) = (gateway.address, Client::h1());
+    let last = tokio::spawn(async move { client.post(address, CHAT, chat(false, 3)).await.status });
+    gateway.comes_to("infergate_requests_in_flight", 1.0).await;
+    gateway.signal("TERM");
+    // The process ends as soon as this request does.
+    assert_eq!((gateway.ended(Duration::from_secs(20)).await, last.await.unwrap()), (Some(0), 200));
+    assert_eq!(collector.spans().len(), 2);
+}
+
+#[tokio::test]
+async fn a_collector_that_hangs_does_not_hold_up_the_end() {
     let (collector, server) = (Collector::start().await, model_server().await);
+    collector.set(Mood::Hangs);
     let mut gateway = Gateway::start(&traced(&[&server.url()], &collector.url(), ", share: 1")).await;
     ask_often(&gateway, 5).await;
+    let start = Instant::now();
     gateway.signal("TERM");
     assert_eq!(gateway.ended(Duration::from_secs(20)).await, Some(0));
-    assert_eq!(collector.spans().len(), 10);
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    assert!(gateway.log().contains("traces are lost"), "{}", gateway.log());
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! The processes of a comparison: the fake model server, the bare proxy and the gateway, each
-//! on a free port, each ended when its value is dropped.
+//! The processes of a comparison: the fake model server, the bare proxy and the gateway with or
+//! without evidence, each on a free port, each ended when its value is dropped.
 
 use crate::Failure;
 use crate::cpu::Cores;
@@ -12,10 +12,39 @@ use std::time::{Duration, Instant};
 /// How long a process may take until it serves.
 const START_LIMIT: Duration = Duration::from_secs(15);
 
-/// The policy the gateway runs with: every model of the load goes to the fake server.
-fn policy(upstream: SocketAddr) -> String {
-    format!(
-        r#"version: 1
+/// Whether the gateway keeps evidence of what it does: a journal, and traces of one request in a hundred.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// It does nothing but its work, like the bare proxy.
+    Off,
+    /// With a collector in the fake server, and segments so small that several are finished and compressed.
+    On,
+}
+
+impl Evidence {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Off => "gateway",
+            Self::On => "gateway with evidence",
+        }
+    }
+
+    /// The policy the gateway runs with: every model of the load goes to the fake server.
+    fn policy(self, upstream: SocketAddr) -> String {
+        let evidence = match self {
+            Self::Off => String::new(),
+            Self::On => format!(
+                r#"audit:
+  segment_bytes: 4194304
+telemetry:
+  traces:
+    share: 0.01
+    endpoint: http://{upstream}
+"#
+            ),
+        };
+        format!(
+            r#"version: 1
 models:
   - name: "load-*"
     pool: load
@@ -23,12 +52,18 @@ pools:
   load:
     upstreams:
       - url: http://{upstream}
-"#
-    )
-}
+{evidence}"#
+        )
+    }
 
-/// The settings the gateway runs with: one worker thread, like the bare proxy.
-const SETTINGS: &str = "threads: 1\n";
+    /// The settings the gateway runs with: one worker thread, like the bare proxy.
+    fn settings(self, journal: &Path) -> String {
+        match self {
+            Self::Off => "threads: 1\naudit: {enabled: false}\n".to_owned(),
+            Self::On => format!("threads: 1\naudit: {{directory: {journal:?}}}\n"),
+        }
+    }
+}
 
 /// How the gateway is started on these files.
 fn gateway_arguments(command: &mut Command, policy: &Path, settings: &Path, listen: SocketAddr) {
@@ -87,21 +122,39 @@ impl Stage {
     /// The gateway, or what stands for it.
     pub fn subject(&self, subject: &Subject, upstream: SocketAddr, h2c: bool) -> Result<Running, Failure> {
         match subject {
-            Subject::Gateway(program) => self.gateway(program, upstream),
+            Subject::Gateway(program) => self.gateway(program, upstream, Evidence::Off),
             Subject::BareAgain => self.bare(upstream, h2c),
         }
     }
 
-    fn gateway(&self, program: &Path, upstream: SocketAddr) -> Result<Running, Failure> {
-        let policy_file = self.directory.join("policy.yaml");
-        let settings_file = self.directory.join("settings.yaml");
-        fs::write(&policy_file, policy(upstream))?;
-        fs::write(&settings_file, SETTINGS)?;
+    /// The gateway, with a directory of its own: its policy file is watched.
+    pub fn gateway(&self, program: &Path, upstream: SocketAddr, evidence: Evidence) -> Result<Running, Failure> {
+        let directory = self.directory.join(evidence.name());
+        fs::create_dir_all(&directory)?;
+        let (policy_file, settings_file) = (directory.join("policy.yaml"), directory.join("settings.yaml"));
+        fs::write(&policy_file, evidence.policy(upstream))?;
+        fs::write(&settings_file, evidence.settings(&self.journal()))?;
         let listen = free_address()?;
         let mut command = self.on_the_proxies_core(program);
         gateway_arguments(&mut command, &policy_file, &settings_file, listen);
         command.args(["--admin", &free_address()?.to_string()]);
-        self.start(command, "gateway", listen)
+        self.start(command, evidence.name(), listen)
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.directory.join("journal")
+    }
+
+    /// Removes the journal and says how many finished segments of it were compressed.
+    pub fn forget_journal(&self) -> Result<usize, Failure> {
+        let mut packed = 0;
+        for run in fs::read_dir(self.journal().join("runs"))? {
+            for file in fs::read_dir(run?.path())? {
+                packed += usize::from(file?.path().extension().is_some_and(|extension| extension == "zst"));
+            }
+        }
+        fs::remove_dir_all(self.journal())?;
+        Ok(packed)
     }
 
     fn on_the_proxies_core(&self, program: &Path) -> Command {

@@ -1,12 +1,12 @@
 //! The comparison: every case through the bare proxy and through the gateway, in turns, and
-//! what each of them spent on it.
+//! what each of them spent on it. What evidence costs is measured on the gateway beside itself.
 
-use crate::children::{Running, Stage, Subject};
+use crate::children::{Evidence, Running, Stage, Subject};
 use crate::client::{Answer, Client, Load, Seen, Stop, Transport, quantile};
 use crate::cpu::{self, Cores};
 use crate::prompt::Turns;
 use crate::report::{self, Figures, Goal, Row, median};
-use crate::{Failure, memory, on_one_thread};
+use crate::{Failure, memory, on_one_thread, upstream};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -94,6 +94,16 @@ struct Case {
     name: &'static str,
     load: Load,
     goal: Goal,
+    yardstick: Yardstick,
+}
+
+/// What stands in the column `bare`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Yardstick {
+    /// The bare proxy.
+    Bare,
+    /// The same gateway without evidence.
+    Itself,
 }
 
 impl Case {
@@ -118,7 +128,8 @@ fn cases() -> Vec<Case> {
     let stream =
         |connections, interval| Load { connections, answer: Answer::Stream { events: 100, interval }, ..PLAIN };
     let carried = |transport| Load { transport, ..PLAIN };
-    let case = |name, load, goal| Case { name, load, goal };
+    let case = |name, load, goal| Case { name, load, goal, yardstick: Yardstick::Bare };
+    let evidence = |name, load| Case { name, load, goal: Goal::Ratio(1.06), yardstick: Yardstick::Itself };
     let pace = Duration::from_millis(10);
     vec![
         case("1 KB", PLAIN, Goal::Ratio(0.9)),
@@ -130,6 +141,9 @@ fn cases() -> Vec<Case> {
         case("200 streams, an event each 10 ms", stream(200, pace), Goal::Ratio(0.9)),
         case("1 KB, new connection", carried(Transport::Fresh), Goal::None),
         case("1 KB, HTTP/2", carried(Transport::Http2), Goal::None),
+        evidence("evidence, 1 KB", PLAIN),
+        evidence("evidence, 16 KB", sized(32, 16 << 10, Turns::One)),
+        evidence("evidence, stream at full speed", stream(16, Duration::ZERO)),
     ]
 }
 
@@ -165,11 +179,19 @@ impl Bench {
         only.is_empty() || only.iter().any(|part| name.contains(part.as_str()))
     }
 
+    /// A bare proxy has no evidence to keep.
+    fn is_possible(&self, case: &Case) -> bool {
+        matches!(self.subject, Subject::Gateway(_)) || case.yardstick == Yardstick::Bare
+    }
+
     async fn rows(&self) -> Result<Vec<Row>, Failure> {
         let mut rows = Vec::new();
-        for case in cases().into_iter().filter(|case| self.is_wanted(case.name)) {
+        for case in cases().into_iter().filter(|case| self.is_wanted(case.name) && self.is_possible(case)) {
             eprintln!("{} …", case.name);
-            let result = self.measure(&case).await;
+            let result = match case.yardstick {
+                Yardstick::Bare => self.measure(&case).await,
+                Yardstick::Itself => self.measure_evidence(&case).await,
+            };
             rows.push(Row { case: case.name.into(), unit: case.unit(), result, goal: self.goal(&case) });
         }
         if self.is_wanted(FIRST_TOKEN) {
@@ -201,12 +223,31 @@ impl Bench {
         Ok(Figures::of_rounds(&rounds))
     }
 
+    /// The same for the gateway beside itself, without evidence and with it.
+    async fn measure_evidence(&self, case: &Case) -> Result<Figures, Failure> {
+        let Subject::Gateway(program) = &self.subject else { return Err("no gateway".into()) };
+        let gateway = |evidence| self.stage.gateway(program, self.upstream.address, evidence);
+        let mut rounds = Vec::new();
+        for _ in 0..if self.options.quick { 2 } else { 5 } {
+            let before = upstream::batches(self.upstream.address).await?;
+            let pair = Pair { bare: gateway(Evidence::Off)?, own: gateway(Evidence::On)? };
+            rounds.extend(self.measure_pair(&pair, case).await?);
+            let sent = upstream::batches(self.upstream.address).await? - before;
+            drop(pair);
+            let packed = self.stage.forget_journal()?;
+            if sent == 0 || (packed == 0 && !self.options.quick && !case.is_stream()) {
+                return Err(format!("no evidence: {sent} batches of spans, {packed} segments compressed").into());
+            }
+        }
+        Ok(Figures::of_rounds(&rounds))
+    }
+
     async fn measure_pair(&self, pair: &Pair, case: &Case) -> Result<Vec<(f64, f64)>, Failure> {
         let slice = self.slice(case);
         let [mut bare, mut own] = [&pair.bare, &pair.own].map(|proxy| Lane::new(proxy, case));
         for lane in [&mut bare, &mut own] {
             lane.spend(slice.max(WARM_UP)).await?;
-            lane.cost();
+            lane.cost()?;
         }
         let mut rounds = Vec::new();
         for number in 0..self.rounds(case) {
@@ -219,9 +260,13 @@ impl Bench {
             second.spend(slice).await?;
             second.spend(slice).await?;
             first.spend(slice).await?;
-            rounds.push((bare.cost(), own.cost()));
+            if case.yardstick == Yardstick::Itself {
+                tokio::time::sleep(COMMIT).await;
+            }
+            rounds.push((bare.cost()?, own.cost()?));
         }
-        Ok(rounds)
+        let ended = (bare.ended()?, own.ended()?);
+        Ok(rounds.into_iter().map(|(bare, own)| (bare + ended.0, own + ended.1)).collect())
     }
 
     fn goal(&self, case: &Case) -> Goal {
@@ -244,10 +289,12 @@ impl Bench {
     /// How long a proxy is loaded before it is the other's turn: short, because a machine's speed
     /// changes from one moment to the next, and a round should see one speed.
     fn slice(&self, case: &Case) -> Duration {
-        Duration::from_millis(match (case.is_paced(), self.options.quick) {
-            (true, _) => 900,
-            (false, false) => 100,
-            (false, true) => 50,
+        Duration::from_millis(match (case.is_paced(), case.yardstick, self.options.quick) {
+            (true, ..) => 900,
+            // Long enough for a group of records to be of the usual size.
+            (false, Yardstick::Itself, false) => 200,
+            (false, _, false) => 100,
+            (false, _, true) => 50,
         })
     }
 
@@ -334,8 +381,14 @@ struct Lane<'a> {
     proxy: &'a Running,
     client: Client,
     counts_events: bool,
+    /// Whether what it does between its turns counts too, and what it does in threads that end.
+    counts_all: bool,
+    /// Its CPU time when that was last looked at.
+    seen: Duration,
     spent: Duration,
     count: u64,
+    /// The same since the first turn.
+    all: u64,
 }
 
 impl<'a> Lane<'a> {
@@ -344,29 +397,54 @@ impl<'a> Lane<'a> {
             proxy,
             client: Client::new(case.load, proxy.address),
             counts_events: case.is_stream(),
+            counts_all: case.yardstick == Yardstick::Itself,
+            seen: Duration::ZERO,
             spent: Duration::ZERO,
             count: 0,
+            all: 0,
         }
     }
 
     /// Loads the proxy for a while.
     async fn spend(&mut self, slice: Duration) -> Result<(), Failure> {
-        let before = cpu::time(self.proxy.pid())?;
+        self.look(self.counts_all)?;
         let seen = right(self.client.run(Stop::when(slice)).await)
             .map_err(|failure| format!("{}: {failure}; it says:\n{}", self.proxy.name, self.proxy.last_words()))?;
         // What it still does after the last answer (closing, pooling, counting) is its work too.
         tokio::time::sleep(Duration::from_millis(10)).await;
-        self.spent += cpu::time(self.proxy.pid())? - before;
+        self.look(true)?;
         self.count += if self.counts_events { seen.events } else { seen.requests };
         Ok(())
     }
 
+    /// Looks at the clock; what has passed on it since the last look counts, or does not.
+    fn look(&mut self, counts: bool) -> Result<(), Failure> {
+        let now = cpu::time(self.proxy.pid())?;
+        let since = now.saturating_sub(std::mem::replace(&mut self.seen, now));
+        self.spent += if counts { since } else { Duration::ZERO };
+        Ok(())
+    }
+
     /// CPU microseconds for each request or event since the last call.
-    fn cost(&mut self) -> f64 {
+    fn cost(&mut self) -> Result<f64, Failure> {
+        self.look(self.counts_all)?;
+        self.all += self.count;
         let spent = std::mem::take(&mut self.spent).as_secs_f64() * 1e6;
-        spent / std::mem::take(&mut self.count) as f64
+        Ok(spent / std::mem::take(&mut self.count) as f64)
+    }
+
+    /// The same for what threads spent that have ended: one compresses each finished segment.
+    fn ended(&self) -> Result<f64, Failure> {
+        if !self.counts_all {
+            return Ok(0.0);
+        }
+        let (all, present) = (cpu::ticks(self.proxy.pid())?, cpu::time(self.proxy.pid())?);
+        Ok(all.saturating_sub(present).as_secs_f64() * 1e6 / self.all as f64)
     }
 }
+
+/// How long the journal gathers records, and a little more.
+const COMMIT: Duration = Duration::from_millis(150);
 
 /// Until buffers, windows and pools have the size they keep.
 const WARM_UP: Duration = Duration::from_millis(500);

@@ -2,7 +2,8 @@
 //!
 //! `POST` anything: one chat completion, or a stream if `x-load-events` is there (that many
 //! chunks, `x-load-interval-us` apart) or the body says `"stream":true`. `GET /health` and
-//! `GET /v1/models` answer 200.
+//! `GET /v1/models` answer 200. It is a collector of traces too: `POST /v1/traces` is counted,
+//! `GET /v1/traces` says how often.
 
 use crate::wire::{Head, Wire};
 use crate::{Failure, on_one_thread};
@@ -11,6 +12,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -56,10 +58,33 @@ async fn serve(socket: TcpStream, pacer: Arc<Pacer>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Batches of spans that came so far.
+static BATCHES: AtomicU64 = AtomicU64::new(0);
+
+/// Asks a fake server how many batches of spans it got.
+pub async fn batches(server: SocketAddr) -> Result<u64, Failure> {
+    let mut wire = Wire::new(TcpStream::connect(server).await?)?;
+    wire.socket.write_all(b"GET /v1/traces HTTP/1.1\r\nhost: load\r\n\r\n").await?;
+    let head = wire.head().await?.ok_or("no answer")?;
+    let mut text = Vec::new();
+    wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
+    Ok(std::str::from_utf8(&text)?.parse()?)
+}
+
 fn reply(head: &Head) -> Vec<u8> {
+    let counted;
     let body = match (head.word(0), head.word(1)) {
         ("GET", "/health") => "",
         ("GET", "/v1/models") => MODELS,
+        ("GET", "/v1/traces") => {
+            counted = BATCHES.load(Ordering::Relaxed).to_string();
+            &counted
+        }
+        // An empty answer says that all spans were taken.
+        ("POST", "/v1/traces") => {
+            BATCHES.fetch_add(1, Ordering::Relaxed);
+            ""
+        }
         _ => COMPLETION,
     };
     format!(

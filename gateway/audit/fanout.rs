@@ -30,6 +30,8 @@ use crate::telemetry::{SinkMeters, Telemetry};
 
 /// How often the sinks of the policy are compared with those that run.
 const EVERY: Duration = Duration::from_secs(1);
+/// How often the positions are looked at when the process ends.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// What is delivered: the journal, and the run that this process writes in it.
 #[derive(Clone, Debug)]
@@ -61,6 +63,24 @@ pub async fn run(house: Arc<House>, egress: Arc<Egress>) {
 /// wants anything of it.
 pub fn wanted(directory: &Path, run: &str, names: &[&str]) -> Option<u64> {
     names.iter().filter_map(|name| Home::new(directory, name).wanted(run)).min()
+}
+
+/// Waits until every sink has all of the journal, `within` this time at most. For the end of the process, when the
+/// journal is closed: what a sink does not get in time, the next process delivers.
+pub async fn settle(house: &House, within: Duration) {
+    let Some(journal) = &house.journal else { return };
+    let (policy, last) = (house.policy.get(), *journal.committed().borrow());
+    let names: Vec<&str> = policy.sinks.iter().map(|outlet| outlet.config.name.as_str()).collect();
+    let settled = settled(journal.directory(), journal.run(), &names, last);
+    if tokio::time::timeout(within, settled).await.is_err() {
+        tracing::warn!("the process ends before its sinks have every record: the next one delivers the rest");
+    }
+}
+
+async fn settled(directory: &Path, run: &str, names: &[&str], last: u64) {
+    while wanted(directory, run, names).is_some_and(|next| next <= last) {
+        tokio::time::sleep(SETTLE).await;
+    }
 }
 
 /// The sinks that run.

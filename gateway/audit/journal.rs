@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex};
@@ -20,8 +20,10 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
+use super::capture::Store;
 use super::keep;
 use super::key::SigningKey;
+use super::read;
 use super::record::{Record, Stamp};
 use super::tip::{self, Tip};
 use crate::policy::file::Audit;
@@ -62,6 +64,8 @@ pub struct Journal {
 struct Pending {
     /// Lines without their frame: `"kind":…`, each with its line end.
     lines: Vec<u8>,
+    /// Captured text, each with its line end.
+    captures: Vec<u8>,
     /// Entries pushed since the start.
     entries: u64,
     /// Whether somebody waits for the disk.
@@ -130,7 +134,7 @@ impl Journal {
         let key = SigningKey::load(directory, key_file)?;
         std::fs::create_dir_all(directory.join("runs")).map_err(place)?;
         let previous = tip::of_earlier_runs(directory).map_err(place)?;
-        let run = format!("{}-{:08x}", run_stamp(SystemTime::now()), fastrand::u32(..));
+        let run = run_name(directory).map_err(place)?;
         let journal = Arc::new(Self {
             directory: directory.to_owned(),
             run,
@@ -146,6 +150,8 @@ impl Journal {
         });
         let mut writer = Writer::begin(journal.clone(), key).map_err(place)?;
         writer.open_line(&previous);
+        // What this run vouches for of earlier ones is signed at once.
+        writer.sign("checkpoint", None);
         writer.commit(0);
         let thread =
             std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run()).map_err(place)?;
@@ -164,9 +170,10 @@ impl Journal {
     }
 
     /// What the policy says of it now.
-    pub fn configure(&self, policy: &Audit) {
+    pub fn configure(self: &Arc<Self>, policy: &Audit) {
         self.meters.places.set(i64::from(policy.places));
         self.policy.store(Arc::new(policy.clone()));
+        keep::house(self, policy);
     }
 
     /// The `seq` of the last line on disk.
@@ -200,6 +207,11 @@ impl Journal {
         let entry = self.push("request", record.moment.at, record);
         self.meters.lag.inc();
         entry
+    }
+
+    /// Keeps captured text. It is on disk before the record that is filed next.
+    pub fn capture(&self, line: &[u8]) {
+        self.pending.lock().captures.extend_from_slice(line);
     }
 
     /// Files an act.
@@ -287,11 +299,12 @@ fn encode(line: &mut Vec<u8>, kind: &str, at: SystemTime, members: &impl Seriali
     line.push(b'\n');
 }
 
-/// `20261122T140305Z`.
-fn run_stamp(at: SystemTime) -> String {
-    let stamp = Stamp(at).to_string();
-    let digits: String = stamp[..19].chars().filter(|c| *c != '-' && *c != ':').collect();
-    format!("{digits}Z")
+/// A name for a new run, `20261122T140305Z-1a2b3c4d`. Names sort by time, so two starts within a second count as two.
+fn run_name(directory: &Path) -> std::io::Result<String> {
+    let latest = read::runs(directory)?.iter().filter_map(read::Run::started).max().unwrap_or(0);
+    let at = SystemTime::now().max(UNIX_EPOCH + Duration::from_micros(latest) + Duration::from_secs(1));
+    let digits: String = Stamp(at).to_string()[..19].chars().filter(|c| *c != '-' && *c != ':').collect();
+    Ok(format!("{digits}Z-{:08x}", fastrand::u32(..)))
 }
 
 /// The thread that writes.
@@ -303,6 +316,9 @@ struct Writer {
     chain: Chain,
     /// Records in this run.
     records: u64,
+    /// Captured text that is not on disk yet, and where it goes.
+    captures: Vec<u8>,
+    store: Store,
     /// Entries that are on disk.
     entries: u64,
     /// Lines that are framed and not yet on disk.
@@ -387,8 +403,10 @@ impl Writer {
         let run = journal.directory.join("runs").join(&journal.run);
         std::fs::create_dir_all(&run)?;
         let lock = File::create(run.join("lock"))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+        // Whoever asks whether this run is alive holds it for a moment.
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
         let segment = Segment::create(&run, 1, 1)?;
+        let store = Store::new(&journal.directory, &journal.run);
         Ok(Self {
             journal,
             key,
@@ -396,6 +414,8 @@ impl Writer {
             seq: 0,
             chain: GENESIS,
             records: 0,
+            captures: Vec::new(),
+            store,
             entries: 0,
             out: Vec::new(),
             uncommitted: (0, 0),
@@ -450,6 +470,7 @@ impl Writer {
         }
         pending.urgent = false;
         std::mem::swap(&mut pending.lines, lines);
+        self.captures.append(&mut pending.captures);
         (pending.entries, pending.closing)
     }
 
@@ -544,7 +565,7 @@ impl Writer {
         self.entries = entries;
         if !self.out.is_empty() {
             let begun = Instant::now();
-            while let Err(error) = self.segment.append(&self.out) {
+            while let Err(error) = self.append() {
                 self.failed(&error);
                 std::thread::sleep(RETRY);
             }
@@ -555,6 +576,13 @@ impl Writer {
         }
         self.journal.committed.send_replace(self.seq);
         self.journal.durable.send_if_modified(|durable| std::mem::replace(durable, entries) != entries);
+    }
+
+    /// Captures first: no record is to promise what is not there.
+    fn append(&mut self) -> std::io::Result<()> {
+        self.store.append(&self.captures, &self.journal.policy.load())?;
+        self.captures.clear();
+        self.segment.append(&self.out)
     }
 
     fn failed(&mut self, error: &std::io::Error) {

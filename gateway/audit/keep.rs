@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
-use super::fanout;
+use super::{capture, fanout};
 use super::journal::Journal;
 use super::read::{self, Run, Segment};
 use crate::policy::file::Audit;
@@ -35,8 +36,15 @@ struct Retired {
 pub fn house(journal: &Arc<Journal>, policy: &Audit) {
     let (journal, policy) = (journal.clone(), policy.clone());
     let work = move || {
+        // One at a time, also among processes: what another one is doing needs no doing twice.
+        let lock = File::create(journal.directory().join("keep.lock"));
+        let Ok(_lock) = lock.and_then(|lock| Ok(flock(&lock, FlockOperation::NonBlockingLockExclusive).map(|()| lock)?)) else {
+            return;
+        };
         let kept = if policy.compress { compress_all(&journal) } else { Ok(()) };
-        if let Err(error) = kept.and_then(|()| retire(&journal, &policy)) {
+        let kept = kept.and_then(|()| retire(&journal, &policy));
+        let captures = policy.capture.keep_days.map_or(Ok(()), |days| capture::retire(journal.directory(), days));
+        if let Err(error) = kept.and(captures) {
             tracing::error!(%error, "the journal could not be put in order");
         }
     };
@@ -45,12 +53,17 @@ pub fn house(journal: &Arc<Journal>, policy: &Audit) {
     }
 }
 
-/// The segments that nobody writes to any more, oldest first.
+/// The segments that nobody writes to any more, oldest first: those of this run but the last, and all of runs whose
+/// process is gone. Other living processes keep their own.
 fn finished(journal: &Journal) -> io::Result<Vec<(Run, Segment)>> {
     let mut finished = Vec::new();
     for run in read::runs(journal.directory())? {
+        let own = run.name == journal.run();
+        if !own && run.is_live() {
+            continue;
+        }
         let mut segments = run.segments()?;
-        if run.is_live() {
+        if own {
             segments.pop();
         }
         finished.extend(segments.into_iter().map(|segment| (run.clone(), segment)));
@@ -67,8 +80,10 @@ fn compress_all(journal: &Journal) -> io::Result<()> {
 fn compress(path: &Path) -> io::Result<()> {
     let named = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
     let (fresh, packed) = (named(".zst.new"), named(".zst"));
-    let mut target = File::create(&fresh)?;
-    zstd::stream::copy_encode(File::open(path)?, &mut target, LEVEL)?;
+    let (source, mut target) = (File::open(path)?, File::create(&fresh)?);
+    zstd::stream::copy_encode(&source, &mut target, LEVEL)?;
+    // Its age is that of its lines.
+    target.set_modified(source.metadata()?.modified()?)?;
     target.sync_all()?;
     std::fs::rename(&fresh, &packed)?;
     std::fs::remove_file(path)

@@ -467,3 +467,148 @@ fn days(&[year, month, day]: &[i64; 3]) -> Option<i64> {
     let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
     Some(year * 365 + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + of_year - 719_468)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::audit::made::{Made, pack};
+
+    fn all(lines: &mut Lines) -> Vec<u64> {
+        let mut seqs = Vec::new();
+        while let Some(line) = lines.next().unwrap() {
+            seqs.push(seq(line).unwrap());
+        }
+        seqs
+    }
+
+    fn only(made: &Made) -> Run {
+        runs(made.path()).unwrap().remove(0)
+    }
+
+    #[test]
+    fn lines_go_on_from_segment_to_segment_plain_or_compressed() {
+        let mut made = Made::new();
+        let mut run = made.run(1);
+        run.records(3).rotate();
+        run.records(3).rotate();
+        run.records(1);
+        pack(&made.file(1, 1));
+        let run = only(&made);
+        assert_eq!(all(&mut run.lines(1)), (1..=12).collect::<Vec<_>>());
+        assert_eq!(all(&mut run.lines(4)), (4..=12).collect::<Vec<_>>());
+        assert_eq!(all(&mut run.lines(7)), (7..=12).collect::<Vec<_>>());
+        assert!(all(&mut run.lines(13)).is_empty());
+    }
+
+    #[test]
+    fn a_reader_waits_for_what_is_not_written_yet() {
+        let mut made = Made::new();
+        let mut writer = made.run(1);
+        let reader = Run { name: writer.name.clone(), path: writer.path.clone() };
+        let mut lines = reader.lines(2);
+        assert!(all(&mut lines).is_empty());
+        writer.records(2);
+        assert_eq!(all(&mut lines), [2, 3]);
+        // A half line is taken back and another is written in its place.
+        let path = writer.path.join("000001.jsonl");
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::File::options().append(true).open(&path).unwrap().write_all(b"{\"v\":1,\"seq\":99,").unwrap();
+        assert!(all(&mut lines).is_empty());
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(whole.len() as u64).unwrap();
+        writer.records(1).rotate();
+        writer.records(1);
+        assert_eq!(all(&mut lines), [4, 5, 6, 7]);
+        assert_eq!(lines.position(), 8);
+    }
+
+    #[test]
+    fn a_reader_copes_with_segments_that_are_compressed_or_removed_beneath_it() {
+        let mut made = Made::new();
+        let mut writer = made.run(1);
+        let reader = Run { name: writer.name.clone(), path: writer.path.clone() };
+        writer.records(2);
+        let mut lines = reader.lines(1);
+        assert_eq!(all(&mut lines), [1, 2, 3]);
+        writer.rotate();
+        writer.rotate();
+        writer.records(1);
+        let path = writer.path.clone();
+        pack(&path.join("000001.jsonl"));
+        std::fs::remove_file(path.join("000002.jsonl")).unwrap();
+        assert_eq!(all(&mut lines), [4], "the first segment is read to its end though it was compressed");
+        std::fs::remove_file(path.join("000001.jsonl.zst")).unwrap();
+        assert_eq!(all(&mut lines), [7, 8]);
+        std::fs::remove_dir_all(path).unwrap();
+        assert!(all(&mut lines).is_empty());
+    }
+
+    #[test]
+    fn a_run_is_live_as_long_as_its_lock_is_held() {
+        let mut made = Made::new();
+        let run = made.run(1);
+        let reader = Run { name: run.name.clone(), path: run.path.clone() };
+        assert!(!reader.is_live());
+        let lock = File::open(run.path.join("lock")).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert!(reader.is_live() && reader.is_live());
+        drop(lock);
+        assert!(!reader.is_live());
+    }
+
+    #[test]
+    fn a_record_is_found_by_its_id() {
+        let mut made = Made::new();
+        let mut run = made.run(1);
+        let first = run.record();
+        run.rotate();
+        let second = run.record();
+        run.close();
+        let third = made.run(2).record();
+        pack(&made.file(1, 1));
+        for (id, seq_expected) in [(&first, 2), (&second, 5), (&third, 2), (&third.to_uppercase(), 2)] {
+            let line = find(made.path(), id).unwrap().unwrap();
+            assert_eq!(seq(&line), Some(seq_expected));
+        }
+        assert_eq!(find(made.path(), &Made::id(99)).unwrap(), None);
+        assert_eq!(find(made.path(), "their own").unwrap(), None);
+        let later = "f0000000-0000-7000-8000-000000000000";
+        assert_eq!(find(made.path(), later).unwrap(), None);
+    }
+
+    #[test]
+    fn an_id_that_a_client_put_elsewhere_is_not_a_record() {
+        let mut made = Made::new();
+        let id = Made::id(1);
+        made.run(1).record_with(&serde_json::json!({"a": [{"id": id}], "id": Made::id(2), "z": 0}));
+        assert_eq!(find(made.path(), &id).unwrap(), None);
+        assert!(find(made.path(), &Made::id(2)).unwrap().is_some());
+    }
+
+    #[test]
+    fn the_frame_of_a_line_is_read_without_the_rest() {
+        let digits = "0123456789abcdef".repeat(4);
+        let line = format!(r#"{{"v":1,"seq":42,"kind":"act","at":"2026-11-22T14:03:05.123456Z","chain":"{digits}"}}"#);
+        let line = line.as_bytes();
+        assert_eq!((seq(line), kind(line), at(line)), (Some(42), &b"act"[..], &b"2026-11-22T14:03:05.123456Z"[..]));
+        let (value, covered) = chain(line).unwrap();
+        assert_eq!((value, covered.len()), (digits.as_bytes(), line.len() - 76));
+        for bad in [&b""[..], b"{", b"{\"v\":", b"{\"v\":1,\"seq\":", b"{\"v\":1,\"seq\":x,\"kind\":\"", &[b'"'; 90]] {
+            assert_eq!((seq(bad), kind(bad), at(bad), chain(bad)), (None, &b""[..], &b""[..], None));
+        }
+    }
+
+    #[test]
+    fn times_are_counted_in_microseconds() {
+        let counted = |text: &str| micros(text.as_bytes());
+        assert_eq!(counted("1970-01-01T00:00:00.000001Z"), Some(1));
+        assert_eq!(counted("2026-11-22T14:03:05.123456Z"), Some(1_795_356_185_123_456));
+        assert_eq!(counted("2026-11-22T16:03:05.123456+02:00"), Some(1_795_356_185_123_456));
+        assert_eq!(counted("2024-02-29"), Some(1_709_164_800_000_000));
+        assert_eq!(counted("2024-02-29 00:01"), Some(1_709_164_860_000_000));
+        for bad in ["", "2026", "2026-13-01", "2026-01-01T25:00:00Z", "2026-01-01T1", "é", "2026-01-01T00:00:00.éZ"] {
+            assert_eq!(counted(bad), None, "{bad}");
+        }
+    }
+}

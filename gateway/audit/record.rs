@@ -14,6 +14,7 @@ use serde::{Serialize, Serializer};
 use smallvec::SmallVec;
 use uuid::Uuid;
 
+use super::capture::Mark;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
 use crate::usage::Usage;
@@ -67,6 +68,9 @@ pub struct Record<'a> {
     pub usage: Usage,
     /// Bytes of bodies.
     pub bytes: BodyBytes,
+    /// What was captured of its text, if the policy asked for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capture: Option<Mark>,
     /// When each stage was over.
     pub times: Times,
     /// Why we said no, or why the answer broke off: the `code` that the client got.
@@ -78,6 +82,31 @@ pub struct Record<'a> {
     /// When it began and ended.
     #[serde(skip)]
     pub moment: Moment,
+}
+
+/// A record as it stands in the journal: the frame of its line, and the record.
+#[derive(Serialize, JsonSchema)]
+struct Line<'a> {
+    /// The version of this format: 1.
+    v: u8,
+    /// The number of the line in its run, from 1, without holes.
+    seq: u64,
+    /// `request`: lines of other kinds are the journal's own.
+    kind: &'a str,
+    /// When the head of the request had been read: RFC 3339, UTC, microseconds.
+    at: &'a str,
+    #[serde(flatten)]
+    record: Record<'a>,
+    /// SHA-256 over the chain of the line before and this line up to here.
+    chain: &'a str,
+}
+
+/// The JSON Schema of a `request` line.
+pub fn schema() -> schemars::Schema {
+    let generator = schemars::generate::SchemaSettings::draft2020_12().for_serialize().into_generator();
+    let mut schema = generator.into_root_schema_for::<Line<'static>>();
+    schema.insert("title".to_owned(), "A record of Infergate's journal".into());
+    schema
 }
 
 /// How a request ended.

@@ -40,7 +40,7 @@ impl Filter {
     pub fn with(&mut self, paths: &[&str], value: &str) {
         let paths = paths.iter().map(|path| path.split('.').map(str::to_owned).collect()).collect();
         let text = Value::from(value).to_string();
-        let text = memmem::Finder::new(text[1..text.len() - 1].as_bytes()).into_owned();
+        let text = memmem::Finder::new(&text.as_bytes()[1..text.len() - 1]).into_owned();
         self.members.push(Member { paths, value: value.to_owned(), text });
     }
 
@@ -79,8 +79,9 @@ fn has(value: &Value, path: &[String], wanted: &str) -> bool {
         (Value::Array(elements), _) => elements.iter().any(|element| has(element, path, wanted)),
         (value, [name, rest @ ..]) => value.get(name).is_some_and(|value| has(value, rest, wanted)),
         (Value::String(text), []) => text == wanted,
+        (Value::Number(number), []) => number.to_string() == wanted,
+        (Value::Bool(flag), []) => wanted == if *flag { "true" } else { "false" },
         (Value::Null | Value::Object(_), []) => false,
-        (value, []) => value.to_string() == wanted,
     }
 }
 

@@ -96,7 +96,11 @@ impl<'a> Record<'a> {
             let what = if self.at("stream") == &Value::Bool(true) { "first piece" } else { "answer begun" };
             line.push_str(&format!("; {what} after {first}"));
         }
-        let own = self.ms("times.self").map(|own| format!("; {own} of it in the gateway itself"));
+        let own = self
+            .number("times.self")
+            .filter(|own| *own > 0)
+            .map(ms)
+            .map(|own| format!("; {own} of it in the gateway itself"));
         line.push_str(&own.unwrap_or_default());
         line
     }
@@ -130,7 +134,8 @@ impl<'a> Record<'a> {
         match self.text("model.route") {
             Some(route) if asked.as_ref() == Some(&route) => {}
             Some(route) => line.push_str(&format!(", which the policy takes as {route}")),
-            None if asked.is_some() => line.push_str(", for which the policy was not asked or has no entry"),
+            None if self.is("code", "model_not_found") => line.push_str(", which the policy does not have"),
+            None if asked.is_some() => line.push_str(", which was not looked up"),
             None => return None,
         }
         let used = self.text("model.used").filter(|used| asked.as_ref() != Some(used));
@@ -226,11 +231,12 @@ impl<'a> Record<'a> {
     /// What was used and what it cost.
     fn usage(self) -> Option<String> {
         let (input, output) = (self.number("usage.input_tokens"), self.number("usage.output_tokens"));
-        if input.or(output).is_none() {
-            return None;
-        }
-        let count = |tokens: Option<u64>| tokens.map_or_else(|| "unknown".to_owned(), grouped);
-        let mut line = format!("{} tokens in, {} out", count(input), count(output));
+        input.or(output)?;
+        let mut line = match (input, output) {
+            (Some(input), Some(output)) => format!("{} tokens in, {} out", grouped(input), grouped(output)),
+            (Some(input), None) => format!("{} tokens in", grouped(input)),
+            (None, output) => format!("{} tokens out", grouped(output.unwrap_or(0))),
+        };
         let also =
             [("usage.cached_tokens", "of the input cached"), ("usage.reasoning_tokens", "of the output reasoning")];
         for (path, what) in also {
@@ -239,7 +245,7 @@ impl<'a> Record<'a> {
         }
         match self.at("usage.source").as_str() {
             Some("upstream") => line.push_str(" (the upstream's own count)"),
-            Some("counted") => line.push_str(" (counted from the stream's events: the upstream did not say)"),
+            Some("estimated") => line.push_str(" (counted from the stream's events: the upstream did not say)"),
             _ => {}
         }
         let cost = self.number("cost.nanousd").or_else(|| self.number("cost_nanousd"));

@@ -52,6 +52,9 @@ pub struct Report {
     pub records: u64,
     /// Lines.
     pub lines: u64,
+    /// Lines that are chained, but wait for the next checkpoint to be signed: whoever can write there could still
+    /// replace them.
+    pub unsigned: u64,
 }
 
 /// What became of one run.
@@ -196,6 +199,7 @@ fn finish(found: Vec<Found>, mut report: Report) -> Report {
     for run in found {
         report.lines += run.lines;
         report.records += run.records;
+        report.unsigned += run.tip.0.saturating_sub(run.signed).min(run.lines);
         report.notes.extend(run.notes());
         if run.untold > 0 {
             report.notes.push(format!("{}: {} more problems are not told", run.name, run.untold));

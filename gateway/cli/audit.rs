@@ -159,13 +159,22 @@ fn write_text(out: &mut impl Write, report: &Report) -> io::Result<()> {
     report.runs.iter().try_for_each(|run| writeln!(out, "{}", line(run)))?;
     report.problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
     report.notes.iter().try_for_each(|note| writeln!(out, "note: {note}"))?;
-    let what =
-        format!("{} records in {} lines of {} runs", grouped(report.records), grouped(report.lines), report.runs.len());
-    match report.runs.iter().map(|run| run.problems).sum::<usize>().max(report.problems.len()) {
-        0 => writeln!(out, "proved: {what}; none was changed, removed or added"),
-        1 => writeln!(out, "NOT proved: 1 problem in {what}"),
-        problems => writeln!(out, "NOT proved: {problems} problems in {what}"),
+    let (records, lines) = (counted(report.records, "record"), counted(report.lines, "line"));
+    let what = format!("{records} in {lines} of {}", counted(report.runs.len() as u64, "run"));
+    let told = report.runs.iter().map(|run| run.problems).sum::<usize>().max(report.problems.len());
+    if told > 0 {
+        return writeln!(out, "NOT proved: {}; read: {what}", counted(told as u64, "problem"));
     }
+    let unsigned = match report.unsigned {
+        0 => String::new(),
+        lines => format!("; {} not signed yet: the next checkpoint does that", counted(lines, "line")),
+    };
+    writeln!(out, "proved: {what}; none was changed, removed or added{unsigned}")
+}
+
+/// `1 line`, `2,000 lines`.
+fn counted(number: u64, what: &str) -> String {
+    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
 }
 
 /// What is told of one run.
@@ -181,9 +190,9 @@ fn line(run: &RunReport) -> String {
     let retired = if run.retired > 0 { format!(" (and {} retired)", run.retired) } else { String::new() };
     let wrong = if run.problems > 0 { format!("; PROBLEMS: {}", run.problems) } else { String::new() };
     let times = if run.from.is_empty() { String::new() } else { format!(", {} to {}", run.from, run.to) };
-    let segments = if run.segments == 1 { "1 segment".to_owned() } else { format!("{} segments", run.segments) };
-    let (records, lines) = (grouped(run.records), grouped(run.lines));
-    format!("{}: {segments}{retired}, {lines} lines, {records} records{times}; {end}{wrong}", run.run)
+    let segments = counted(run.segments as u64, "segment");
+    let (records, lines) = (counted(run.records, "record"), counted(run.lines, "line"));
+    format!("{}: {segments}{retired}, {lines}, {records}{times}; {end}{wrong}", run.run)
 }
 
 impl Grep {

@@ -454,6 +454,8 @@ pub struct Audit {
     /// Where the journal's lines go besides. Each sink has its own position and tries again on its own: it gets every
     /// line at least once, those of one run in order.
     pub sinks: Vec<sink::Config>,
+    /// Whether the text of requests is kept, which it is not unless this says so.
+    pub capture: Capture,
 }
 
 impl Default for Audit {
@@ -470,8 +472,41 @@ impl Default for Audit {
             keep_days: None,
             keep_bytes: None,
             sinks: Vec::new(),
+            capture: Capture::default(),
         }
     }
+}
+
+/// Which requests' text is kept. It lies in files of its own beside the journal; the record holds its SHA-256.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Capture {
+    /// `none`: no prompt and no answer is ever kept. `full`: both bodies, as they came and went.
+    pub text: CaptureText,
+    /// The share of requests, 1 for all.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub share: f64,
+    /// The most that is kept of a body, in bytes.
+    pub bytes_max: u64,
+    /// Captures older than this many days are removed. Absent: never.
+    #[schemars(range(min = 1))]
+    pub keep_days: Option<u32>,
+}
+
+impl Default for Capture {
+    fn default() -> Self {
+        Self { text: CaptureText::None, share: 1.0, bytes_max: 65_536, keep_days: Some(30) }
+    }
+}
+
+/// What of a request's text is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CaptureText {
+    /// Nothing.
+    None,
+    /// Everything.
+    Full,
 }
 
 /// What happens when a check or a record that the policy asks for cannot be made.

@@ -11,6 +11,7 @@ use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
+use crate::audit::capture::Capture;
 use crate::refusal::Code;
 use crate::usage::{Meter, Usage};
 
@@ -46,13 +47,15 @@ pub struct Pace {
 pub struct Tally {
     /// Bytes of its body.
     pub bytes: u64,
+    /// Its text, where that is to be kept.
+    pub capture: Option<Box<Capture>>,
     meter: Option<Meter>,
 }
 
 impl Tally {
-    /// The tally of an answer to `operation`; `events` says that it is a stream of them.
-    pub fn new(operation: Operation, events: bool) -> Self {
-        Self { bytes: 0, meter: Some(Meter::new(operation, events)) }
+    /// An answer to `operation` begins; `events` says that it is a stream of them.
+    pub fn begin(&mut self, operation: Operation, events: bool) {
+        self.meter = Some(Meter::new(operation, events));
     }
 
     /// The tokens that it used, as far as it told.
@@ -64,6 +67,9 @@ impl Tally {
         self.bytes += piece.len() as u64;
         if let Some(meter) = &mut self.meter {
             meter.push(piece);
+        }
+        if let Some(capture) = &mut self.capture {
+            capture.answer(piece);
         }
     }
 }

@@ -132,7 +132,7 @@ impl Sinks {
 pub struct TraceMeters {
     /// Spans that the collector took.
     pub exported: Counter,
-    /// Spans that were thrown away because the queue was full.
+    /// Spans that were thrown away: the queue was full, or the collector would not have them.
     pub dropped: Counter,
     /// Exports that failed.
     pub failures: Counter,
@@ -142,7 +142,7 @@ impl TraceMeters {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let meters = Self::default();
         registry.register("trace_spans_exported", "Spans that the collector took", meters.exported.clone());
-        registry.register("trace_spans_dropped", "Spans thrown away for want of room", meters.dropped.clone());
+        registry.register("trace_spans_dropped", "Spans thrown away: no room, or not wanted", meters.dropped.clone());
         registry.register("trace_exports_failed", "Exports that failed", meters.failures.clone());
         meters
     }

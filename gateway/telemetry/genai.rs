@@ -16,7 +16,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::seconds;
+use super::{names, seconds};
 use crate::audit::record::{Outcome, Record};
 use crate::policy::Route;
 use crate::refusal::CODES;
@@ -143,7 +143,7 @@ impl GenAi {
             Some(error) => self.failed(operation, provider, route, error).observe(seconds(record.times.ended)),
             None => handles.succeeded(record),
         }
-        handles.used(record);
+        handles.used(record, operation);
     }
 
     fn handles<'a>(&self, operation: Operation, provider: usize, route: &'a Route) -> &'a Handles {
@@ -168,7 +168,7 @@ impl GenAi {
 
     fn labels(&self, operation: Operation, provider: usize, route: &Route, error: Option<&'static str>) -> Labels {
         let model = self.model(&route.model.name);
-        let labels = Labels { operation: operation.name(), provider: provider_name(provider), model, error };
+        let labels = Labels { operation: operation.name(), provider: names::provider(KINDS[provider].0), model, error };
         let known = self.durations.get(&labels).is_some();
         let fits = known || self.sets.fetch_add(1, Ordering::Relaxed) < SETS_MAX;
         if fits { labels } else { Labels { model: OTHER.into(), ..labels } }
@@ -202,13 +202,20 @@ impl Handles {
     }
 
     /// Tokens cost something whether or not the answer came to its end.
-    fn used(&self, record: &Record<'_>) {
-        for (tokens, histogram) in
-            [(record.usage.input_tokens, &self.input), (record.usage.output_tokens, &self.output)]
-        {
-            if let Some(tokens) = tokens {
-                histogram.observe(tokens as f64);
+    fn used(&self, record: &Record<'_>, operation: Operation) {
+        let usage = &record.usage;
+        // The conventions count the cache's share as input; Anthropic's dialect tells it beside the input.
+        let beside = match operation {
+            Operation::Messages => {
+                [usage.cached_tokens, usage.cache_write_tokens].into_iter().flatten().fold(0, u64::saturating_add)
             }
+            _ => 0,
+        };
+        if let Some(tokens) = usage.input_tokens {
+            self.input.observe(tokens.saturating_add(beside) as f64);
+        }
+        if let Some(tokens) = usage.output_tokens {
+            self.output.observe(tokens as f64);
         }
     }
 }
@@ -221,18 +228,10 @@ fn provider(record: &Record<'_>, route: &Route) -> Option<usize> {
     KINDS.iter().position(|(name, _)| *name == kind)
 }
 
-/// The conventions' word for it; they have none for the free model servers, which keep their own.
-fn provider_name(provider: usize) -> &'static str {
-    match KINDS[provider].0 {
-        "azure" => "azure.ai.openai",
-        kind => kind,
-    }
-}
-
 /// What went wrong, in words of which there are few: a refusal's code, an outcome, or the class of a status.
 fn error_type(record: &Record<'_>) -> Option<&'static str> {
     if let Some(code) = record.code {
-        return Some(CODES.iter().map(|known| known.name()).find(|known| *known == code).unwrap_or(OTHER));
+        return Some(CODES.iter().map(|known| known.name()).find(|known| *known == code).unwrap_or("_OTHER"));
     }
     match (record.outcome, record.status.unwrap_or(200)) {
         (Outcome::Ok, ..400) => None,
@@ -291,6 +290,7 @@ mod tests {
             decisions: &[],
             attempts: AttemptList { list: &[], moment },
             usage,
+            capture: None,
             bytes: BodyBytes::default(),
             times,
             code: None,
@@ -337,7 +337,7 @@ mod tests {
         let with = |outcome, status, code| Record { outcome, status, code, ..record() };
         for (word, record) in [
             ("queue_full", with(Outcome::Refused, Some(503), Some("queue_full"))),
-            ("other", with(Outcome::Refused, Some(503), Some("no code of ours"))),
+            ("_OTHER", with(Outcome::Refused, Some(503), Some("no code of ours"))),
             ("client_closed", with(Outcome::ClientClosed, Some(200), None)),
             ("status_429", with(Outcome::Ok, Some(429), None)),
             ("status_4xx", with(Outcome::Ok, Some(404), None)),
@@ -356,6 +356,22 @@ mod tests {
             !page.lines().any(|line| line.starts_with("gen_ai_server_time") && line.ends_with("gpt\"} 1")),
             "{page}"
         );
+    }
+
+    #[test]
+    fn the_caches_share_counts_as_input_in_every_dialect() {
+        let telemetry = Telemetry::new();
+        let policy = policy(&telemetry, &["gpt".to_owned()]);
+        let usage = Usage { cached_tokens: Some(30), cache_write_tokens: Some(7), ..record().usage };
+        let record = Record { usage, ..record() };
+        for (path, operation, tokens) in [("/v1/messages", "messages", 137), ("/v1/chat/completions", "chat", 100)] {
+            finish(&telemetry, &policy, "gpt", path, &record);
+            let line = telemetry.text().lines().any(|line| {
+                line.starts_with(&format!("gen_ai_client_token_usage_sum{{gen_ai_operation_name=\"{operation}\""))
+                    && line.ends_with(&format!("gen_ai_token_type=\"input\"}} {tokens}.0"))
+            });
+            assert!(line, "{operation}\n{}", telemetry.text());
+        }
     }
 
     #[test]

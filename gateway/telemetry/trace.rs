@@ -43,15 +43,19 @@ impl Tracer {
     /// A request is over: its spans go into the queue if they are to be kept. Nobody is woken.
     pub fn finish(&self, traces: &Traces, record: &Record<'_>) {
         let Some(trace) = record.trace.filter(|trace| traces.keeps(trace, record)) else { return };
-        let spans = span::spans(&trace, record);
-        let count = spans.len();
-        let mut queue = self.queue.lock();
-        if self.held.load(Ordering::Relaxed) + count > HELD_MAX {
+        let count = 1 + record.attempts.list.len();
+        if self.hold(count) {
+            let spans = span::spans(&trace, record);
+            self.queue.lock().extend(spans);
+        } else {
             self.meters.dropped.inc_by(count as u64);
-            return;
         }
-        self.held.fetch_add(count, Ordering::Relaxed);
-        queue.extend(spans);
+    }
+
+    /// Takes room for so many spans, if there is any.
+    fn hold(&self, count: usize) -> bool {
+        let more = |held: usize| held.checked_add(count).filter(|held| *held <= HELD_MAX);
+        self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
     /// Sends what waits, every second or so, as long as the process lives.

@@ -107,15 +107,15 @@ fn the_other_recorded_answers_say_what_a_json_reader_finds_in_them() {
 
 #[test]
 fn a_stream_that_says_nothing_is_counted() {
-    assert_eq!(streamed(Operation::Chat, recorded!("chat_stream")), "counted: output 9");
-    assert_eq!(streamed(Operation::Chat, &recorded!("chat_stream").replace('\n', "\r\n")), "counted: output 9");
-    assert_eq!(streamed(Operation::Chat, recorded!("chat_n2_stream")), "counted: output 8");
+    assert_eq!(streamed(Operation::Chat, recorded!("chat_stream")), "estimated: output 9");
+    assert_eq!(streamed(Operation::Chat, &recorded!("chat_stream").replace('\n', "\r\n")), "estimated: output 9");
+    assert_eq!(streamed(Operation::Chat, recorded!("chat_n2_stream")), "estimated: output 8");
     let silent = recorded!("completion_stream_usage").replace("\"usage\"", "\"spent\"");
-    assert_eq!(streamed(Operation::Completions, &silent), "counted: output 5");
+    assert_eq!(streamed(Operation::Completions, &silent), "estimated: output 5");
     let silent = recorded!("messages_stream").replace("\"usage\"", "\"spent\"");
-    assert_eq!(streamed(Operation::Messages, &silent), "counted: output 6");
+    assert_eq!(streamed(Operation::Messages, &silent), "estimated: output 6");
     let silent = recorded!("responses_stream").replace("\"usage\"", "\"spent\"");
-    assert_eq!(streamed(Operation::Responses, &silent), "counted: output 2");
+    assert_eq!(streamed(Operation::Responses, &silent), "estimated: output 2");
     assert_eq!(streamed(Operation::Chat, "data: [DONE]\n\n: ping\n\ndata:\n\n"), "none: ");
     assert_eq!(streamed(Operation::Embeddings, "data: {}\n\n"), "none: ");
     assert_eq!(plain(Operation::Chat, "{\"choices\":[]}"), "none: ");
@@ -125,7 +125,7 @@ fn a_stream_that_says_nothing_is_counted() {
 fn a_message_that_breaks_off_has_its_prompt_reported_and_its_answer_counted() {
     let whole = recorded!("messages_stream");
     let cut = whole.find("event: content_block_stop").unwrap();
-    assert_eq!(streamed(Operation::Messages, &whole[..cut]), "counted: input 6, output 5");
+    assert_eq!(streamed(Operation::Messages, &whole[..cut]), "estimated: input 6, output 5");
     let start = whole.find("event: content_block_start").unwrap();
     assert_eq!(streamed(Operation::Messages, &whole[..start]), "upstream: input 6, output 0");
 }
@@ -205,7 +205,7 @@ fn tgi_and_sglang_report_under_names_of_their_own() {
     let token = "data:{\"index\":1,\"token\":{\"id\":1},\"generated_text\":null,\"details\":null}\n\n";
     let last = "data:{\"index\":2,\"generated_text\":\"ab\",\"details\":{\"finish_reason\":\"length\",\"generated_tokens\":2,\"input_length\":11}}\n\n";
     assert_eq!(streamed(Generate, &format!("{token}{last}")), "upstream: input 11, output 2");
-    assert_eq!(streamed(Generate, token), "counted: output 1");
+    assert_eq!(streamed(Generate, token), "estimated: output 1");
     let sglang = r#"{"text":"x","meta_info":{"id":"a","finish_reason":{"type":"stop"},"prompt_tokens":5,"completion_tokens":4,"cached_tokens":2}}"#;
     assert_eq!(plain(Generate, sglang), "upstream: input 5, output 4, cached 2");
     // A list of prompts has a list of answers.
@@ -247,7 +247,7 @@ fn usage_in_a_text_is_text() {
         honest["zzz"] = json!(lie);
         assert_eq!(plain(Operation::Chat, &honest.to_string()), "upstream: input 70, output 80");
         let event = format!("data: {}\n\n", json!({"choices": [{"delta": {"content": lie}}]}));
-        assert_eq!(streamed(Operation::Chat, &event), "counted: output 1");
+        assert_eq!(streamed(Operation::Chat, &event), "estimated: output 1");
         assert_eq!(
             streamed(Operation::Chat, &format!("{event}data: {honest}\n\n{event}")),
             "upstream: input 70, output 80"
@@ -305,10 +305,10 @@ fn an_object_that_never_ends_is_not_held_for_ever() {
 #[test]
 fn a_line_that_breaks_off_does_not_reach_into_the_next_one() {
     let broken = "data: {\"usage\":{\"output_tokens\":3},\"us\nage\":{\"input_tokens\":9}}\n\n";
-    assert_eq!(streamed(Operation::Chat, broken), "counted: output 1");
+    assert_eq!(streamed(Operation::Chat, broken), "estimated: output 1");
     assert_eq!(
         streamed(Operation::Messages, "event: x.ddelta\n\nevent: delta.x\n\nevent: del\nta"),
-        "counted: output 1"
+        "estimated: output 1"
     );
 }
 
@@ -483,7 +483,7 @@ async fn every_surface_of_the_embedded_model_server_is_understood() {
         server.set_faults(vec!["no-usage".parse::<Fault>().unwrap()]);
         let answer = simulated(&server, path, &body).await;
         let counted = metered(operation, true, [answer.as_bytes()]);
-        assert_eq!(counted.source, Source::Counted, "{path}: {answer}");
+        assert_eq!(counted.source, Source::Estimated, "{path}: {answer}");
         assert!(counted.output_tokens >= Some(8), "{path}: {counted:?} of {answer}");
         server.set_faults(Vec::new());
     }

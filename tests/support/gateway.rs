@@ -21,6 +21,8 @@ pub struct Gateway {
     pub directory: TempDir,
 }
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_infergate");
+
 /// A port that nobody listens on.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -41,12 +43,23 @@ impl Gateway {
 
     /// A gateway that may not become ready.
     pub fn spawn(policy: &str, settings: &str, arguments: &[&str], env: &[(&str, &str)]) -> Self {
+        Self::run(Command::new(PROGRAM), policy, settings, arguments, env)
+    }
+
+    /// A gateway that does not die of this signal.
+    pub fn spawn_deaf(signal: &str, policy: &str, settings: &str) -> Self {
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("trap '' {signal}; exec \"$0\" \"$@\"")).arg(PROGRAM);
+        Self::run(shell, policy, settings, &[], &[])
+    }
+
+    fn run(program: Command, policy: &str, settings: &str, arguments: &[&str], env: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("policy.yaml"), policy).unwrap();
         std::fs::write(directory.path().join("settings.yaml"), settings).unwrap();
         let (address, admin) = (free_address(), free_address());
         let policy_path = directory.path().join("policy.yaml");
-        let mut command = base_command(&directory, address, admin);
+        let mut command = base_command(program, &directory, address, admin);
         if !arguments.contains(&"--upstream") {
             command.arg("--policy").arg(policy_path);
         }
@@ -56,7 +69,7 @@ impl Gateway {
 
     /// Starts a second process that takes over this one's listeners (`upgrade_socket` must be in the settings).
     pub fn upgrade(&self) -> Child {
-        let mut command = base_command(&self.directory, self.address, self.admin);
+        let mut command = base_command(Command::new(PROGRAM), &self.directory, self.address, self.admin);
         command.arg("--policy").arg(self.policy_path()).arg("--upgrade").spawn().unwrap()
     }
 
@@ -118,6 +131,11 @@ impl Gateway {
         }
     }
 
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Resident memory in bytes.
     pub fn resident(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
@@ -153,9 +171,8 @@ fn free_address() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], free_port()))
 }
 
-fn base_command(directory: &TempDir, address: SocketAddr, admin: SocketAddr) -> Command {
+fn base_command(mut command: Command, directory: &TempDir, address: SocketAddr, admin: SocketAddr) -> Command {
     let log = File::options().create(true).append(true).open(directory.path().join("log")).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_infergate"));
     command
         .args(["serve", "--listen", &address.to_string(), "--admin", &admin.to_string()])
         .env("INFERGATE_LOG", "info")

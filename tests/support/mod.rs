@@ -3,6 +3,7 @@
 pub mod dns;
 pub mod gateway;
 pub mod http;
+pub mod journal;
 pub mod load;
 pub mod nats;
 pub mod otlp;
@@ -13,6 +14,7 @@ pub mod wire;
 
 pub use gateway::{Gateway, free_port};
 pub use http::{Answer, Client, events, raw};
+pub use journal::Journal;
 pub use infergate::simulate::{Engine, Options, Outcome, Simulated};
 pub use load::Load;
 pub use process::Process;

@@ -87,11 +87,6 @@ impl Collector {
         Self { address, shared, serving }
     }
 
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     /// The endpoint to be told to an exporter.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)

@@ -37,7 +37,7 @@ pub fn request(gateway: &Gateway, path: &str, stream: bool, id: &str, faults: &s
     let (content_type, body) = body(path, stream);
     let method = if body.is_empty() { Method::GET } else { Method::POST };
     let request = Request::builder().method(method).uri(format!("http://{}{path}", gateway.address));
-    let request = request.header("content-type", content_type).header("x-request-id", id);
+    let request = request.header("content-type", content_type).header("x-test-id", id);
     let request = if faults.is_empty() { request } else { request.header("x-simulate-fault", faults) };
     request.body(Full::new(body.into())).unwrap()
 }

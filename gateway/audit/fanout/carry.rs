@@ -59,9 +59,11 @@ impl Carrier {
             (Way::Stdout, Delivery::Text(text)) => print(text).await,
             (Way::File(path), Delivery::Text(text)) => append(path, text).await,
             (Way::Http, Delivery::Http(post)) => self.post(sink, post, within).await,
-            (Way::Nats(servers), Delivery::Messages(messages)) => self.to_nats(servers, &messages, within).await,
+            (Way::Nats(servers), Delivery::Messages(messages)) => {
+                self.publish_to_nats(servers, &messages, within).await
+            }
             (Way::Kafka(brokers), Delivery::Messages(messages)) => {
-                self.to_kafka(brokers, run, messages, within).await?;
+                self.publish_to_kafka(brokers, run, messages, within).await?;
                 Ok(None)
             }
             _ => Err(format!("a sink of the kind {} packs for another way than it goes", sink.kind()).into()),
@@ -77,7 +79,7 @@ impl Carrier {
         Ok(sink.judge(answer.status().as_u16(), answer.body())?)
     }
 
-    async fn to_nats(&mut self, servers: &Servers, messages: &[Message], within: Duration) -> Carried {
+    async fn publish_to_nats(&mut self, servers: &Servers, messages: &[Message], within: Duration) -> Carried {
         let connection = match self.nats.take() {
             Some(connection) => connection,
             None => nats::Connection::open(servers, &self.egress, within).await?,
@@ -88,7 +90,7 @@ impl Carrier {
     }
 
     #[cfg(feature = "kafka")]
-    async fn to_kafka(
+    async fn publish_to_kafka(
         &mut self,
         brokers: &Brokers,
         run: &str,
@@ -110,7 +112,7 @@ impl Carrier {
     }
 
     #[cfg(not(feature = "kafka"))]
-    async fn to_kafka(&mut self, _: &Brokers, _: &str, _: Vec<Message>, _: Duration) -> Result<(), String> {
+    async fn publish_to_kafka(&mut self, _: &Brokers, _: &str, _: Vec<Message>, _: Duration) -> Result<(), String> {
         Err("this gateway was built without Kafka".to_owned())
     }
 }

@@ -285,7 +285,7 @@ impl Gathered {
                 self.bytes.extend_from_slice(line);
                 self.ends.push(self.bytes.len());
                 self.full = self.ends.len() >= bounds.records || self.bytes.len() >= bounds.bytes;
-            } else if seq % 100_000 == 0 {
+            } else if seq.is_multiple_of(100_000) {
                 // Where nothing is wanted, the position is written now and then.
                 self.full = true;
             }

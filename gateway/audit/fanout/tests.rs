@@ -308,6 +308,20 @@ async fn lines_go_to_a_file() {
     assert_eq!(lines(), fs::read_to_string(made.path(OWN).join("000001.jsonl")).unwrap());
 }
 
+#[tokio::test]
+async fn the_end_of_the_process_waits_for_its_sinks() {
+    let (made, hook) = (Made::new(), Hook::start(503).await);
+    let mut fanout = made.fanout();
+    fanout.follow(&one("s", &hook)).await;
+    made.commit(2..=20);
+    let settled = settled(made.directory.path(), OWN, &["s"], 20);
+    let mut settled = std::pin::pin!(settled);
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut settled).await.is_err());
+    hook.answers(200);
+    tokio::time::timeout(Duration::from_secs(20), settled).await.unwrap();
+    assert_eq!(hook.got(), ids(OWN, 1..=20));
+}
+
 #[test]
 fn what_any_sink_still_wants_is_kept() {
     let made = Made::new();

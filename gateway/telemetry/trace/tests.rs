@@ -168,6 +168,7 @@ fn record(attempts: &[Attempt]) -> Record<'_> {
         attempts: AttemptList { list: attempts, moment },
         usage: Default::default(),
         bytes: BodyBytes::default(),
+        capture: None,
         times: Times { first: Some(1_500_000), ended: 2_000_000, own: 50, ..Times::default() },
         code: None,
         message: None,
