@@ -494,11 +494,14 @@ pub async fn tunnel(
         let opened =
             relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
         match opened {
-            Ok(Tunnelled::Closed) => {
-                picked.endpoint.breaker.success(&pool.breaker, Instant::now());
+            Ok(Tunnelled::Open(tunnel)) => {
+                let now = Instant::now();
+                picked.endpoint.breaker.success(&pool.breaker, now);
+                exchange.attempt_answers(now, 101);
+                exchange.answering(now, 101);
+                relay::carry(*tunnel, downstream, &mut exchange.body_bytes, &mut exchange.tally.bytes).await;
                 picked.upstream.attempts.answered.inc();
                 exchange.attempt_ends(Ending::Answered, None);
-                exchange.answering(exchange.times.queued, 101);
                 exchange.completed();
                 return Ok(());
             }

@@ -30,7 +30,7 @@ pub use attempt::{Answer, Failure, Order, ask, fetch};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
 pub use stream::{Pace, Passed, Tally, pass_on};
-pub use upgrade::{Tunnelled, tunnel};
+pub use upgrade::{Tunnelled, carry, tunnel};
 pub use waiting::{Interrupted, Waiting};
 
 /// What is heard of Pingora in the log.

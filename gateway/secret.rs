@@ -5,6 +5,10 @@ pub use infergate_plugins::secret::{Secret, SecretSource};
 /// Reads a secret. The error says what to do and shows no value.
 pub fn read(source: &SecretSource, env: &dyn Fn(&str) -> Option<String>) -> Result<Secret, String> {
     let text = match (&source.env, &source.file) {
+        // A key that was put where the name belongs is not told.
+        (Some(name), None) if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') => {
+            return Err("this is no name of an environment variable".to_owned());
+        }
         (Some(name), None) => env(name).ok_or_else(|| format!("the environment variable {name} is not set"))?,
         (None, Some(path)) => {
             std::fs::read_to_string(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?
@@ -33,6 +37,7 @@ mod tests {
         };
         assert_eq!(from(Some("KEY"), None).unwrap().reveal(), "k");
         assert!(from(Some("OTHER"), None).unwrap_err().contains("OTHER is not set"));
+        assert_eq!(from(Some("sk-canary"), None).unwrap_err(), "this is no name of an environment variable");
         assert!(from(Some("KEY"), Some("/x")).unwrap_err().contains("either"));
         assert!(from(None, Some("/does/not/exist")).unwrap_err().contains("/does/not/exist"));
     }

@@ -47,11 +47,10 @@ impl Operation {
     /// OpenTelemetry's `gen_ai.operation.name` where it has one, else the nearest plain word.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Chat => "chat",
+            // The conventions know three APIs by one name.
+            Self::Chat | Self::Responses | Self::Messages => "chat",
             Self::Completions => "text_completion",
             Self::Embeddings => "embeddings",
-            Self::Responses => "responses",
-            Self::Messages => "messages",
             Self::CountTokens => "count_tokens",
             Self::Rerank => "rerank",
             Self::Score => "score",

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod bytes;
+mod capture;
 mod command_line;
 mod dashboards;
 mod disconnect;
@@ -10,8 +11,8 @@ mod evidence;
 mod failure;
 mod fuzz;
 mod lifecycle;
-mod metrics;
 mod logs;
+mod metrics;
 mod nats;
 mod overload;
 mod readme;

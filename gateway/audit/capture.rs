@@ -69,7 +69,6 @@ impl Capture {
 
     /// What the record says of it.
     pub fn mark(&self) -> Mark {
-        let sum = |bytes: &[u8]| hex::<64>(&Sha256::digest(bytes)).iter().map(|digit| char::from(*digit)).collect();
         Mark { request: sum(&self.request), answer: sum(&self.answer), cut: self.cut }
     }
 
@@ -87,6 +86,11 @@ impl Capture {
         line.push(b'\n');
         line
     }
+}
+
+/// SHA-256 over `bytes`, in hexadecimal digits.
+pub fn sum(bytes: &[u8]) -> String {
+    hex::<64>(&Sha256::digest(bytes)).iter().map(|digit| char::from(*digit)).collect()
 }
 
 /// Appends `piece` as far as there is room. Returns whether all of it found some.

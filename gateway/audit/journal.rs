@@ -348,7 +348,8 @@ struct Segment {
 impl Segment {
     fn create(run: &Path, number: u32, first: u64) -> std::io::Result<Self> {
         let path = run.join(format!("{number:06}.jsonl"));
-        let file = File::options().create_new(true).append(true).open(&path)?;
+        // A try before may have left it behind, empty; the run is nobody else's.
+        let file = File::options().create(true).append(true).open(&path)?;
         // The name must survive a crash too.
         File::open(run)?.sync_all()?;
         Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })

@@ -44,8 +44,10 @@ impl SigningKey {
         let document = unhex(text.trim()).ok_or_else(wrong)?;
         let pair = Ed25519KeyPair::from_pkcs8(&document).map_err(|_| wrong())?;
         let key = Self { id: key_id(pair.public_key().as_ref()), pair };
-        std::fs::write(directory.join("signing.pub"), format!("{}\n", key.public()))
-            .map_err(|error| told("its public half cannot be written", &error))?;
+        let (public, text) = (directory.join("signing.pub"), format!("{}\n", key.public()));
+        if std::fs::read_to_string(&public).ok().as_ref() != Some(&text) {
+            std::fs::write(public, text).map_err(|error| told("its public half cannot be written", &error))?;
+        }
         Ok(key)
     }
 
@@ -69,16 +71,23 @@ fn text<const N: usize>(bytes: &[u8]) -> String {
     hex::<N>(bytes).iter().map(|digit| char::from(*digit)).collect()
 }
 
-/// Makes a key that only its owner can read.
+/// Makes a key that only its owner can read. Gateways that start at the same moment agree on one, and none is left with
+/// half a key if it is killed.
 fn make(path: &Path) -> std::io::Result<String> {
     let broken = |_| std::io::Error::other("no random numbers");
     let pair = Ed25519KeyPair::generate().map_err(broken)?;
     let document = pair.to_pkcs8().map_err(broken)?;
     let digits: String = document.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut file: File = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+    let fresh = path.with_extension(format!("{:08x}.new", fastrand::u32(..)));
+    let mut file: File = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&fresh)?;
     file.write_all(digits.as_bytes())?;
     file.sync_all()?;
-    Ok(digits)
+    let linked = std::fs::hard_link(&fresh, path);
+    std::fs::remove_file(&fresh)?;
+    match linked {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => std::fs::read_to_string(path),
+        linked => linked.map(|()| digits),
+    }
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {

@@ -32,7 +32,7 @@ enum Command {
 #[derive(Args)]
 struct Verify {
     /// The journal's directory
-    #[arg(value_name = "DIR", env = "INFERGATE_AUDIT_DIRECTORY")]
+    #[arg(value_name = "DIR", env = "INFERGATE_JOURNAL")]
     directory: PathBuf,
     /// The public key that signed it, in hexadecimal digits or as a file; several if it was changed. Without it the
     /// key in the directory itself is taken
@@ -52,7 +52,7 @@ struct Verify {
 #[derive(Args)]
 struct Grep {
     /// The journal's directory
-    #[arg(value_name = "DIR", env = "INFERGATE_AUDIT_DIRECTORY")]
+    #[arg(value_name = "DIR", env = "INFERGATE_JOURNAL")]
     directory: PathBuf,
     /// Not before this time: 2h or 3d (ago), or like 2026-11-22T14:03:05Z
     #[arg(long, value_name = "TIME", value_parser = search::time)]

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
+use crate::audit::capture::{self, Mark};
 use crate::audit::search::{self, Filter};
 use crate::audit::{read, story};
 
@@ -33,6 +34,9 @@ pub(super) struct Explain {
     /// Print the record itself
     #[arg(long)]
     json: bool,
+    /// Print what was captured of its text too (policy: audit.capture)
+    #[arg(long, requires = "directory")]
+    text: bool,
 }
 
 impl Explain {
@@ -48,6 +52,9 @@ impl Explain {
         }
         let record: Value = serde_json::from_str(&text).map_err(|error| format!("this is no record: {error}"))?;
         print!("{}", story::tell(&record));
+        if let Some(directory) = self.directory.as_ref().filter(|_| self.text) {
+            print_text(directory, &record)?;
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -71,6 +78,29 @@ impl Explain {
             )
         })
     }
+}
+
+/// What was captured of a request, and whether its record proves it.
+fn print_text(directory: &Path, record: &Value) -> Result<(), String> {
+    let unreadable = |error: io::Error| format!("the captures in {} cannot be read: {error}", directory.display());
+    let Ok(mark) = serde_json::from_value::<Mark>(record["capture"].clone()) else {
+        return Err("nothing of its text was captured: the policy did not ask for it".to_owned());
+    };
+    let id = record["id"].as_str().unwrap_or_default();
+    let Some(captured) = capture::find(directory, id).map_err(unreadable)? else {
+        return Err("its text was captured and is gone: older than what is kept, or removed".to_owned());
+    };
+    let cut = if mark.cut { ", cut at the policy's bytes_max" } else { "" };
+    for (name, text, sum) in [("request", captured.request, mark.request), ("answer", captured.answer, mark.answer)] {
+        let proof = match capture::sum(text.as_bytes()) == sum {
+            true => "as the record proves",
+            // Odd bytes are replaced on disk.
+            false if text.contains('\u{fffd}') => "not all of it is text, so the record cannot prove it",
+            false => "CHANGED: it is not what the record proves",
+        };
+        println!("\n--- {name} ({} bytes, {proof}{cut})\n{text}", text.len());
+    }
+    Ok(())
 }
 
 /// Asks the admin listener of a running gateway.

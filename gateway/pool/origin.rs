@@ -54,19 +54,21 @@ impl Origin {
                 .then_some((origin, String::new()))
                 .ok_or_else(|| format!("{url}: give unix:/absolute/path"));
         }
+        // Before anything is told of it: a password may be in it, or a key in its query.
+        let authority = url.split_once("://").map_or(url, |(_, rest)| rest).split(['/', '?', '#']).next();
+        if authority.is_some_and(|authority| authority.contains('@')) {
+            return Err("a URL carries no user or password: give the key under `key`".to_owned());
+        }
+        let told = url.split(['?', '#']).next().unwrap_or_default();
+        if told.len() < url.len() {
+            return Err(format!("{told}: a base URL has no query and no fragment"));
+        }
         let uri: http::Uri = url.parse().map_err(|error| format!("{url} is no URL: {error}"))?;
         let tls = match uri.scheme_str() {
             Some("https") => true,
             Some("http") => false,
             _ => return Err(format!("{url}: a URL begins with http:// or https://, or is unix:/path")),
         };
-        let authority = uri.authority().map_or("", |authority| authority.as_str());
-        if authority.contains('@') {
-            return Err("a URL carries no user or password: give the key under `key`".to_owned());
-        }
-        if uri.query().is_some() || url.contains('#') {
-            return Err(format!("{url}: a base URL has no query and no fragment"));
-        }
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| format!("{url} has no host"))?;
         let port = uri.port_u16().unwrap_or(if tls { 443 } else { 80 });
         let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();

@@ -37,6 +37,7 @@ pub struct Downstream {
     /// Whether the last piece waits for the end, and that piece.
     holds_last: bool,
     held: Bytes,
+    held_head: Option<Box<AnswerHead>>,
     write_timeout: Duration,
 }
 
@@ -90,6 +91,7 @@ impl Downstream {
             lacking: 0,
             holds_last: false,
             held: Bytes::new(),
+            held_head: None,
             write_timeout: Duration::MAX,
         })
     }
@@ -287,6 +289,11 @@ impl Downstream {
         self.session.write_response_header(head).await.map_err(|_| Gone)
     }
 
+    /// Keeps the head of an answer without a body until the answer is finished.
+    pub fn hold_head(&mut self, head: Box<AnswerHead>) {
+        self.held_head = Some(head);
+    }
+
     /// From now on the last piece that was written leaves only when the answer is finished.
     pub fn hold_last(&mut self, holds: bool) {
         self.holds_last = holds;
@@ -332,6 +339,9 @@ impl Downstream {
         self.finished = true;
         if self.mute {
             return Ok(());
+        }
+        if let Some(head) = self.held_head.take() {
+            self.write_head(head).await?;
         }
         let held = std::mem::take(&mut self.held);
         self.send(held).await?;

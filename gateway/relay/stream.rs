@@ -126,8 +126,11 @@ impl From<Gone> for Stop {
 }
 
 async fn begin(downstream: &mut Downstream, head: Option<Box<AnswerHead>>, first: Bytes) -> Result<(), Gone> {
-    if let Some(head) = head {
-        downstream.write_head(head).await?;
+    match head {
+        // Nothing follows: the head is the whole answer.
+        Some(head) if first.is_empty() => downstream.hold_head(head),
+        Some(head) => downstream.write_head(head).await?,
+        None => {}
     }
     downstream.write(first).await
 }

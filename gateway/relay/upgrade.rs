@@ -12,16 +12,22 @@ use super::waiting::Waiting;
 use super::{AnswerHead, Downstream};
 use crate::policy::file::Timeouts;
 
-/// How a tunnel ended.
-#[derive(Debug)]
+/// What became of the wish for a tunnel.
 pub enum Tunnelled {
-    /// It stood, and one side closed it.
-    Closed,
+    /// It stands.
+    Open(Box<Tunnel>),
     /// The upstream did not want it: its answer's head. The client has not been answered.
     Refused(Box<AnswerHead>),
 }
 
-/// Opens a tunnel to `target` and carries bytes until one side closes, or nothing passes for `quiet`.
+/// A tunnel to an upstream. The client has not been told.
+pub struct Tunnel {
+    upstream: Http1Session,
+    answer: AnswerHead,
+    quiet: Duration,
+}
+
+/// Opens a tunnel to `target`.
 pub async fn tunnel(
     connections: &Connections,
     target: &Target,
@@ -47,11 +53,13 @@ pub async fn tunnel(
         return Ok(Tunnelled::Refused(Box::new(answer)));
     }
     upstream.maybe_upgrade_body_writer();
-    carry(waiting.downstream, upstream, answer, Duration::from_millis(timeouts.between_tokens_ms)).await;
-    Ok(Tunnelled::Closed)
+    let quiet = Duration::from_millis(timeouts.between_tokens_ms);
+    Ok(Tunnelled::Open(Box::new(Tunnel { upstream, answer, quiet })))
 }
 
-async fn carry(downstream: &mut Downstream, mut upstream: Http1Session, mut answer: AnswerHead, quiet: Duration) {
+/// Carries bytes until one side closes, or nothing passes for too long; counts those from the client and those to it.
+pub async fn carry(tunnel: Tunnel, downstream: &mut Downstream, from: &mut u64, to: &mut u64) {
+    let Tunnel { mut upstream, mut answer, quiet } = tunnel;
     let protocol = answer.headers.get(http::header::UPGRADE).cloned();
     for name in &HOP_BY_HOP {
         answer.remove_header(name);
@@ -65,11 +73,17 @@ async fn carry(downstream: &mut Downstream, mut upstream: Http1Session, mut answ
         open = tokio::select! {
             // After the handshake both sessions read a body that ends with its connection.
             sent = session.read_request_body() => match sent {
-                Ok(Some(bytes)) => upstream.write_body(&bytes).await.is_ok(),
+                Ok(Some(bytes)) => {
+                    *from += bytes.len() as u64;
+                    upstream.write_body(&bytes).await.is_ok()
+                }
                 _ => false,
             },
             read = upstream.read_body_bytes() => match read {
-                Ok(Some(bytes)) => session.write_response_body(bytes, false).await.is_ok(),
+                Ok(Some(bytes)) => {
+                    *to += bytes.len() as u64;
+                    session.write_response_body(bytes, false).await.is_ok()
+                }
                 _ => false,
             },
             () = tokio::time::sleep(quiet) => false,

@@ -61,7 +61,7 @@ async fn a_request_without_room_for_its_record_is_refused_before_any_work() {
     }
     assert_eq!(posts(&server), before, "no upstream was asked");
     gateway.comes_to(r#"infergate_refusals_total{code="audit_unavailable"}"#, f64::from(refused)).await;
-    assert_eq!(gateway.metric(r#"infergate_journal_unrecorded_total{what="refused"}"#).await, f64::from(refused));
+    assert_eq!(gateway.metric(r#"infergate_journal_unrecorded_total{why="refused"}"#).await, f64::from(refused));
     assert_eq!(gateway.metric("infergate_journal_places").await, 3.0);
     // When the lines are on disk there is room again, as often as one likes.
     for _ in 0..4 {
@@ -85,7 +85,7 @@ async fn where_the_policy_allows_it_requests_go_without_a_record_and_the_journal
             assert!(answer.status == 200 && answer.whole, "{}", answer.text());
         }
     }
-    assert_eq!(gateway.metric(r#"infergate_journal_unrecorded_total{what="served"}"#).await, 6.0);
+    assert_eq!(gateway.metric(r#"infergate_journal_unrecorded_total{why="served"}"#).await, 6.0);
     let journal = Journal::settled(&gateway).await;
     assert_eq!(journal.ids().len(), 3);
     let gaps = journal.of_kind("gap");

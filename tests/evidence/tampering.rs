@@ -175,14 +175,11 @@ const CASES: &[Case] = &[
         name: "a line behind the signed end",
         tamper: |three| {
             edit(three.segments.last().unwrap(), |lines| {
-                let last: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
-                let seq = last["seq"].as_u64().unwrap();
-                lines.push(lines[1].replacen(
-                    &format!("\"seq\":{}", seq + 1 - lines.len() as u64 + 1),
-                    &format!("\"seq\":{}", seq + 1),
-                    1,
-                ));
-                rechain(lines, lines.len() - 1);
+                let seq = |line: &str| serde_json::from_str::<Value>(line).unwrap()["seq"].as_u64().unwrap();
+                let (this, next) = (seq(&lines[1]), seq(lines.last().unwrap()) + 1);
+                lines.push(lines[1].replacen(&format!("\"seq\":{this},"), &format!("\"seq\":{next},"), 1));
+                let last = lines.len() - 1;
+                rechain(lines, last);
             });
         },
         what: "added",

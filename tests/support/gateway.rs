@@ -23,9 +23,11 @@ pub struct Gateway {
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_infergate");
 
-/// A port that nobody listens on.
+/// A port that nobody listens on, and that the system gives to no connection meanwhile.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    std::iter::repeat_with(|| fastrand::u16(10_000..32_000))
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap()
 }
 
 impl Gateway {

@@ -20,6 +20,7 @@ impl Process {
         let file = |name: &str| File::create(directory.path().join(name)).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_infergate"))
             .args(arguments)
+            .env("INFERGATE_JOURNAL", directory.path().join("journal"))
             .envs(env.iter().copied())
             .current_dir(directory.path())
             .stdin(Stdio::null())
