@@ -1,13 +1,15 @@
 //! The pieces of a request's way, one by one: the body scan, the splice, the event framer, the usage,
-//! the route, the pick.
+//! the route, the pick, the record, the trace.
 
 use std::hint::black_box;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use infergate::audit::journal::Unwritten;
 use infergate::audit::record::{
-    AttemptList, BodyBytes, Client, Id, Models, Moment, Outcome, Peer, PolicyMark, Record, Times, Trace,
+    Attempt, AttemptList, BodyBytes, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer, PolicyMark, Record,
+    Times, Trace,
 };
 use infergate::policy::{Policy, World, compile};
 use infergate::scan;
@@ -15,7 +17,7 @@ use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::trace::{Target, Tracer, Traces, traceparent};
 use infergate::telemetry::{Telemetry, TraceMeters};
-use infergate::usage::{Meter, Usage};
+use infergate::usage::{Meter, Source, Usage};
 use infergate_plugins::operation::Operation;
 
 /// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
@@ -135,14 +137,11 @@ fn picks(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What traces cost a request: one that is sampled out, and one that is kept.
-fn traces(criterion: &mut Criterion) {
-    let url = http::Uri::from_static("http://127.0.0.1:1/v1/traces");
-    let target = Target { url, headers: http::HeaderMap::new(), service: "bench".to_owned() };
-    let (tracer, traces) = (Tracer::new(TraceMeters::default()), Traces::new(0.0, None, true, target));
-    let placed = traces.place(None);
-    let moment = Moment { at: SystemTime::now(), received: Instant::now(), ended: Instant::now() };
-    let record = |trace: Trace| Record {
+/// The record of a chat request that went well, as its exchange would put it together.
+fn record<'a>(trace: Trace, decisions: &'a [Decision], attempts: &'a [Attempt], moment: Moment) -> Record<'a> {
+    let usage =
+        Usage { input_tokens: Some(211), output_tokens: Some(49), source: Source::Upstream, ..Usage::default() };
+    Record {
         id: Id::new(),
         outcome: Outcome::Ok,
         status: Some(200),
@@ -150,22 +149,126 @@ fn traces(criterion: &mut Criterion) {
         operation: "chat",
         method: "POST",
         stream: true,
-        client: Client { address: Peer(None), protocol: "http/1.1", request_id: None },
+        client: Client {
+            address: Peer(Some(([10, 1, 2, 3], 45_678).into())),
+            protocol: "http/1.1",
+            request_id: Some("a4b3c2d1-0000-4000-8000-000000000001"),
+        },
         trace: Some(trace),
         principal: None,
         tenant: None,
         model: Models { asked: Some("llama-3"), route: Some("llama-3"), used: Some("llama-3") },
-        policy: PolicyMark { revision: 1, hash: "0123456789abcdef" },
-        decisions: &[],
-        attempts: AttemptList { list: &[], moment },
-        usage: Usage::default(),
-        bytes: BodyBytes::default(),
+        policy: PolicyMark { revision: 1, hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d" },
+        decisions,
+        attempts: AttemptList { list: attempts, moment },
+        usage,
+        bytes: BodyBytes { request: 1024, answer: 587 },
         capture: None,
-        times: Times::default(),
+        times: Times {
+            body: Some(40),
+            admitted: Some(60),
+            queued: Some(61),
+            first: Some(5_310),
+            ended: 99_000,
+            own: 75,
+        },
         code: None,
         message: None,
         moment,
+    }
+}
+
+/// What the journal costs: a request that files its record, and the thread that numbers and chains it.
+fn records(criterion: &mut Criterion) {
+    let mut journal = journal();
+    let (placed, decisions, attempts, moment) = parts();
+    let file = |journal: &Unwritten| {
+        let record = record(placed, black_box(&decisions), &attempts, moment);
+        let place = journal.journal().reserve();
+        place.map(|place| journal.journal().file(&record, place))
     };
+    // Twice, because there are two buffers that take turns.
+    for _ in 0..2 {
+        (0..GROUP).for_each(|_| _ = file(&journal));
+        journal.frame();
+    }
+    let allocated = allocation_counter::measure(|| (0..GROUP).for_each(|_| _ = file(&journal)));
+    assert_eq!(allocated.count_total, 0, "filing a record allocates");
+    let allocated = allocation_counter::measure(|| _ = journal.frame());
+    assert_eq!(allocated.count_total, 0, "framing a record allocates");
+    let mut group = criterion.benchmark_group("record");
+    group.bench_function("built, encoded, filed", |bencher| {
+        bencher.iter_custom(|times| {
+            in_groups(times, &mut journal, |journal, group| timed(|| (0..group).for_each(|_| _ = file(journal))))
+        });
+    });
+    group.bench_function("numbered, chained", |bencher| {
+        bencher.iter_custom(|times| {
+            in_groups(times, &mut journal, |journal, group| {
+                (0..group).for_each(|_| _ = file(journal));
+                timed(|| _ = black_box(journal.frame()))
+            })
+        });
+    });
+    group.finish();
+}
+
+/// As many records as a commit may have.
+const GROUP: u64 = 1000;
+
+/// A journal that keeps what is filed until it is framed here.
+fn journal() -> Unwritten {
+    let opened = tempfile::tempdir().map_err(|error| error.to_string());
+    match opened.and_then(|directory| Unwritten::open(directory.path())) {
+        Ok(journal) => journal,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// What an exchange has when it is over.
+fn parts() -> (Trace, [Decision; 3], [Attempt; 1], Moment) {
+    let decision = |stage, rule, verdict, why| Decision { stage, rule, verdict, why };
+    let decisions = [
+        decision("identify", "anonymous".into(), "allow".into(), "the policy asks for no key".into()),
+        decision("route", "llama-3".into(), "p".into(), "by its name".into()),
+        decision("queue", "p".into(), "enter".into(), "at once".into()),
+    ];
+    let (policy, began) = (policy(1), Instant::now());
+    let pool = &policy.pools["p"];
+    let Some(picked) = pool.pick(Operation::Chat, &[], began) else { panic!("nothing to pick") };
+    let mut attempt = Attempt::begin(pool, &picked, 1024, 1);
+    attempt.head = Some((Instant::now(), 200));
+    attempt.end(Ending::Answered, None);
+    let moment = Moment { at: SystemTime::now(), received: began, ended: Instant::now() };
+    (Trace { id: u128::MAX / 3, span: 1, parent: None, sampled: false }, decisions, [attempt], moment)
+}
+
+fn timed(work: impl FnOnce()) -> Duration {
+    let begun = Instant::now();
+    work();
+    begun.elapsed()
+}
+
+/// So often, a group at a time, with an empty buffer before each.
+fn in_groups(times: u64, journal: &mut Unwritten, each: impl Fn(&mut Unwritten, u64) -> Duration) -> Duration {
+    let groups = (0..times).step_by(GROUP as usize).map(|done| GROUP.min(times - done));
+    groups
+        .map(|group| {
+            let took = each(journal, group);
+            journal.frame();
+            took
+        })
+        .sum()
+}
+
+/// What traces cost a request: one that is sampled out, and one that is kept.
+fn traces(criterion: &mut Criterion) {
+    let url = http::Uri::from_static("http://127.0.0.1:1/v1/traces");
+    let target = Target { url, headers: http::HeaderMap::new(), service: "bench".to_owned() };
+    let (tracer, traces) = (Tracer::new(TraceMeters::default()), Traces::new(0.0, None, true, target));
+    let placed = traces.place(None);
+    let moment = Moment { at: SystemTime::now(), received: Instant::now(), ended: Instant::now() };
+    let record = |trace| record(trace, &[], &[], moment);
     let mut group = criterion.benchmark_group("trace");
     group.bench_function("a place", |bencher| bencher.iter(|| traces.place(black_box(None))));
     group.bench_function("traceparent", |bencher| bencher.iter(|| traceparent(black_box(&placed), 1)));
@@ -180,5 +283,5 @@ fn traces(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, scans, splices, frames, usages, routes, picks, traces);
+criterion_group!(pieces, scans, splices, frames, usages, routes, picks, records, traces);
 criterion_main!(pieces);

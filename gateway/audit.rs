@@ -6,6 +6,7 @@
 pub mod capture;
 pub mod fanout;
 pub mod journal;
+mod json;
 mod keep;
 pub mod key;
 #[cfg(test)]

@@ -233,7 +233,8 @@ impl Exchange {
 
     /// The answer was given to its end.
     pub fn completed(&mut self) {
-        self.ending.outcome = Outcome::Ok;
+        let failed = self.ending.status.is_some_and(|status| status >= 500) && !self.surface.is_local();
+        self.ending.outcome = if failed { Outcome::UpstreamError } else { Outcome::Ok };
     }
 
     /// The client left.

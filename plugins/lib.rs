@@ -6,6 +6,7 @@
 //!
 //! | kind | what it decides | trait |
 //! |---|---|---|
+//! | authenticator | who asks, and who pays | [`authenticator::Authenticator`] |
 //! | provider | how one family of model servers wants to be spoken to | [`provider::Provider`] |
 //! | sink | what leaves of the audit journal, and in which shape | [`sink::Sink`] |
 //!
@@ -38,6 +39,7 @@
 //! assert_eq!(Acme.health_path(), "/health"); // the default
 //! ```
 
+pub mod authenticator;
 pub mod operation;
 pub mod provider;
 pub mod secret;

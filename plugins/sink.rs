@@ -107,6 +107,7 @@ pub struct Message {
 
 /// One place where the lines of the journal go. Exactly one of the kinds must be given.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[schemars(rename = "Sink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Its name. The position in the journal is kept under it: a new name starts anew.
@@ -154,6 +155,7 @@ impl Config {
 
 /// A kind of line in the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "LineKind")]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// The beginning of a run.
@@ -192,6 +194,7 @@ impl Kind {
 
 /// Where a sink with a new name begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "SinkFrom")]
 #[serde(rename_all = "lowercase")]
 pub enum From {
     /// With the first line of this process.
@@ -203,6 +206,7 @@ pub enum From {
 
 /// How many lines leave at once. The first bound that is reached counts; one line always leaves whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "SinkBatch")]
 #[serde(deny_unknown_fields, default)]
 pub struct Bounds {
     /// Lines.

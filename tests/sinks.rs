@@ -18,10 +18,10 @@ use opentelemetry_proto::tonic::logs::v1::LogRecord;
 use opentelemetry_proto::tonic::resource::v1::Resource;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use crate::support::otlp::{Collector, attribute, hex};
-use crate::support::{Client, Gateway, Simulated, chat, eventually, free_port, model_server, policy};
+use crate::support::{Client, Gateway, Simulated, chat, eventually, model_server, policy};
 
 const SOON: Duration = Duration::from_secs(10);
 /// R39: an outage is on the metrics page and in the log within so long.
@@ -34,8 +34,8 @@ struct Receiver {
 }
 
 impl Receiver {
-    async fn at(address: SocketAddr) -> Self {
-        let listener = TcpListener::bind(address).await.unwrap();
+    fn at(place: TcpSocket) -> Self {
+        let listener = place.listen(64).unwrap();
         let batches = Arc::new(Mutex::default());
         tokio::spawn(receive(listener, batches.clone()));
         Self { batches }
@@ -75,8 +75,12 @@ async fn receive(listener: TcpListener, batches: Arc<Mutex<Vec<(HeaderMap, Bytes
     }
 }
 
-fn free_address() -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], free_port()))
+/// A place where nobody listens yet: connections are refused, and nobody else can take it.
+fn reserved() -> (TcpSocket, SocketAddr) {
+    let place = TcpSocket::new_v4().unwrap();
+    place.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = place.local_addr().unwrap();
+    (place, address)
 }
 
 /// A policy whose journal has these sinks, in YAML's flow style.
@@ -136,7 +140,7 @@ fn signed(headers: &HeaderMap, body: &[u8]) -> bool {
 
 #[tokio::test]
 async fn a_webhook_that_is_down_at_first_gets_everything_signed_and_in_order() {
-    let (server, address) = (model_server().await, free_address());
+    let (server, (place, address)) = (model_server().await, reserved());
     let text = with_sinks(&server, &webhook(address));
     let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &[("HOOK_SECRET", SECRET)]);
     gateway.ready().await;
@@ -149,7 +153,7 @@ async fn a_webhook_that_is_down_at_first_gets_everything_signed_and_in_order() {
     recorded(&directory, &ask(&gateway, 30).await).await;
     eventually("the lag shows", SOON, || async { gateway.metric(lag).await >= 30.0 }).await;
 
-    let receiver = Receiver::at(address).await;
+    let receiver = Receiver::at(place);
     let expected = journal(&directory);
     eventually("all lines came", Duration::from_secs(40), || async { receiver.text() == expected }).await;
     eventually("it is well again", SOON, || async { gateway.metric(healthy).await == 1.0 }).await;
@@ -162,7 +166,7 @@ async fn a_webhook_that_is_down_at_first_gets_everything_signed_and_in_order() {
 
 #[tokio::test]
 async fn what_a_killed_gateway_left_is_delivered_by_the_next_one() {
-    let (server, address, directory) = (model_server().await, free_address(), tempfile::tempdir().unwrap());
+    let (server, (place, address), directory) = (model_server().await, reserved(), tempfile::tempdir().unwrap());
     let (text, path) = (with_sinks(&server, &webhook(address)), directory.path().to_str().unwrap());
     let start = || async {
         let gateway = Gateway::spawn(&text, "threads: 2\n", &["--journal", path], &[("HOOK_SECRET", SECRET)]);
@@ -173,7 +177,7 @@ async fn what_a_killed_gateway_left_is_delivered_by_the_next_one() {
     recorded(directory.path(), &ask(&first, 10).await).await;
     first.signal("KILL");
     first.ended(SOON).await;
-    let receiver = Receiver::at(address).await;
+    let receiver = Receiver::at(place);
     let second = start().await;
     recorded(directory.path(), &ask(&second, 10).await).await;
     // Between runs there is no order.
@@ -219,8 +223,8 @@ async fn log_records_of_otlp_carry_the_line_and_belong_to_the_trace() {
 
 #[tokio::test]
 async fn a_sink_that_a_reload_brings_gets_the_whole_run_and_one_that_it_takes_gets_no_more() {
-    let (server, address) = (model_server().await, free_address());
-    let receiver = Receiver::at(address).await;
+    let (server, (place, address)) = (model_server().await, reserved());
+    let receiver = Receiver::at(place);
     let gateway = Gateway::start(&with_sinks(&server, "")).await;
     let directory = gateway.directory.path().join("journal");
     recorded(&directory, &ask(&gateway, 5).await).await;

@@ -21,13 +21,14 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::capture::Store;
+use super::json;
 use super::keep;
 use super::key::SigningKey;
 use super::read;
 use super::record::{Record, Stamp};
 use super::tip::{self, Tip};
 use crate::policy::file::Audit;
-use crate::telemetry::JournalMeters;
+use crate::telemetry::{JournalMeters, Telemetry};
 
 /// How long the disk is left alone after it failed.
 const RETRY: Duration = Duration::from_millis(250);
@@ -56,6 +57,8 @@ pub struct Journal {
     /// The last line on disk, for those who read along.
     committed: watch::Sender<u64>,
     meters: JournalMeters,
+    /// Has a clone for each thread that keeps it in order.
+    pub(super) keepers: Arc<()>,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -129,8 +132,20 @@ impl Journal {
         policy: Audit,
         meters: JournalMeters,
     ) -> Result<Arc<Self>, String> {
-        let place =
-            |error: std::io::Error| format!("the journal in {} cannot be written: {error}", directory.display());
+        let (journal, writer) = Self::begin(directory, key_file, policy, meters)?;
+        let thread = std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run());
+        *journal.writer.lock() = Some(thread.map_err(|error| unwritable(directory, &error))?);
+        Ok(journal)
+    }
+
+    /// The same without the thread.
+    fn begin(
+        directory: &Path,
+        key_file: Option<&Path>,
+        policy: Audit,
+        meters: JournalMeters,
+    ) -> Result<(Arc<Self>, Writer), String> {
+        let place = |error: std::io::Error| unwritable(directory, &error);
         let key = SigningKey::load(directory, key_file)?;
         std::fs::create_dir_all(directory.join("runs")).map_err(place)?;
         let previous = tip::of_earlier_runs(directory).map_err(place)?;
@@ -146,6 +161,7 @@ impl Journal {
             durable: watch::Sender::new(0),
             committed: watch::Sender::new(0),
             meters,
+            keepers: Arc::default(),
             writer: Mutex::default(),
         });
         let mut writer = Writer::begin(journal.clone(), key).map_err(place)?;
@@ -153,10 +169,7 @@ impl Journal {
         // What this run vouches for of earlier ones is signed at once.
         writer.sign("checkpoint", None);
         writer.commit(0);
-        let thread =
-            std::thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run()).map_err(place)?;
-        *journal.writer.lock() = Some(thread);
-        Ok(journal)
+        Ok((journal, writer))
     }
 
     /// Where it is.
@@ -285,12 +298,51 @@ impl Journal {
     }
 }
 
+fn unwritable(directory: &Path, error: &std::io::Error) -> String {
+    format!("the journal in {} cannot be written: {error}", directory.display())
+}
+
+/// A journal for the benches: what is filed is framed when they say so, and goes no further.
+#[doc(hidden)]
+pub struct Unwritten(Writer, Vec<u8>);
+
+impl Unwritten {
+    /// Begins a run in `directory`.
+    pub fn open(directory: &Path) -> Result<Self, String> {
+        let (_, writer) = Journal::begin(directory, None, Audit::default(), Telemetry::new().journal)?;
+        Ok(Self(writer, Vec::new()))
+    }
+
+    /// Where records are filed.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.0.journal
+    }
+
+    /// Frames what has been filed. Returns how many bytes that makes.
+    pub fn frame(&mut self) -> usize {
+        let Self(writer, lines) = self;
+        std::mem::swap(&mut writer.journal.pending.lock().lines, lines);
+        writer.frame_all(lines);
+        lines.clear();
+        writer.count(Duration::ZERO);
+        let bytes = writer.out.len();
+        writer.out.clear();
+        bytes
+    }
+}
+
 /// Appends a line without its frame: the kind, the time, and the members of a struct.
 fn encode(line: &mut Vec<u8>, kind: &str, at: SystemTime, members: &impl Serialize) {
-    // Writing to a Vec cannot fail, and nothing of ours fails to serialise; if it ever does, the line stays whole.
-    let _ = write!(line, r#""kind":"{kind}","at":"{}""#, Stamp(at));
+    for part in [br#""kind":""#.as_slice(), kind.as_bytes(), br#"","at":""#, &Stamp(at).spelt(), b"\""] {
+        line.extend_from_slice(part);
+    }
     let begun = line.len();
-    if serde_json::to_writer(&mut *line, members).is_err() || line.len() - begun <= 2 {
+    let written = json::append(line, members).is_ok() || {
+        line.truncate(begun);
+        serde_json::to_writer(&mut *line, members).is_ok()
+    };
+    // Nothing of ours fails to serialise; if it ever does, the line stays whole.
+    if !written || line.len() - begun <= 2 {
         line.truncate(begun);
     } else {
         line[begun] = b',';
@@ -457,11 +509,13 @@ impl Writer {
     /// whether this is the end.
     fn wait(&mut self, lines: &mut Vec<u8>) -> (u64, Option<&'static str>) {
         let journal = self.journal.clone();
-        let policy = journal.policy.load();
+        let idle = self.idle(&journal.policy.load());
         let mut pending = journal.pending.lock();
         if pending.lines.is_empty() && !pending.urgent && pending.closing.is_none() {
-            journal.wake.wait_for(&mut pending, self.idle(&policy));
+            journal.wake.wait_for(&mut pending, idle);
         }
+        // It may be another one by now.
+        let policy = journal.policy.load();
         // The first line has come: others join it until the group is committed.
         let until = Instant::now() + Duration::from_millis(policy.commit_ms);
         while !pending.urgent && pending.closing.is_none() && !pending.lines.is_empty() {
@@ -528,7 +582,9 @@ impl Writer {
         self.records += record;
         self.uncommitted = (self.uncommitted.0 + 1, self.uncommitted.1 + record);
         let begun = self.out.len();
-        let _ = write!(self.out, r#"{{"v":1,"seq":{},"#, self.seq);
+        self.out.extend_from_slice(br#"{"v":1,"seq":"#);
+        self.out.extend_from_slice(json::decimal(self.seq, &mut [0; 20]));
+        self.out.push(b',');
         self.out.extend_from_slice(line);
         let digest = Sha256::new().chain_update(self.chain).chain_update(&self.out[begun..]).finalize();
         self.chain = hex(&digest);
@@ -642,8 +698,9 @@ impl Writer {
 /// Bytes as hexadecimal digits.
 pub(super) fn hex<const N: usize>(bytes: &[u8]) -> [u8; N] {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    std::array::from_fn(|at| {
-        let byte = bytes.get(at / 2).copied().unwrap_or(0);
-        DIGITS[usize::from(if at % 2 == 0 { byte >> 4 } else { byte & 15 })]
-    })
+    let mut digits = [b'0'; N];
+    for (two, byte) in digits.chunks_exact_mut(2).zip(bytes) {
+        two.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+    }
+    digits
 }

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,8 +15,10 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::capture::Mark;
+use super::json::decimal;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
+use crate::telemetry::trace;
 use crate::usage::Usage;
 
 /// The most of a name or a sentence from outside that a record keeps, in bytes.
@@ -113,11 +115,11 @@ pub fn schema() -> schemars::Schema {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The upstream's answer was passed on to its end, whatever its status.
+    /// The answer was given to its end. A status that says what the client did wrong is no failure.
     Ok,
     /// We said no.
     Refused,
-    /// No upstream could answer, or one broke off.
+    /// No upstream could answer, one broke off, or one answered with a status of 500 or above.
     UpstreamError,
     /// A time-out of the policy.
     Timeout,
@@ -196,7 +198,7 @@ impl Serialize for Id {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Client<'a> {
     /// The peer of the connection, `IP:PORT` or `unix`.
-    #[serde(serialize_with = "shown")]
+    #[serde(serialize_with = "peer")]
     #[schemars(with = "String")]
     pub address: Peer,
     /// `http/1.0`, `http/1.1` or `h2`.
@@ -219,8 +221,31 @@ impl fmt::Display for Peer {
     }
 }
 
-fn shown<S: Serializer, T: fmt::Display>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
+fn peer<S: Serializer>(peer: &Peer, serializer: S) -> Result<S::Ok, S::Error> {
+    match peer.0 {
+        Some(SocketAddr::V4(address)) => v4(address, serializer),
+        _ => serializer.collect_str(peer),
+    }
+}
+
+fn upstream_address<S: Serializer>(address: &Address, serializer: S) -> Result<S::Ok, S::Error> {
+    match address {
+        Address::Tcp(SocketAddr::V4(address)) => v4(*address, serializer),
+        _ => serializer.collect_str(address),
+    }
+}
+
+/// What `Display` says, at a tenth of its cost.
+fn v4<S: Serializer>(address: SocketAddrV4, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut text = SmallVec::<[u8; 24]>::new();
+    for octet in address.ip().octets() {
+        text.extend_from_slice(decimal(octet.into(), &mut [0; 20]));
+        text.push(b'.');
+    }
+    text.pop();
+    text.push(b':');
+    text.extend_from_slice(decimal(address.port().into(), &mut [0; 20]));
+    serializer.serialize_str(std::str::from_utf8(&text).unwrap_or_default())
 }
 
 /// A request's place in a distributed trace (W3C Trace Context).
@@ -243,11 +268,17 @@ pub struct Trace {
 }
 
 fn hex128<S: Serializer>(value: &u128, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&format_args!("{value:032x}"))
+    hex::<32, S>(*value, serializer)
 }
 
 fn hex64<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&format_args!("{value:016x}"))
+    hex::<16, S>((*value).into(), serializer)
+}
+
+fn hex<const N: usize, S: Serializer>(value: u128, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut digits = [0; N];
+    trace::spell(&mut digits, value);
+    serializer.serialize_str(std::str::from_utf8(&digits).unwrap_or_default())
 }
 
 fn hex64_option<S: Serializer>(value: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -493,7 +524,7 @@ pub struct AttemptRecord<'a> {
     /// The upstream's name.
     pub upstream: &'a str,
     /// The address that was asked.
-    #[serde(serialize_with = "shown")]
+    #[serde(serialize_with = "upstream_address")]
     #[schemars(with = "String")]
     pub address: &'a Address,
     /// Its dialect.
@@ -567,9 +598,9 @@ pub fn clip(text: &str) -> &str {
 #[derive(Clone, Copy, Debug)]
 pub struct Stamp(pub SystemTime);
 
-impl fmt::Display for Stamp {
-    /// The date by Howard Hinnant's `civil_from_days`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Stamp {
+    /// Its text. The date by Howard Hinnant's `civil_from_days`.
+    pub fn spelt(self) -> [u8; 27] {
         let since = self.0.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         let (days, second) = (since.as_secs() / 86_400 + 719_468, since.as_secs() % 86_400);
         let (era, of_era) = (days / 146_097, days % 146_097);
@@ -579,9 +610,29 @@ impl fmt::Display for Stamp {
         let day = day_of_year - (153 * shifted + 2) / 5 + 1;
         let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
         let year = year + era * 400 + u64::from(month <= 2);
-        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        let micros = since.subsec_micros();
-        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+        let mut text = *b"0000-00-00T00:00:00.000000Z";
+        put(&mut text[..4], year);
+        put(&mut text[5..7], month);
+        put(&mut text[8..10], day);
+        put(&mut text[11..13], second / 3600);
+        put(&mut text[14..16], second / 60 % 60);
+        put(&mut text[17..19], second % 60);
+        put(&mut text[20..26], since.subsec_micros().into());
+        text
+    }
+}
+
+/// The lowest digits of a number, as many as there is room for.
+fn put(digits: &mut [u8], mut value: u64) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+    }
+}
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::str::from_utf8(&self.spelt()).unwrap_or_default())
     }
 }
 

@@ -81,6 +81,7 @@ impl<'a> Record<'a> {
         let passed = self.passed();
         let mut line = match self.at("outcome").as_str().unwrap_or("unknown") {
             "ok" => format!("Answered:{status}{after}"),
+            "upstream_error" if self.is_upstreams_own() => format!("Failed:{status}{after}: the upstream's own error"),
             "refused" => format!("Refused by the gateway:{status}{after}{because}"),
             "upstream_error" if self.begun() => format!("Cut: the upstream broke off{after}{passed}{because}"),
             "upstream_error" => format!("Failed:{status}{after}: no upstream could answer{because}"),
@@ -103,6 +104,11 @@ impl<'a> Record<'a> {
             .map(|own| format!("; {own} of it in the gateway itself"));
         line.push_str(&own.unwrap_or_default());
         line
+    }
+
+    /// Whether the client got an error answer as the upstream gave it.
+    fn is_upstreams_own(self) -> bool {
+        self.is("outcome", "upstream_error") && self.at("code").is_null() && self.number("status") >= Some(500)
     }
 
     /// Whether the client got a piece of an answer.
@@ -256,7 +262,7 @@ impl<'a> Record<'a> {
 
     /// What whoever asks can do about it.
     fn next(self) -> Option<String> {
-        if self.is("outcome", "ok") {
+        if self.is("outcome", "ok") || self.is_upstreams_own() {
             return self.number("status").filter(|status| *status >= 400).map(|status| {
                 format!("The status {status} is the upstream's own answer; the gateway passed it on as it was")
             });

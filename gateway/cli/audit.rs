@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::audit::search::{self, Filter};
 use crate::audit::story::grouped;
 use crate::audit::verify::{self, End, Options, PublicKey, Report, RunReport};
+use crate::settings;
 
 /// Read the audit journal.
 #[derive(Args)]
@@ -29,11 +30,22 @@ enum Command {
     Grep(Box<Grep>),
 }
 
+/// Where the journal is.
+#[derive(Args)]
+struct Place {
+    /// The journal's directory. Without it: the one that a gateway of this user has if nothing else is said
+    #[arg(value_name = "DIR", env = "INFERGATE_JOURNAL", default_value_os_t = usual())]
+    directory: PathBuf,
+}
+
+fn usual() -> PathBuf {
+    settings::Audit::usual_directory(&|name| std::env::var(name).ok()).unwrap_or_else(|| ".".into())
+}
+
 #[derive(Args)]
 struct Verify {
-    /// The journal's directory
-    #[arg(value_name = "DIR", env = "INFERGATE_JOURNAL")]
-    directory: PathBuf,
+    #[command(flatten)]
+    place: Place,
     /// The public key that signed it, in hexadecimal digits or as a file; several if it was changed. Without it the
     /// key in the directory itself is taken
     #[arg(long, value_name = "FILE|HEX")]
@@ -51,9 +63,8 @@ struct Verify {
 
 #[derive(Args)]
 struct Grep {
-    /// The journal's directory
-    #[arg(value_name = "DIR", env = "INFERGATE_JOURNAL")]
-    directory: PathBuf,
+    #[command(flatten)]
+    place: Place,
     /// Not before this time: 2h or 3d (ago), or like 2026-11-22T14:03:05Z
     #[arg(long, value_name = "TIME", value_parser = search::time)]
     since: Option<u64>,
@@ -125,7 +136,7 @@ impl Verify {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(error) => {
-                eprintln!("infergate: the journal in {} cannot be read: {error}", self.directory.display());
+                eprintln!("infergate: the journal in {} cannot be read: {error}", self.place.directory.display());
                 ExitCode::from(2)
             }
         }
@@ -145,7 +156,7 @@ impl Verify {
             open_end: self.open_end,
             progress: io::stderr().is_terminal().then_some(&progress),
         };
-        verify::directory(&self.directory, &options)
+        verify::directory(&self.place.directory, &options)
     }
 }
 
@@ -202,7 +213,7 @@ impl Grep {
         match self.print(&mut out, table).and_then(|()| out.flush()) {
             // Whoever reads has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-            Err(error) => Err(format!("the journal in {} cannot be read: {error}", self.directory.display())),
+            Err(error) => Err(format!("the journal in {} cannot be read: {error}", self.place.directory.display())),
             Ok(()) => Ok(ExitCode::SUCCESS),
         }
     }
@@ -214,10 +225,10 @@ impl Grep {
         }
         let mut print = |line: &[u8]| if table { write_row(out, line) } else { write_line(out, line) };
         if let Some(limit) = self.limit {
-            return search::newest(&self.directory, &filter, limit)?.0.iter().try_for_each(|line| print(line));
+            return search::newest(&self.place.directory, &filter, limit)?.0.iter().try_for_each(|line| print(line));
         }
         let mut printed = Ok(());
-        search::each(&self.directory, &filter, |line| {
+        search::each(&self.place.directory, &filter, |line| {
             printed = print(line);
             if printed.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;

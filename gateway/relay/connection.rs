@@ -197,16 +197,15 @@ impl Connections {
     }
 }
 
-/// A Pingora error as one short sentence: its type and its cause.
+/// A Pingora error as one short sentence: its type, and its innermost cause or else where it happened.
 pub(super) fn plain(error: &pingora::Error) -> String {
     // Where a head cannot be parsed the context is the head itself, credentials and all.
     let context = error.context.as_ref().map_or("", |context| context.as_str());
     let context = if context.starts_with("buf:") { "" } else { context };
     let cause = error.cause.as_ref().map(ToString::to_string).unwrap_or_default();
-    [error.etype().as_str(), context, cause.as_str()]
-        .iter()
-        .filter(|part| !part.is_empty())
-        .copied()
-        .collect::<Vec<_>>()
-        .join(": ")
+    // An error of Pingora's within one of Pingora's tells the same again, and where.
+    let cause = cause.rsplit("cause: ").next().unwrap_or_default().trim();
+    let rest = if cause.is_empty() { context } else { cause };
+    let kind = error.etype().as_str();
+    if rest.is_empty() { kind.to_owned() } else { format!("{kind}: {rest}") }
 }

@@ -27,6 +27,7 @@ use super::App;
 use super::downstream::{LINGER, WRITE_BUFFER};
 use super::tls::ListenerTls;
 use crate::admin::Admin;
+use crate::audit::fanout;
 use crate::audit::journal::By;
 use crate::house::House;
 use crate::settings::{Listener, Settings};
@@ -34,6 +35,9 @@ use crate::telemetry::Runtimes;
 
 /// How long the end of the process waits for the collector of traces.
 const FLUSH: Duration = Duration::from_secs(1);
+
+/// How long sinks may still take what the journal holds when the process ends. What they lack comes with the next start.
+const SETTLE: Duration = Duration::from_secs(2);
 
 /// Work that goes on beside the requests, as long as the process lives.
 pub type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -185,6 +189,7 @@ impl BackgroundService for Beside {
                 tracing::info!("nothing is running any more: good-bye");
                 self.house.tracer.flush(&self.house.policy, FLUSH).await;
                 self.house.close_journal();
+                fanout::settle(&self.house, SETTLE).await;
                 std::process::exit(0);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -237,7 +237,7 @@ fn error_type(record: &Record<'_>) -> Option<&'static str> {
         (Outcome::Ok, ..400) => None,
         (Outcome::Ok, 429) => Some("status_429"),
         (Outcome::Ok, ..500) => Some("status_4xx"),
-        (Outcome::Ok, _) => Some("status_5xx"),
+        (Outcome::Ok | Outcome::UpstreamError, 500..) => Some("status_5xx"),
         (outcome, _) => Some(outcome.name()),
     }
 }

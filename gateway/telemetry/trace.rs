@@ -235,7 +235,8 @@ fn hex(digits: &[u8]) -> Option<u128> {
     })
 }
 
-fn spell(digits: &mut [u8], mut value: u128) {
+/// The lowest hexadecimal digits of a number, as many as there is room for.
+pub(crate) fn spell(digits: &mut [u8], mut value: u128) {
     for digit in digits.iter_mut().rev() {
         *digit = b"0123456789abcdef"[(value & 15) as usize];
         value >>= 4;

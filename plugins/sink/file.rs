@@ -9,6 +9,7 @@ use super::{Batch, Delivery, Sink, Way, Wrong, text};
 
 /// Lines in a file. It is opened anew when it was moved away, as logrotate does.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "FileSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The file. It is made if it is not there; its directory must be.

@@ -11,6 +11,7 @@ use crate::secret::{Secret, SecretSource};
 /// Messages to a Kafka topic, one a line, with the record's id as key. All lines of one run go to one partition, so
 /// that they stay in order there.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "KafkaSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Some brokers of the cluster: `HOST:9092`.

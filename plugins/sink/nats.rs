@@ -14,6 +14,7 @@ use crate::secret::{Secret, SecretSource};
 /// Messages to NATS JetStream, one a line, with the record's id as `Nats-Msg-Id`. A stream must take their subjects;
 /// its duplicate window decides how long the server drops what it has seen already.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "NatsSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The servers of one cluster: `nats://HOST:4222`, or `tls://HOST:4222`.

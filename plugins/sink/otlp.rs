@@ -22,6 +22,7 @@ use crate::secret::SecretSource;
 /// record's id (`log.record.uid`), outcome, status, surface, models, upstream and tokens; it belongs to the
 /// request's trace.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "OtlpSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The collector's address for logs, with its path: `http://collector:4318/v1/logs`.

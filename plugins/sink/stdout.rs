@@ -7,6 +7,7 @@ use super::{Batch, Delivery, Sink, Way, text};
 
 /// Lines on the standard output.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "StdoutSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {}
 

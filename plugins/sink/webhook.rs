@@ -17,6 +17,7 @@ use crate::secret::SecretSource;
 
 /// Batches of lines to a URL: POST, `application/x-ndjson`. An answer of 2xx acknowledges the whole batch.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "WebhookSink")]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Where they go.

@@ -125,6 +125,10 @@ impl Retirements {
         for number in gap.missing.clone() {
             let Some(retired) = self.get(&run.name, number) else {
                 (seq, chain, records) = (None, None, None);
+                if self.told_by_a_later_one(run, gap, number) {
+                    run.retired_segments += 1;
+                    continue;
+                }
                 run.problem(What::MissingSegment, Place::segment(number), missing(gap, number));
                 continue;
             };
@@ -151,6 +155,13 @@ impl Retirements {
             );
             run.problem(What::Count, gap.place.clone(), message);
         }
+    }
+
+    /// The line that told of a run's first segments goes with the segment that held it. Retention begins with the
+    /// oldest, so one that tells of a later segment tells of those before it too.
+    fn told_by_a_later_one(&self, run: &Found, gap: &Gap, number: u32) -> bool {
+        let told = self.0.get(&run.name).and_then(|told| told.range(number + 1..gap.missing.end).next());
+        gap.missing.start == 1 && told.is_some()
     }
 
     fn next(&self, run: &mut Found, retired: &Retired, seq: Option<u64>, chain: Option<Chain>) {

@@ -45,7 +45,7 @@ fn request(trace: &Trace, record: &Record<'_>) -> Span {
 fn error_type<'a>(record: &Record<'a>) -> Cow<'a, str> {
     match (record.code, record.outcome, record.status) {
         (Some(code), ..) => code.into(),
-        (None, Outcome::Ok, Some(status)) => status.to_string().into(),
+        (None, Outcome::Ok | Outcome::UpstreamError, Some(status)) => status.to_string().into(),
         (None, outcome, _) => outcome.name().into(),
     }
 }

@@ -1,0 +1,229 @@
+//! Authenticators: who asks. They are asked in order, and the first answer wins.
+
+pub mod keys;
+
+mod anonymous;
+
+use std::fmt::Debug;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::secret::{Secret, SecretSource};
+
+/// One way of knowing who asks.
+pub trait Authenticator: Debug + Send + Sync {
+    /// The word for it in `policy.yaml`.
+    fn kind(&self) -> &'static str;
+
+    /// Who asks, as far as these credentials tell.
+    fn ask(&self, credentials: &Credentials<'_>, now: SystemTime) -> Answer;
+
+    /// Whether somebody whom this authenticator, or the one before it in an older policy, let in is still let in. One
+    /// that has expired meanwhile was not revoked.
+    fn still_knows(&self, identity: &Identity) -> bool;
+}
+
+/// What an authenticator says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It knows who asks.
+    Yes(Identity),
+    /// These are credentials of its own kind, and they are not good. The caller is refused and does not learn why.
+    No(Fault),
+    /// That is not for it to say: the next one is asked.
+    Pass,
+}
+
+/// Somebody who is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Who asks.
+    pub principal: Arc<str>,
+    /// Who pays.
+    pub tenant: Arc<str>,
+    /// By what they were known, for the record; never anything secret.
+    pub by: Arc<str>,
+    /// What they are found by again when the policy changes.
+    pub mark: Mark,
+}
+
+/// What somebody is found by again; nothing that anybody else could use.
+pub type Mark = [u8; 32];
+
+/// Why credentials are not good, for the record only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// There are none, or none that anybody here understands.
+    Absent,
+    /// They are not what such a credential looks like: mistyped, or cut off.
+    Malformed,
+    /// Two headers carry two different ones.
+    Ambiguous,
+    /// Nobody knows them: made up, or revoked.
+    Unknown,
+    /// They were good until their time was over. Whose they were.
+    Expired(Arc<str>),
+}
+
+/// The credentials that came with a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Credentials<'a>(&'a HeaderMap);
+
+impl<'a> Credentials<'a> {
+    /// The credentials among these headers.
+    pub fn of(headers: &'a HeaderMap) -> Self {
+        Self(headers)
+    }
+
+    /// Every token, in the order `Authorization: Bearer`, `x-api-key`, `api-key`.
+    pub fn tokens(self) -> impl Iterator<Item = &'a [u8]> {
+        let bearers = self.0.get_all(AUTHORIZATION).into_iter().filter_map(|value| bearer(value.as_bytes()));
+        let named = ["x-api-key", "api-key"].into_iter().flat_map(move |name| self.0.get_all(name));
+        bearers.chain(named.map(|value| value.as_bytes().trim_ascii()))
+    }
+}
+
+/// The token of an `Authorization: Bearer` (RFC 6750, 2.1; the scheme's case does not count: RFC 9110, 11.1).
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// One way of knowing who asks. Exactly one of the kinds must be given.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// API keys of the gateway's own.
+    #[serde(default)]
+    pub keys: Option<keys::Config>,
+    /// Whoever asks and was not known or refused by one above.
+    #[serde(default)]
+    pub anonymous: Option<anonymous::Config>,
+}
+
+/// What the world hands to authenticators that are built.
+pub struct World<'a> {
+    /// Reads a secret, or says why that cannot be done.
+    pub secret: &'a mut dyn FnMut(&SecretSource) -> Result<Secret, String>,
+    /// Reads a file with keys, or says all that is wrong with it.
+    pub entries: &'a mut dyn FnMut(&Path) -> Result<keys::Listed, Vec<String>>,
+    /// Reads a time.
+    pub time: fn(&str) -> Option<SystemTime>,
+}
+
+/// What is wrong: the key below the list of authenticators, like `[0].keys.list[1].hash`, and what to do.
+pub type Wrong = (String, String);
+
+/// An authenticator, and every tenant that its configuration names.
+pub struct Built {
+    /// The authenticator.
+    pub authenticator: Arc<dyn Authenticator>,
+    /// The tenants.
+    pub tenants: Vec<Named>,
+}
+
+/// A tenant that is named somewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The key below the list of authenticators, like `[0].anonymous.tenant`.
+    pub path: String,
+    /// Where in the file that the key names, to stand before a message; empty where it names none.
+    pub within: String,
+    /// Its name.
+    pub tenant: String,
+}
+
+/// The authenticators of a policy, or all that is wrong with them.
+pub fn build(configs: &[Config], world: &mut World<'_>) -> Result<Vec<Built>, Vec<Wrong>> {
+    let (mut built, mut wrong) = (Vec::<Built>::new(), Vec::new());
+    for (index, config) in configs.iter().enumerate() {
+        let at = |(path, message): Wrong| (format!("[{index}]{path}"), message);
+        match one(config, world) {
+            Ok(mut one) => {
+                one.tenants.iter_mut().for_each(|named| named.path.insert_str(0, &format!("[{index}]")));
+                wrong.extend(behind(&built, one.authenticator.kind()).map(|told| at((String::new(), told))));
+                built.push(one);
+            }
+            Err(faults) => wrong.extend(faults.into_iter().map(at)),
+        }
+    }
+    if wrong.is_empty() { Ok(built) } else { Err(wrong) }
+}
+
+/// Why an authenticator would never be asked, or never decide, behind those `before` it.
+fn behind(before: &[Built], kind: &str) -> Option<String> {
+    let has = |kind: &str| before.iter().any(|built| built.authenticator.kind() == kind);
+    match kind {
+        _ if has("anonymous") => Some("`anonymous` takes whoever is left: put this before it".to_owned()),
+        "keys" if has("keys") => Some("one `keys` knows all keys: put these into its list or its file".to_owned()),
+        _ => None,
+    }
+}
+
+fn one(config: &Config, world: &mut World<'_>) -> Result<Built, Vec<Wrong>> {
+    match config {
+        Config { keys: Some(keys), anonymous: None } => keys::build(keys, world),
+        Config { keys: None, anonymous: Some(anonymous) } => Ok(anonymous::build(anonymous)),
+        _ => Err(vec![(String::new(), format!("give one of {} and nothing else", KINDS.join(", ")))]),
+    }
+}
+
+/// Every built-in kind: the word in `policy.yaml`.
+pub const KINDS: &[&str] = &["keys", "anonymous"];
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::time::Duration;
+
+    use http::HeaderValue;
+
+    use super::*;
+
+    pub fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_str(value).unwrap())).collect()
+    }
+
+    /// Builds what this JSON says, with a pepper and no files.
+    pub fn built(json: &str) -> Result<Vec<Built>, Vec<Wrong>> {
+        let configs: Vec<Config> = serde_json::from_str(json).unwrap();
+        let mut world = World {
+            secret: &mut |_| Ok(Secret::new("a pepper of thirty-two characters")),
+            entries: &mut |path| Err(vec![format!("{} cannot be read", path.display())]),
+            time: |text| text.parse().ok().map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
+        };
+        build(&configs, &mut world)
+    }
+
+    #[test]
+    fn tokens_come_from_three_headers_in_this_order() {
+        let headers =
+            headers(&[("api-key", "c"), ("x-api-key", " b "), ("authorization", "bearer  a"), ("x-key", "d")]);
+        let tokens: Vec<&[u8]> = Credentials::of(&headers).tokens().collect();
+        assert_eq!(tokens, [b"a", b"b", b"c"]);
+    }
+
+    #[test]
+    fn only_a_bearer_is_a_token() {
+        for value in ["Basic YTpi", "ig_abc", "Bearer", "", "Bearerx"] {
+            assert_eq!(Credentials::of(&headers(&[("authorization", value)])).tokens().count(), 0, "{value}");
+        }
+    }
+
+    #[test]
+    fn whoever_is_never_asked_is_an_error() {
+        let anonymous = r#"{"anonymous":{"tenant":"public"}}"#;
+        let keys = r#"{"keys":{"pepper":{"env":"P"}}}"#;
+        assert_eq!(built(&format!("[{keys},{anonymous}]")).map(|built| built.len()).ok(), Some(2));
+        for wrong in [format!("[{anonymous},{keys}]"), format!("[{keys},{keys}]"), format!("[{anonymous},{anonymous}]")]
+        {
+            assert_eq!(built(&wrong).err().unwrap()[0].0, "[1]", "{wrong}");
+        }
+        assert!(built("[{}]").err().unwrap()[0].1.contains("give one of keys, anonymous"));
+    }
+}
