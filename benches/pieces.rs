@@ -162,6 +162,8 @@ fn record<'a>(trace: Trace, decisions: &'a [Decision], attempts: &'a [Attempt], 
         decisions,
         attempts: AttemptList { list: attempts, moment },
         usage,
+        cost: None,
+        unpriced: false,
         bytes: BodyBytes { request: 1024, answer: 587 },
         capture: None,
         times: Times {

@@ -1,16 +1,19 @@
 //! The operators' port: is it alive, is it ready, what does it measure, which policy is in force, reload.
 
+pub mod access;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE, ORIGIN};
+use http::header::{ALLOW, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Body;
 use serde_json::{Value, json};
 
+use self::access::{Access, Denied, Need};
 use crate::audit::journal::By;
 use crate::audit::read;
 use crate::house::House;
@@ -19,6 +22,7 @@ use crate::policy::reload::{Reloaded, reload};
 use crate::pool::breaker::State as BreakerState;
 use crate::pool::origin::Endpoint;
 use crate::relay::server::Certificates;
+use crate::settings::Role;
 use crate::telemetry::EndpointLevel;
 
 /// What answers on the admin listener.
@@ -28,23 +32,35 @@ pub struct Admin {
     policy: Option<PathBuf>,
     certificates: Certificates,
     levels: Levels,
+    access: Access,
 }
 
 type Answer = Response<Full<Bytes>>;
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Every path: what it takes and what it is for.
-const PATHS: &[(&str, Method, &str)] = &[
-    ("/livez", Method::GET, "200 as long as the process can answer"),
-    ("/readyz", Method::GET, "200 if new requests are welcome"),
-    ("/metrics", Method::GET, "metrics in OpenMetrics' text format"),
-    ("/admin/policy", Method::GET, "the policy in force, and what was wrong with the newest file"),
-    ("/admin/upstreams", Method::GET, "every endpoint: health, breaker, requests in flight"),
-    ("/admin/reload", Method::POST, "reads policy, secrets and certificates again"),
-    ("/admin/v1/requests/{id}", Method::GET, "the record of a request, by the x-request-id of its answer"),
-    ("/admin/v1/breaker", Method::POST, "?pool=P&address=A&state=open|closed: takes an endpoint out, or back in"),
-    ("/admin/v1/log", Method::GET, "what is logged, by module"),
-    ("/admin/v1/log", Method::PUT, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
+const VIEWER: Need = Need::Role(Role::Viewer);
+const OPERATOR: Need = Need::Role(Role::Operator);
+
+/// One thing that can be done here: the path, the method, what it takes, and what it is for.
+type Entry = (&'static str, Method, Need, &'static str);
+
+/// Every path.
+const PATHS: &[Entry] = &[
+    ("/livez", Method::GET, Need::Nothing, "200 as long as the process can answer"),
+    ("/readyz", Method::GET, Need::Nothing, "200 if new requests are welcome"),
+    ("/metrics", Method::GET, Need::Metrics, "metrics in OpenMetrics' text format"),
+    ("/admin/policy", Method::GET, VIEWER, "the policy in force, and what was wrong with the newest file"),
+    ("/admin/upstreams", Method::GET, VIEWER, "every endpoint: health, breaker, requests in flight"),
+    ("/admin/reload", Method::POST, OPERATOR, "reads policy, secrets and certificates again"),
+    ("/admin/v1/requests/{id}", Method::GET, VIEWER, "the record of a request, by the x-request-id of its answer"),
+    (
+        "/admin/v1/breaker",
+        Method::POST,
+        OPERATOR,
+        "?pool=P&address=A&state=open|closed: takes an endpoint out, or back in",
+    ),
+    ("/admin/v1/log", Method::GET, VIEWER, "what is logged, by module"),
+    ("/admin/v1/log", Method::PUT, OPERATOR, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
 ];
 
 /// How long a breaker stays open that was opened by hand.
@@ -54,7 +70,7 @@ const BY_HAND: Duration = Duration::from_secs(3600);
 const BODY_BYTES_MAX: usize = 16 << 10;
 
 /// The path's entries in the list, one a method. A word in braces stands for the rest of the path.
-fn entries(path: &str) -> Vec<&'static (&'static str, Method, &'static str)> {
+fn entries(path: &str) -> Vec<&'static Entry> {
     let fits = |pattern: &str| match pattern.split_once('{') {
         Some((before, _)) => path.strip_prefix(before).is_some_and(|rest| !rest.is_empty() && !rest.contains('/')),
         None => pattern == path,
@@ -64,32 +80,42 @@ fn entries(path: &str) -> Vec<&'static (&'static str, Method, &'static str)> {
 
 impl Admin {
     /// The admin port of `house`.
-    pub fn new(house: Arc<House>, policy: Option<PathBuf>, certificates: Certificates, levels: Levels) -> Self {
-        Self { house, policy, certificates, levels }
+    pub fn new(
+        house: Arc<House>,
+        policy: Option<PathBuf>,
+        certificates: Certificates,
+        levels: Levels,
+        access: Access,
+    ) -> Self {
+        Self { house, policy, certificates, levels, access }
     }
 
     /// Answers one request, which came from `peer`.
     pub async fn answer<B: Body<Error: Into<BoxError>>>(&self, request: Request<B>, peer: Option<String>) -> Answer {
         let known = entries(request.uri().path());
         let Some((pattern, ..)) = known.first() else {
-            let list = PATHS.iter().map(|(path, method, what)| format!("{method} {path}: {what}\n"));
+            let list = PATHS.iter().map(|(path, method, _, what)| format!("{method} {path}: {what}\n"));
             return text(StatusCode::NOT_FOUND, list.collect());
         };
         let method = request.method();
-        if !known.iter().any(|(_, known, _)| known == method) {
-            let methods: Vec<&str> = known.iter().map(|(_, method, _)| method.as_str()).collect();
+        let Some((_, _, need, _)) = known.iter().find(|(_, known, ..)| known == method) else {
+            let methods: Vec<&str> = known.iter().map(|(_, method, ..)| method.as_str()).collect();
             let methods = methods.join(", ");
             let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, format!("this path takes {methods}\n"));
             if let Ok(allow) = methods.parse() {
                 answer.headers_mut().insert(ALLOW, allow);
             }
             return answer;
-        }
+        };
         // A page that an operator has open must not be able to change anything for them.
         if *method != Method::GET && request.headers().contains_key(ORIGIN) {
             return text(StatusCode::FORBIDDEN, "browsers may not do this\n".to_owned());
         }
-        let by = By { how: "admin", address: peer };
+        let operator = match self.access.admit(*need, request.headers(), SystemTime::now()) {
+            Ok(operator) => operator,
+            Err(denied) => return not_let_in(&denied, request.uri().path()),
+        };
+        let by = By { how: "admin", address: peer, principal: operator.map(|operator| operator.name.to_string()) };
         let query = request.uri().query().unwrap_or_default();
         match *pattern {
             "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
@@ -257,6 +283,25 @@ fn breaker_level(endpoint: &Endpoint, now: Instant) -> i64 {
         BreakerState::HalfOpen => 1,
         BreakerState::Open(_) => 2,
     }
+}
+
+/// The answer to somebody who may not do this.
+fn not_let_in(denied: &Denied, path: &str) -> Answer {
+    let (status, error) = match denied {
+        Denied::Unknown => {
+            (StatusCode::UNAUTHORIZED, "give an operator's key as `Authorization: Bearer KEY`".to_owned())
+        }
+        Denied::Lesser(name, role) => {
+            tracing::warn!(operator = %name, path, ?role, "an operator asked for more than their role allows");
+            (StatusCode::FORBIDDEN, format!("this takes the role {}", format!("{role:?}").to_lowercase()))
+        }
+    };
+    let mut answer = json_answer(status, &json!({"error": error}));
+    if status == StatusCode::UNAUTHORIZED {
+        let scheme = http::HeaderValue::from_static("Bearer realm=\"infergate-admin\"");
+        answer.headers_mut().insert(WWW_AUTHENTICATE, scheme);
+    }
+    answer
 }
 
 fn text(status: StatusCode, body: String) -> Answer {

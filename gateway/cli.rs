@@ -3,6 +3,8 @@
 mod audit;
 mod check;
 mod explain;
+mod key;
+mod prices;
 mod reference;
 mod schema;
 mod serve;
@@ -35,6 +37,10 @@ enum Command {
     Audit(audit::Audit),
     /// Tell what happened to a request
     Explain(explain::Explain),
+    /// Make API keys, tell whose a key is
+    Key(key::Key),
+    /// Check a file of prices, or make one
+    Prices(prices::Prices),
     /// Print the JSON Schema of the policy
     Schema(schema::Schema),
     /// Print the reference of the policy as Markdown
@@ -62,6 +68,8 @@ pub fn run() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Audit(audit) => audit.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Key(key) => key.run(),
+        Command::Prices(prices) => prices.run(),
         Command::Schema(schema) => schema.run(),
         Command::Reference(reference) => reference.run(),
         Command::Simulate(simulate) => simulate.run(),

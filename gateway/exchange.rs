@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use http::Method;
+use infergate_plugins::authenticator::Mark;
 
 use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
@@ -13,6 +14,9 @@ use crate::audit::record::{
     PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::house::House;
+use crate::identity::Who;
+use crate::money::NanoUsd;
+use crate::money::bill::{Bill, Cost, End as Whole};
 use crate::policy::file::{Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
@@ -20,6 +24,7 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
 use crate::relay::{Downstream, Tally};
 use crate::surface::{Surface, UNKNOWN};
+use crate::usage::{Meter, Usage};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
 
@@ -39,6 +44,8 @@ pub struct Exchange {
     pub times: Stages,
     /// Attempts so far.
     pub attempts: Attempts,
+    /// Who asks; nobody in particular where the policy asks for no key.
+    pub who: Option<Who>,
     /// The model that the client asked for, clipped.
     pub asked: Option<Box<str>>,
     /// The policy's entry for it.
@@ -51,6 +58,8 @@ pub struct Exchange {
     pub trace: Option<Trace>,
     /// What went to the client, and what it tells.
     pub tally: Tally,
+    /// What it comes to, where the policy has prices and a model has begun to answer.
+    pub bill: Option<Bill>,
     caller: Caller,
     decisions: Decisions,
     ending: End,
@@ -117,6 +126,7 @@ impl Exchange {
                 first: now,
             },
             attempts: Attempts::new(),
+            who: None,
             asked: None,
             route: None,
             streaming: false,
@@ -124,6 +134,7 @@ impl Exchange {
             trace: policy.traces.as_ref().map(|traces| traces.place(Context::of(&head.headers))),
             policy,
             tally: Tally::default(),
+            bill: None,
             caller: Caller {
                 peer: downstream.peer(),
                 protocol: downstream.protocol(),
@@ -143,6 +154,11 @@ impl Exchange {
     /// What the client itself calls it, if that can stand in a header of ours.
     pub fn client_id(&self) -> Option<&str> {
         self.caller.request_id.as_deref().filter(|id| is_sane_id(id))
+    }
+
+    /// What its caller is found by again when the policy changes, where anybody is known.
+    pub fn mark(&self) -> Option<Mark> {
+        self.who.as_ref().map(|who| who.identity.mark)
     }
 
     /// Whether its record can be kept, where there is a journal.
@@ -275,6 +291,7 @@ impl Exchange {
     fn record(&self, ended: Instant) -> Record<'_> {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
+        let (usage, cost, unpriced) = self.spent();
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         Record {
             id: self.id,
@@ -290,13 +307,15 @@ impl Exchange {
                 request_id: self.caller.request_id.as_deref(),
             },
             trace: self.trace,
-            principal: None,
-            tenant: None,
+            principal: self.who.as_ref().map(|who| &*who.identity.principal),
+            tenant: self.who.as_ref().map(|who| &*who.tenant.name),
             model: self.models(),
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
             attempts: AttemptList { list: &self.attempts, moment },
-            usage: self.tally.usage(),
+            usage,
+            cost,
+            unpriced,
             bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
             capture: self.tally.capture.as_deref().map(Capture::mark),
             times: Times {
@@ -311,6 +330,27 @@ impl Exchange {
             message: self.ending.message.as_deref().map(clip),
             moment,
         }
+    }
+
+    /// What an answer costs that is here as a whole, if that is known.
+    pub fn costs(&self, body: &[u8]) -> Option<NanoUsd> {
+        let bill = self.bill.as_ref()?;
+        let mut meter = Meter::new(self.surface.operation, false);
+        if bill.asks_service_tier() {
+            meter = meter.with_service_tier();
+        }
+        meter.push(body);
+        bill.settle(meter.usage(), Whole { bytes: body.len() as u64, events: false, whole: true }).1.flatten()
+    }
+
+    /// What it used, what that cost, and whether something of it has no price.
+    fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
+        let whole = self.ending.outcome == Outcome::Ok;
+        let told = self.tally.usage(whole);
+        let Some((bill, book)) = self.bill.as_ref().zip(self.policy.prices.as_ref()) else { return (told, None, false) };
+        let (usage, cost) = bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole });
+        let priced = |nanousd| Cost { nanousd, prices: &book.version };
+        (usage, cost.flatten().map(priced), cost == Some(None))
     }
 
     fn models(&self) -> Models<'_> {

@@ -2,6 +2,7 @@
 //!
 //! Everything here happens before the first piece of an answer has reached the client.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,6 +13,7 @@ use infergate_plugins::provider::Reason;
 use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
 use crate::house::House;
+use crate::identity;
 use crate::local;
 use crate::pipeline::{Planned, Stop, drain, waiting};
 use crate::policy::file::Cause;
@@ -22,7 +24,7 @@ use crate::pool::{Picked, Pool, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
-use crate::scan;
+use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
 
 /// The longest pause that an upstream's `Retry-After` can ask for.
@@ -91,6 +93,11 @@ impl Planned {
     /// One number bounds all attempts of a request, on whatever pools.
     fn attempts_max(&self) -> u32 {
         self.route.stages[0].pool.retry.attempts
+    }
+
+    /// The edits with which this upstream is asked for the usage of its stream; none where it is not.
+    pub fn asks_for_usage(&self, upstream: &Upstream) -> Option<&[Edit]> {
+        self.usage_edits.as_deref().filter(|_| upstream.provider.takes_stream_options())
     }
 }
 
@@ -260,10 +267,15 @@ pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Stri
     stage.other_name(upstream).or_else(asked).unwrap_or_default().to_owned()
 }
 
-/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another.
+/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another,
+/// and for the question of what a stream used where the policy wants to know and the client does not.
 fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
     let edit = stage.other_name(upstream).and_then(|name| planned.scan.rename_model(name));
-    scan::splice(&planned.received.body, &mut edit.into_iter().collect::<Vec<_>>())
+    let mut edits: Vec<Edit> = edit.into_iter().collect();
+    if let Some(asks) = planned.asks_for_usage(upstream) {
+        edits.extend_from_slice(asks);
+    }
+    scan::splice(&planned.received.body, &mut edits)
 }
 
 fn request_head<'a>(
@@ -499,7 +511,14 @@ pub async fn tunnel(
                 picked.endpoint.breaker.success(&pool.breaker, now);
                 exchange.attempt_answers(now, 101);
                 exchange.answering(now, 101);
-                relay::carry(*tunnel, downstream, &mut exchange.body_bytes, &mut exchange.tally.bytes).await;
+                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark()));
+                let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
+                if relay::carry(*tunnel, downstream, from, to, cut).await {
+                    picked.upstream.attempts.cancelled.inc();
+                    exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
+                    exchange.refused(&identity::revoked_refusal());
+                    return Ok(());
+                }
                 picked.upstream.attempts.answered.inc();
                 exchange.attempt_ends(Ending::Answered, None);
                 exchange.completed();

@@ -5,11 +5,13 @@
 //! | room | what is in it |
 //! |---|---|
 //! | [`pipeline`], [`failover`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
+//! | [`identity`] | who asks, and what they may use |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
+//! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
@@ -22,9 +24,11 @@ pub mod egress;
 pub mod exchange;
 pub mod failover;
 pub mod house;
+pub mod identity;
 pub mod local;
 pub mod logging;
 pub mod memory;
+pub mod money;
 pub mod pipeline;
 pub mod policy;
 pub mod pool;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::pipeline::{Identified, Stop};
-use crate::policy::{Policy, Route};
+use crate::policy::Route;
 use crate::refusal::{Code, Refusal};
 use crate::relay::{AnswerHead, Downstream};
 
@@ -19,7 +19,7 @@ pub async fn answer(
     identified: &Identified,
 ) -> Result<(), Stop> {
     let (status, body) = match identified.surface.path {
-        "/v1/models" => (StatusCode::OK, models(&exchange.policy)),
+        "/v1/models" => (StatusCode::OK, models(exchange)),
         "/version" => (StatusCode::OK, json!({"version": env!("CARGO_PKG_VERSION"), "server": "infergate"})),
         _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
         _ => (StatusCode::SERVICE_UNAVAILABLE, json!({"status": "not ready"})),
@@ -35,8 +35,8 @@ pub async fn answer(
     downstream.answer(Box::new(head), body, close).await.map_err(|_| Stop::Gone)
 }
 
-/// `GET /v1/models` in OpenAI's shape, with what each model is and where it lives.
-fn models(policy: &Policy) -> Value {
+/// `GET /v1/models` in OpenAI's shape, with what each model is and where it lives: those that the caller may use.
+fn models(exchange: &Exchange) -> Value {
     let entry = |name: &str, route: &Route| {
         let stages: Vec<&str> = route.stages.iter().map(|stage| &*stage.pool.name).collect();
         let providers: Vec<&str> = route
@@ -54,7 +54,9 @@ fn models(policy: &Policy) -> Value {
         })
     };
     // A pattern is no name that a client could send.
-    let named = policy.listed().iter().filter(|(name, _)| !name.contains('*'));
+    let named = exchange.policy.listed().iter().filter(|(name, _)| !name.contains('*'));
+    let may = |name: &str, route: &Route| exchange.who.as_ref().is_none_or(|who| who.tenant.may_use(route, Some(name)));
+    let named = named.filter(|(name, route)| may(name, route));
     json!({"object": "list", "data": named.map(|(name, route)| entry(name, route)).collect::<Vec<_>>()})
 }
 

@@ -4,12 +4,13 @@
 //! connection. Each stage owns what it produced and hands it to the next.
 
 use std::borrow::Cow;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, UPGRADE};
-use http::{HeaderValue, Method};
+use http::{HeaderValue, Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::audit::capture::Capture;
@@ -17,12 +18,15 @@ use crate::audit::record::{Ending, clip};
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::house::House;
+use crate::identity;
 use crate::local;
-use crate::policy::Route;
+use crate::money::{self, bill::Bill};
+use crate::policy::{Passthrough, Route, Stage};
 use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Waiting};
-use crate::scan::{self, Scan};
+use crate::pool::Upstream;
+use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Waiting};
+use crate::scan::{self, Edit, Field, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
 
@@ -69,6 +73,8 @@ pub struct Planned {
     pub received: Received,
     /// Where the deciding fields stand.
     pub scan: Scan,
+    /// The edits that ask for a stream's usage, where the policy wants it and the client did not ask.
+    pub usage_edits: Option<Vec<Edit>>,
     /// Whether the answer is to be a stream.
     pub streaming: bool,
     /// The pools to ask.
@@ -131,6 +137,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
         return Err(refusal.retry_after(Duration::from_secs(1)).into());
     }
+    identity::identify(exchange, &head.headers, path_in_policy(exchange.surface, passthrough))?;
     if found.is_none() && passthrough.is_none() {
         let path: String = path.chars().take(200).collect();
         return Err(Refusal::new(Code::NotFound, format!("nothing is served at {path}")).into());
@@ -140,7 +147,6 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         return Err(Refusal::new(Code::MethodNotAllowed, message).into());
     }
     let upgrade = upgrade(exchange.surface, downstream, passthrough.is_some_and(|entry| entry.websocket))?;
-    exchange.decide("identify", "anonymous", "allow", "the policy asks for no key");
     let query = forwarded_query(head.uri.query().unwrap_or_default());
     Ok(Identified {
         surface: exchange.surface,
@@ -148,6 +154,14 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         passthrough: passthrough.filter(|_| found.is_none()).map(|entry| entry.route.clone()),
         upgrade,
     })
+}
+
+/// The endpoint as lists in the policy name it.
+fn path_in_policy<'a>(surface: &Surface, passthrough: Option<&'a Passthrough>) -> &'a str {
+    match passthrough {
+        Some(entry) if *surface == surface::PASSTHROUGH => &entry.path,
+        _ => surface.path,
+    }
 }
 
 /// No work is done whose record could not be kept, unless the policy says that it may.
@@ -235,8 +249,8 @@ fn admit(
     exchange.asked = model.as_deref().map(|name| clip(name).into());
     let streaming = identified.surface.always_streams() || scan.stream(&received.body).map_err(invalid)?;
     let route = match &identified.passthrough {
-        Some(route) => route.clone(),
-        None => policy.route(model.as_deref())?.clone(),
+        Some(route) => identity::may_pass(exchange, route).map(|()| route.clone())?,
+        None => identity::route(exchange, model.as_deref())?,
     };
     let operation = identified.surface.operation;
     if !route.stages.iter().any(|stage| stage.pool.serves(operation)) {
@@ -250,7 +264,9 @@ fn admit(
     let header = policy.priority_header.as_ref().and_then(|name| downstream.head().headers.get(name));
     let priority = policy.priority(header, &route);
     let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
-    Ok(Planned { identified, scan, streaming, route, priority, total, received })
+    let asks = policy.asks_for_usage && streaming && matches!(operation, Operation::Chat | Operation::Completions);
+    let usage_edits = if asks { scan.ask_for_usage(&received.body) } else { None };
+    Ok(Planned { identified, scan, usage_edits, streaming, route, priority, total, received })
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -305,6 +321,12 @@ async fn relay(
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
+    if exchange.mark().is_some_and(|mark| identity::is_revoked(house, &exchange.policy, &mark)) {
+        answer.discard(&house.connections, &picked.endpoint.target).await;
+        picked.upstream.attempts.cancelled.inc();
+        exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
+        return Err(identity::revoked_refusal().into());
+    }
     if downstream.head_sent() && !is_events {
         // A sign of life has promised an event stream already.
         let message = format!("the upstream answered with status {} and no stream", answer.head.status.as_u16());
@@ -313,21 +335,33 @@ async fn relay(
     }
     let (head, answer) = answer.split();
     let status = head.status.as_u16();
+    let model = failover::model_at(exchange, stage, picked.upstream);
+    exchange.bill = bill(exchange, &planned, stage, picked.upstream, &model, head.status);
+    let whole_costs = answer.whole(&head).and_then(|body| exchange.costs(body));
     let head = if downstream.head_sent() {
         None
     } else {
-        let model = failover::model_at(exchange, stage, picked.upstream);
-        Some(failover::head_for_client(head, answer.first_at, is_events, picked.upstream, exchange, &model)?)
+        let upstream = picked.upstream;
+        let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, &model)?;
+        if let Some(cost) = whole_costs {
+            local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
+        }
+        Some(head)
     };
     exchange.answering(answer.first_at, status);
-    exchange.tally.begin(planned.identified.surface.operation, is_events);
+    let reading = Reading {
+        events: is_events,
+        hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
+        service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
+    };
+    exchange.tally.begin(planned.identified.surface.operation, reading);
     // What tells the end of an answer is its last piece where its length is known: it waits for the record.
     downstream.hold_last(exchange.is_durable() && !is_events);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
+    let (target, cut) = (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark())));
     let tally = &mut exchange.tally;
-    let passed =
-        relay::pass_on(downstream, tally, &house.connections, &picked.endpoint.target, (head, answer), pace).await;
+    let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);
     match passed {
         Passed::Whole => {
@@ -346,6 +380,12 @@ async fn relay(
             exchange.attempt_ends(Ending::Cancelled, None);
             Err(Stop::Gone)
         }
+        Passed::Broken(Code::KeyRevoked, why) => {
+            picked.upstream.attempts.cancelled.inc();
+            exchange.attempt_ends(Ending::Cancelled, Some(why.into()));
+            broken_off(exchange, downstream, identity::revoked_refusal(), is_events).await;
+            Ok(())
+        }
         Passed::Broken(code, why) => {
             picked.upstream.attempts.broken.inc();
             picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
@@ -355,6 +395,25 @@ async fn relay(
             Ok(())
         }
     }
+}
+
+/// Opens the bill for an answer that begins, where the policy has prices.
+fn bill(
+    exchange: &Exchange,
+    planned: &Planned,
+    stage: &Stage,
+    upstream: &Upstream,
+    model: &str,
+    status: StatusCode,
+) -> Option<Bill> {
+    let (book, surface) = (exchange.policy.prices.as_ref()?, planned.identified.surface);
+    if !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
+        return None;
+    }
+    let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
+    let body = &planned.received.body;
+    let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
+    Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
 }
 
 /// How often a silent stream gets a sign of life.
@@ -401,6 +460,9 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
     set("x-infergate-attempts", exchange.attempt_count().to_string())?;
     if let Some(seconds) = refusal.retry_after_s() {
         set("retry-after", seconds.to_string())?;
+    }
+    if refusal.code.status() == StatusCode::UNAUTHORIZED {
+        set("www-authenticate", "Bearer realm=\"infergate\"".to_owned())?;
     }
     if refusal.code == Code::MethodNotAllowed {
         set("allow", exchange.surface.method.to_string())?;

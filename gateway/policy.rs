@@ -1,8 +1,11 @@
 //! The compiled policy: what the YAML means, immutable, swapped whole, pinned by each request.
 
+mod authenticators;
 pub mod file;
+pub mod prices;
 pub mod problem;
 pub mod reload;
+mod tenants;
 mod traces;
 
 use std::collections::{BTreeMap, HashMap};
@@ -11,11 +14,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{HeaderName, HeaderValue, Method};
+use infergate_plugins::authenticator::Authenticator;
 use infergate_plugins::{provider, sink};
 use sha2::{Digest, Sha256};
 
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
+pub use self::authenticators::authenticators;
+pub(crate) use self::authenticators::time;
+pub use self::tenants::{Tenant, Tenants};
+use crate::money::book::Book;
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
 use crate::refusal::{Code, Refusal};
@@ -23,7 +31,7 @@ use crate::secret::{self, Secret, SecretSource};
 use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::trace::Traces;
-use crate::telemetry::{Meters, Telemetry};
+use crate::telemetry::{Meters, SpentMeters, Telemetry};
 
 /// What every request is decided by.
 #[derive(Debug)]
@@ -34,6 +42,10 @@ pub struct Policy {
     pub revision: u64,
     /// What holds for every request.
     pub requests: file::Requests,
+    /// Who may ask, in the order in which they are asked; `None`: everybody may.
+    pub authenticators: Option<Vec<Arc<dyn Authenticator>>>,
+    /// Who pays.
+    pub tenants: Tenants,
     /// The pools, by name.
     pub pools: BTreeMap<String, Arc<Pool>>,
     /// Paths that pass through unread.
@@ -42,10 +54,14 @@ pub struct Policy {
     pub priority_header: Option<HeaderName>,
     /// The classes of urgency.
     pub priorities: BTreeMap<String, file::Priority>,
-    /// The files whose secrets are in it.
+    /// The files whose secrets or keys are in it.
     pub secret_files: Vec<PathBuf>,
     /// What becomes of records.
     pub audit: file::Audit,
+    /// What models cost, if somebody pays.
+    pub prices: Option<Book>,
+    /// Whether streams are asked for the usage that their clients did not ask for.
+    pub asks_for_usage: bool,
     /// Where the lines of the journal go.
     pub sinks: Vec<Arc<sink::Outlet>>,
     /// Which traces are kept and where they go; none is, without it.
@@ -79,12 +95,14 @@ pub struct Route {
     pub verdict: Arc<str>,
     /// The handles of its metrics.
     pub meters: Meters,
+    /// The handles of what it costs.
+    pub spent: SpentMeters,
 }
 
 impl Route {
     fn new(stages: Vec<Stage>, priority: Option<file::Priority>, model: file::Model) -> Arc<Self> {
         let pools: Vec<&str> = stages.iter().map(|stage| &*stage.pool.name).collect();
-        Arc::new(Self { verdict: pools.join(", ").into(), rule: model.name.as_str().into(), stages, priority, model, meters: Meters::default() })
+        Arc::new(Self { verdict: pools.join(", ").into(), rule: model.name.as_str().into(), stages, priority, model, meters: Meters::default(), spent: SpentMeters::default() })
     }
 
     /// How a request that asks for `asked` came to this entry.
@@ -97,6 +115,11 @@ impl Route {
             None if self.model.name.starts_with('/') => "by its path",
             None => "the default model, because the request names none",
         }
+    }
+
+    /// Whether the entry itself has this name, so that it is not the default model that took it.
+    pub fn knows(&self, name: &str) -> bool {
+        name == self.model.name || self.model.aliases.iter().any(|alias| alias == name) || self.takes(name)
     }
 
     fn takes(&self, name: &str) -> bool {
@@ -131,7 +154,8 @@ impl Stage {
 /// A path that passes through unread.
 #[derive(Debug)]
 pub struct Passthrough {
-    path: String,
+    /// The path as the policy has it.
+    pub path: String,
     methods: Vec<Method>,
     /// Whether WebSockets may be opened.
     pub websocket: bool,
@@ -195,16 +219,28 @@ impl Problems {
 
 /// Reads and compiles `text`: a policy, or all that is wrong with it.
 pub fn compile(text: &str, world: &World<'_>) -> Result<Policy, Problems> {
+    compile_in(None, text, world)
+}
+
+/// The same for a text that lies in a directory, for the files that it names beside itself.
+fn compile_in(directory: Option<&Path>, text: &str, world: &World<'_>) -> Result<Policy, Problems> {
+    let (document, file) = parse(text)?;
+    let mut compiler = Compiler::new(document, text, world);
+    compiler.directory = directory.map(Path::to_owned);
+    let policy = compiler.policy(file);
+    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems::in_order(compiler.problems)) }
+}
+
+/// Reads `text` and nothing that it names.
+pub fn parse(text: &str) -> Result<(Document, File), Problems> {
     let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
     let problems = document.against(&schema());
     if !problems.is_empty() {
         return Err(Problems::in_order(problems));
     }
-    let file: File = serde_json::from_value(document.value.clone())
+    let file = serde_json::from_value(document.value.clone())
         .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
-    let mut compiler = Compiler::new(document, text, world);
-    let policy = compiler.policy(file);
-    if compiler.problems.is_empty() { Ok(policy) } else { Err(Problems::in_order(compiler.problems)) }
+    Ok((document, file))
 }
 
 /// Compiles a policy that was not written by a person but made of parts (`--upstream`).
@@ -216,11 +252,15 @@ pub fn compile_file(file: File, source: &str, world: &World<'_>) -> Result<Polic
 
 /// Reads the file at `path` and compiles it.
 pub fn load(path: &Path, world: &World<'_>) -> Result<Policy, Problems> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    compile_in(path.parent(), &read(path)?, world)
+}
+
+/// The text of the file at `path`.
+pub fn read(path: &Path) -> Result<String, Problems> {
+    std::fs::read_to_string(path).map_err(|error| {
         let message = format!("cannot be read: {error}");
         Problems(vec![Problem { place: None, path: String::new(), message }])
-    })?;
-    compile(&text, world)
+    })
 }
 
 struct Compiler<'a> {
@@ -230,12 +270,19 @@ struct Compiler<'a> {
     /// The hash of the file and of what it names.
     secrets: Sha256,
     secret_files: Vec<PathBuf>,
+    /// Where the file lies.
+    directory: Option<PathBuf>,
 }
 
 impl<'a> Compiler<'a> {
     fn new(document: Document, source: &str, world: &'a World<'a>) -> Self {
         let secrets = Sha256::new_with_prefix(source);
-        Self { document, world, problems: Vec::new(), secrets, secret_files: Vec::new() }
+        Self { document, world, problems: Vec::new(), secrets, secret_files: Vec::new(), directory: None }
+    }
+
+    /// A path that the policy gives, which begins where the policy lies.
+    fn beside(&self, path: &Path) -> PathBuf {
+        self.directory.as_ref().map_or_else(|| path.to_owned(), |directory| directory.join(path))
     }
 
     fn wrong(&mut self, path: &str, message: impl Into<String>) {
@@ -250,9 +297,13 @@ impl<'a> Compiler<'a> {
             .map(|(name, pool)| (name.clone(), Arc::new(self.pool(&format!("pools.{name}"), name, pool))))
             .collect();
         let models = self.models(&file, &pools);
+        let authenticators = self.authenticators(&file);
+        let tenants = self.tenants(&file, &models);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
         self.requests(&file.requests);
+        let prices = self.prices(&file);
+        let asks_for_usage = prices::asks_for_usage(&file);
         let traces = file.telemetry.traces.as_ref().and_then(|traces| self.traces(traces));
         Policy {
             sinks: self.sinks(&file.audit.sinks),
@@ -260,11 +311,15 @@ impl<'a> Compiler<'a> {
             revision: 0,
             priority_header: file.requests.priority_header.as_deref().and_then(|name| name.parse().ok()),
             requests: file.requests,
+            authenticators,
+            tenants,
             pools,
             passthrough,
             priorities: file.priorities,
             secret_files: std::mem::take(&mut self.secret_files),
             audit: file.audit,
+            prices,
+            asks_for_usage,
             traces,
             models,
         }
@@ -550,12 +605,16 @@ impl Policy {
             hash: "none".to_owned(),
             revision: 0,
             requests: file::Requests::default(),
+            authenticators: None,
+            tenants: Tenants::default(),
             pools: BTreeMap::new(),
             passthrough: Vec::new(),
             priority_header: None,
             priorities: BTreeMap::new(),
             secret_files: Vec::new(),
             audit: file::Audit::default(),
+            prices: None,
+            asks_for_usage: false,
             sinks: Vec::new(),
             traces: None,
             models: Models::default(),
@@ -564,6 +623,11 @@ impl Policy {
 
     /// Where the model `asked` is served: by its name, by the longest pattern, or by the default.
     pub fn route(&self, asked: Option<&str>) -> Result<&Arc<Route>, Refusal> {
+        self.route_among(asked, &|_| true)
+    }
+
+    /// The same for somebody who is told only of the names that they `may` use.
+    pub fn route_among(&self, asked: Option<&str>, may: &dyn Fn(&str) -> bool) -> Result<&Arc<Route>, Refusal> {
         let by_default = || self.models.default.as_deref().and_then(|name| self.models.named(name));
         if let Some(route) = asked.and_then(|name| self.models.named(name)).or_else(by_default) {
             return Ok(route);
@@ -571,7 +635,7 @@ impl Policy {
         let message = match asked {
             Some(name) => {
                 let name: String = name.chars().take(200).collect();
-                let hint = nearest(&name, self.models.exact.keys().map(String::as_str));
+                let hint = nearest(&name, self.models.exact.keys().map(String::as_str).filter(|name| may(name)));
                 format!("no model is named `{name}`{hint}; GET /v1/models lists those that are served")
             }
             None => "the request names no model, and the policy has no default_model".to_owned(),
@@ -615,7 +679,7 @@ impl Passthrough {
 mod tests {
     use super::*;
 
-    fn compiled(text: &str) -> Result<Policy, Problems> {
+    pub(super) fn compiled(text: &str) -> Result<Policy, Problems> {
         let (state, telemetry) = (State::new(0), Telemetry::new());
         let env = |name: &str| (name == "KEY").then(|| "canary".to_owned());
         let now = Instant::now();
@@ -625,11 +689,11 @@ mod tests {
         )
     }
 
-    fn problems(text: &str) -> Vec<String> {
+    pub(super) fn problems(text: &str) -> Vec<String> {
         compiled(text).unwrap_err().lines("policy.yaml")
     }
 
-    const POOLS: &str = "version: 1\npools:\n  fast: {upstreams: [{url: 'http://127.0.0.1:1'}]}\n  slow: {upstreams: [{url: 'http://127.0.0.1:2'}]}\n";
+    pub(super) const POOLS: &str = "version: 1\npools:\n  fast: {upstreams: [{url: 'http://127.0.0.1:1'}]}\n  slow: {upstreams: [{url: 'http://127.0.0.1:2'}]}\n";
 
     #[test]
     fn the_longest_pattern_wins_and_a_name_beats_every_pattern() {

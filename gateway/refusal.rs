@@ -32,6 +32,14 @@ pub enum Code {
     InvalidBody,
     /// A field that decides something stands twice.
     DuplicateField,
+    /// Nobody knows who asks.
+    InvalidApiKey,
+    /// The caller may not use the model.
+    ModelNotAllowed,
+    /// The caller may not use the endpoint.
+    SurfaceNotAllowed,
+    /// The caller's key was revoked while the answer was on its way.
+    KeyRevoked,
     /// The path is nobody's.
     NotFound,
     /// The path exists, the method does not.
@@ -79,6 +87,10 @@ pub const CODES: &[Code] = &[
     Code::BadRequest,
     Code::InvalidBody,
     Code::DuplicateField,
+    Code::InvalidApiKey,
+    Code::ModelNotAllowed,
+    Code::SurfaceNotAllowed,
+    Code::KeyRevoked,
     Code::NotFound,
     Code::MethodNotAllowed,
     Code::ModelNotFound,
@@ -108,6 +120,10 @@ impl Code {
             Self::BadRequest => "bad_request",
             Self::InvalidBody => "invalid_body",
             Self::DuplicateField => "duplicate_field",
+            Self::InvalidApiKey => "invalid_api_key",
+            Self::ModelNotAllowed => "model_not_allowed",
+            Self::SurfaceNotAllowed => "surface_not_allowed",
+            Self::KeyRevoked => "key_revoked",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::ModelNotFound => "model_not_found",
@@ -137,6 +153,8 @@ impl Code {
             Self::BadRequest | Self::InvalidBody | Self::DuplicateField | Self::UpgradeUnsupported => {
                 StatusCode::BAD_REQUEST
             }
+            Self::InvalidApiKey | Self::KeyRevoked => StatusCode::UNAUTHORIZED,
+            Self::ModelNotAllowed | Self::SurfaceNotAllowed => StatusCode::FORBIDDEN,
             Self::NotFound | Self::ModelNotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -230,6 +248,8 @@ impl Refusal {
     /// Source: Anthropic's API reference, "Errors".
     fn anthropic_type(&self) -> &'static str {
         match self.code.status().as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
             404 => "not_found_error",
             413 => "request_too_large",
             400..=499 => "invalid_request_error",

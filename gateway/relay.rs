@@ -8,6 +8,7 @@ mod attempt;
 mod connection;
 mod downstream;
 pub mod headers;
+mod hide;
 pub mod server;
 mod stream;
 mod tls;
@@ -29,7 +30,7 @@ use crate::pipeline;
 pub use attempt::{Answer, Failure, Order, ask, fetch};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
-pub use stream::{Pace, Passed, Tally, pass_on};
+pub use stream::{Pace, Passed, Reading, Tally, pass_on};
 pub use upgrade::{Tunnelled, carry, tunnel};
 pub use waiting::{Interrupted, Waiting};
 

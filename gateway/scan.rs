@@ -131,6 +131,37 @@ impl Scan {
         Some(Edit { span, text })
     }
 
+    /// The edits after which a chat's stream tells its usage at its end; `None` if it does so already, or cannot be
+    /// made to.
+    pub fn ask_for_usage(&self, body: &[u8]) -> Option<Vec<Edit>> {
+        const ASK: &str = r#"{"include_usage":true}"#;
+        let Some(span) = self.span(Field::StreamOptions) else {
+            let stream = self.span(Field::Stream).filter(|_| !self.raw)?;
+            return Some(vec![Edit { span: stream.end..stream.end, text: format!(",\"stream_options\":{ASK}") }]);
+        };
+        if body.get(span.clone()) == Some(b"null") {
+            return Some(vec![Edit { span, text: ASK.to_owned() }]);
+        }
+        let members = json::members(body, span.clone())?;
+        let named = |name: &str| members.iter().filter(|(known, _)| known == name).collect::<Vec<_>>();
+        let mut edits = Vec::new();
+        match named("include_usage")[..] {
+            [] => {
+                let comma = if members.is_empty() { "" } else { "," };
+                let text = format!("\"include_usage\":true{comma}");
+                edits.push(Edit { span: span.start + 1..span.start + 1, text });
+            }
+            [(_, value)] if matches!(body.get(value.clone()), Some(b"false" | b"null")) => {
+                edits.push(Edit { span: value.clone(), text: "true".to_owned() });
+            }
+            _ => return None,
+        }
+        // vLLM's usage on every event, which means nothing without the one at the end, must not come to life with it.
+        let continuous = named("continuous_usage_stats").into_iter();
+        edits.extend(continuous.map(|(_, value)| Edit { span: value.clone(), text: "false".to_owned() }));
+        Some(edits)
+    }
+
     fn value<'a>(&self, field: Field, body: &'a [u8]) -> Option<&'a [u8]> {
         body.get(self.span(field)?)
     }
@@ -193,6 +224,43 @@ mod tests {
         let scan = json(&body).unwrap();
         let edited = splice(&body, &mut [scan.rename_model("lla\"ma").unwrap()]);
         assert_eq!(edited, "{ \"b\" : 1.00 ,\"model\":\t\"lla\\\"ma\", \"z\":{\"model\":\"inner\"} }");
+    }
+
+    #[test]
+    fn a_stream_is_asked_for_its_usage_where_it_does_not_tell_it() {
+        let asked = |text: &'static str| {
+            let body = Bytes::from_static(text.as_bytes());
+            let edits = json(&body).unwrap().ask_for_usage(&body);
+            edits.map(|mut edits| String::from_utf8(splice(&body, &mut edits).to_vec()).unwrap())
+        };
+        for (came, goes) in [
+            (r#"{"stream": true , "n":1}"#, r#"{"stream": true,"stream_options":{"include_usage":true} , "n":1}"#),
+            (r#"{"stream":true,"stream_options":null}"#, r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
+            (r#"{"stream_options": { },"stream":true}"#, r#"{"stream_options": {"include_usage":true },"stream":true}"#),
+            (
+                r#"{"stream":true,"stream_options":{"x":[1]}}"#,
+                r#"{"stream":true,"stream_options":{"include_usage":true,"x":[1]}}"#,
+            ),
+            (
+                r#"{"stream":true,"stream_options":{"x":1, "incl\u0075de_usage" : false}}"#,
+                r#"{"stream":true,"stream_options":{"x":1, "incl\u0075de_usage" : true}}"#,
+            ),
+            (
+                r#"{"stream":true,"stream_options":{"continuous_usage_stats":true}}"#,
+                r#"{"stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":false}}"#,
+            ),
+        ] {
+            assert_eq!(asked(came).unwrap(), goes);
+        }
+        for left in [
+            r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":"yes"}}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":false,"include_usage":false}}"#,
+            r#"{"stream":true,"stream_options":7}"#,
+            r#"{"n":1}"#,
+        ] {
+            assert_eq!(asked(left), None, "{left}");
+        }
     }
 
     #[test]

@@ -25,6 +25,17 @@ pub fn read(source: &SecretSource, env: &dyn Fn(&str) -> Option<String>) -> Resu
     }
 }
 
+/// The shortest pepper that is taken.
+const PEPPER_MIN: usize = 32;
+
+/// Whether a secret is long enough to be the pepper of hashes.
+pub fn check_pepper(pepper: &Secret) -> Result<(), String> {
+    if pepper.reveal().len() >= PEPPER_MIN {
+        return Ok(());
+    }
+    Err(format!("a pepper has at least {PEPPER_MIN} characters: take what `openssl rand -hex 32` prints"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

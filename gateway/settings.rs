@@ -3,11 +3,14 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use crate::admin::access;
 use crate::policy::Problems;
 use crate::policy::problem::{Document, Problem};
+use crate::secret::{Secret, SecretSource};
 
 /// How the process is set up. Every key has a default.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -113,18 +116,55 @@ pub struct Certificate {
     pub key: PathBuf,
 }
 
-/// Where operators connect.
+/// Where operators connect, and what each of them may do there.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
     /// `IP:PORT`, or `unix:/path/of/a/socket`.
     pub address: String,
+    /// The keys of operators: `infergate key create --role R` makes one and its entry. Absent: whoever reaches the
+    /// address may do everything.
+    pub keys: Vec<AdminKey>,
+    /// The secret that the hashes of these keys are made with: at least 32 characters.
+    pub pepper: Option<SecretSource>,
+    /// Whether `/metrics` is answered without a key. `/livez` and `/readyz` always are.
+    pub open_metrics: bool,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { address: "127.0.0.1:9090".to_owned() }
+        Self { address: "127.0.0.1:9090".to_owned(), keys: Vec::new(), pepper: None, open_metrics: true }
     }
+}
+
+/// One operator's key.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AdminKey {
+    /// Who has it: what they change is on record under this name.
+    #[schemars(length(min = 1))]
+    pub name: String,
+    /// What it allows.
+    pub role: Role,
+    /// The part of it that may be shown: `ig_` and six characters.
+    pub prefix: String,
+    /// HMAC-SHA256 of the whole key under the pepper, in 64 hexadecimal digits.
+    pub hash: String,
+    /// When it ends: `2027-02-01T00:00:00Z`. Absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<String>,
+}
+
+/// What an operator may do. Each role may do what those before it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Look at everything.
+    Viewer,
+    /// Reload, set breakers and log levels.
+    Operator,
+    /// Everything.
+    Owner,
 }
 
 /// Where the journal lies. What becomes of its records is in the policy, under `audit`.
@@ -214,6 +254,15 @@ impl Settings {
         if problems.is_empty() { Ok(settings) } else { Err(Problems::in_order(problems)) }
     }
 
+    /// Whether only this machine reaches the listeners.
+    pub fn is_local(&self) -> bool {
+        let local = |listener: &Listener| match listener.address.parse::<SocketAddr>() {
+            Ok(address) => address.ip().is_loopback(),
+            Err(_) => true, // a Unix socket
+        };
+        self.listeners.iter().all(local)
+    }
+
     /// Threads that serve requests.
     pub fn thread_count(&self) -> usize {
         self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
@@ -246,6 +295,14 @@ impl Settings {
             if let Err(message) = check_address(address) {
                 problems.push(document.problem(&path, message));
             }
+        }
+        // Hashes need no pepper to be looked at.
+        if let Err(wrong) = access::ring(&self.admin.keys, &Secret::new("")) {
+            problems.extend(wrong.into_iter().map(|(path, message)| document.problem(&path, message)));
+        }
+        if !self.admin.keys.is_empty() && self.admin.pepper.is_none() {
+            let message = "`pepper` is missing: the keys were made with one";
+            problems.push(document.problem("admin.keys", message));
         }
         for (index, listener) in self.listeners.iter().enumerate() {
             if u32::from_str_radix(&listener.permissions, 8).is_err() {

@@ -6,6 +6,7 @@ mod evidence;
 mod genai;
 pub mod names;
 mod process;
+mod spent;
 pub mod trace;
 
 use std::collections::HashMap;
@@ -27,6 +28,8 @@ use self::genai::GenAi;
 pub use self::genai::Meters;
 use self::process::Process;
 pub use self::process::Runtimes;
+use self::spent::Spent;
+pub use self::spent::SpentMeters;
 use crate::audit::record::{OUTCOMES, Record};
 use crate::policy::Route;
 use crate::refusal::{CODES, Code};
@@ -113,6 +116,7 @@ pub struct Telemetry {
     registry: Mutex<Registry>,
     genai: GenAi,
     sinks: Sinks,
+    spent: Spent,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
@@ -235,6 +239,7 @@ impl Telemetry {
             journal: JournalMeters::new(registry),
             traces: TraceMeters::new(registry),
             sinks: Sinks::new(registry),
+            spent: Spent::new(registry),
             runtimes,
             genai,
             registry: Mutex::default(),
@@ -283,6 +288,7 @@ impl Telemetry {
         }
         if let Some(route) = route {
             self.genai.finished(record, surface.operation, route);
+            self.spent.finished(record, &route.spent, || self.genai.model(&route.model.name));
         }
     }
 

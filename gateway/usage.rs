@@ -6,6 +6,7 @@
 //! what came before: every brace that is open there is closed behind it.
 
 mod report;
+mod service;
 mod tally;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use memchr::{memchr2, memrchr};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use service::Service;
 use tally::Tally;
 use walk::Walk;
 
@@ -38,9 +40,33 @@ pub struct Usage {
     /// Of the prompt, added to the prefix cache.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_write_tokens: Option<u64>,
+    /// Of those added, the ones that stay for an hour instead of five minutes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_write_1h_tokens: Option<u64>,
     /// Of the answer, spent on reasoning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_tokens: Option<u64>,
+    /// Of the prompt, sound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audio_input_tokens: Option<u64>,
+    /// Of the answer, sound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audio_output_tokens: Option<u64>,
+    /// Of the prompt, images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_input_tokens: Option<u64>,
+    /// Of the answer, images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_output_tokens: Option<u64>,
+    /// Milliseconds of sound that was heard.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audio_ms: Option<u64>,
+    /// Images that were made. Told only where the policy has prices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images: Option<u64>,
+    /// The class of service, where the upstream says it beside its numbers or the price depends on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub service_tier: Option<ServiceTier>,
     /// Where the numbers come from.
     pub source: Source,
 }
@@ -49,6 +75,43 @@ impl Usage {
     /// Whether nothing is known.
     pub fn is_unknown(&self) -> bool {
         self.source == Source::None
+    }
+
+    /// Whether the upstream said it.
+    pub fn is_reported(&self) -> bool {
+        self.source == Source::Upstream
+    }
+}
+
+/// The class of service that an answer had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceTier {
+    /// The usual one: `default`, `standard`, `auto`.
+    Default,
+    /// Slower and cheaper.
+    Flex,
+    /// Much slower and cheaper.
+    Batch,
+    /// Faster and dearer.
+    Priority,
+    /// Bought ahead.
+    Scale,
+    /// One that we do not know.
+    Other,
+}
+
+impl ServiceTier {
+    /// The class that an upstream's word means.
+    fn named(word: &[u8]) -> Self {
+        match word {
+            b"default" | b"standard" | b"auto" => Self::Default,
+            b"flex" => Self::Flex,
+            b"batch" => Self::Batch,
+            b"priority" => Self::Priority,
+            b"scale" => Self::Scale,
+            _ => Self::Other,
+        }
     }
 }
 
@@ -59,8 +122,10 @@ pub enum Source {
     /// There are none.
     #[default]
     None,
-    /// The answer's tokens are the events of a stream that did not say how many it had.
+    /// The upstream did not say them all: the answer's are the events of its stream, or follow from its length.
     Estimated,
+    /// The same, of an answer that did not come to its end.
+    Partial,
     /// The upstream reported them.
     Upstream,
 }
@@ -71,6 +136,7 @@ impl Source {
         match self {
             Self::None => "none",
             Self::Estimated => "estimated",
+            Self::Partial => "partial",
             Self::Upstream => "upstream",
         }
     }
@@ -91,6 +157,7 @@ pub struct Meter {
     tally: Tally,
     keys: &'static [Key],
     finds: Option<Box<Finds>>,
+    service: Option<Box<Service>>,
 }
 
 /// Where the next byte stands.
@@ -144,13 +211,28 @@ impl Meter {
             tally: if events { Tally::of(operation) } else { Tally::default() },
             keys: dialect.keys(),
             finds: None,
+            service: None,
         }
+    }
+
+    /// Looks for the class of service too, which OpenAI's dialects tell beside the report and not in it.
+    pub fn with_service_tier(mut self) -> Self {
+        let level = match (self.dialect, self.events) {
+            (Dialect::OpenAi, _) | (Dialect::Responses, false) => 1,
+            (Dialect::Responses, true) => 2,
+            _ => return self,
+        };
+        self.service = Some(Box::new(Service::at(level, self.events)));
+        self
     }
 
     /// The next bytes of the answer, however they are cut.
     pub fn push(&mut self, piece: &[u8]) {
         if !self.is_complete() {
             self.tally.push(piece);
+        }
+        if let Some(service) = &mut self.service {
+            service.push(piece);
         }
         let (mut at, mut line) = (0, LineEnd(0));
         while at < piece.len() && self.stage != Stage::Over {
@@ -191,7 +273,17 @@ impl Meter {
             usage.output_tokens = usage.output_tokens.max(Some(self.tally.counted));
             usage.source = Source::Estimated;
         }
+        let service = self.service.as_ref().and_then(|service| service.found);
+        usage.service_tier = usage.service_tier.or(service);
         usage
+    }
+
+    /// The same for an answer that did not come to its end.
+    pub fn usage_of_a_part(&self) -> Usage {
+        let usage = self.usage();
+        let complete = self.finds.as_ref().is_some_and(|finds| finds.judged(self.depths()).1);
+        let source = if complete || usage.is_unknown() { usage.source } else { Source::Partial };
+        Usage { source, ..usage }
     }
 
     /// Whether events need not be counted any more.
@@ -526,7 +618,15 @@ impl Usage {
             output_tokens: join(self.output_tokens, other.output_tokens),
             cached_tokens: join(self.cached_tokens, other.cached_tokens),
             cache_write_tokens: join(self.cache_write_tokens, other.cache_write_tokens),
+            cache_write_1h_tokens: join(self.cache_write_1h_tokens, other.cache_write_1h_tokens),
             reasoning_tokens: join(self.reasoning_tokens, other.reasoning_tokens),
+            audio_input_tokens: join(self.audio_input_tokens, other.audio_input_tokens),
+            audio_output_tokens: join(self.audio_output_tokens, other.audio_output_tokens),
+            image_input_tokens: join(self.image_input_tokens, other.image_input_tokens),
+            image_output_tokens: join(self.image_output_tokens, other.image_output_tokens),
+            audio_ms: join(self.audio_ms, other.audio_ms),
+            images: join(self.images, other.images),
+            service_tier: other.service_tier.or(self.service_tier),
             source: self.source,
         }
     }

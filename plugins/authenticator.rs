@@ -24,9 +24,9 @@ pub trait Authenticator: Debug + Send + Sync {
     /// Who asks, as far as these credentials tell.
     fn ask(&self, credentials: &Credentials<'_>, now: SystemTime) -> Answer;
 
-    /// Whether somebody whom this authenticator, or the one before it in an older policy, let in is still let in. One
-    /// that has expired meanwhile was not revoked.
-    fn still_knows(&self, identity: &Identity) -> bool;
+    /// Whether somebody is still known who was let in under an older policy. Whose time is over meanwhile was not
+    /// revoked.
+    fn still_knows(&self, mark: &Mark) -> bool;
 }
 
 /// What an authenticator says.

@@ -28,6 +28,11 @@ pub trait Provider: Debug + Send + Sync {
     /// Whether this server can do `operation` at all. Routing passes over servers that cannot.
     fn serves(&self, operation: Operation) -> bool;
 
+    /// Whether a stream of this server can be asked for its usage with `stream_options`.
+    fn takes_stream_options(&self) -> bool {
+        false
+    }
+
     /// The path of its health check.
     fn health_path(&self) -> &'static str {
         "/health"

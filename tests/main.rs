@@ -10,6 +10,7 @@ mod edge;
 mod evidence;
 mod failure;
 mod fuzz;
+mod identity;
 mod lifecycle;
 mod logs;
 mod metrics;

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
@@ -36,6 +36,8 @@ const RETRY: Duration = Duration::from_millis(250);
 const CLOSE: Duration = Duration::from_secs(10);
 /// A buffer that has grown beyond this is given back when it has been emptied.
 const BUFFER_KEPT: usize = 4 << 20;
+/// Lines are chained in groups of about so many bytes, while they are still in the core's cache.
+const GROUP: usize = 128 << 10;
 /// The chain before the first line of a run.
 const GENESIS: Chain = [b'0'; 64];
 
@@ -115,12 +117,15 @@ pub struct By {
     /// The address it came from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Who it was, where operators have keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub principal: Option<String>,
 }
 
 impl By {
     /// Something other than a person's request: a signal, a changed file, the process itself.
     pub fn itself(how: &'static str) -> Self {
-        Self { how, address: None }
+        Self { how, address: None, principal: None }
     }
 }
 
@@ -186,6 +191,8 @@ impl Journal {
     pub fn configure(self: &Arc<Self>, policy: &Audit) {
         self.meters.places.set(i64::from(policy.places));
         self.policy.store(Arc::new(policy.clone()));
+        // A group that has begun under another policy may be waiting for a long time.
+        self.hurry();
         keep::house(self, policy);
     }
 
@@ -239,13 +246,14 @@ impl Journal {
             line.clear();
             encode(line, kind, at, members);
             let mut pending = self.pending.lock();
-            let first = pending.lines.is_empty();
+            let before = pending.lines.len();
             pending.lines.extend_from_slice(line);
+            let full = before < GROUP && pending.lines.len() >= GROUP;
             pending.entries += 1;
             let entry = pending.entries;
             drop(pending);
-            // Only the first line after a commit finds the writer asleep.
-            if first {
+            // The others find the writer awake, or it has no need of them yet.
+            if before == 0 || full {
                 self.wake.notify_one();
             }
             entry
@@ -518,7 +526,12 @@ impl Writer {
         let policy = journal.policy.load();
         // The first line has come: others join it until the group is committed.
         let until = Instant::now() + Duration::from_millis(policy.commit_ms);
-        while !pending.urgent && pending.closing.is_none() && !pending.lines.is_empty() {
+        while !pending.urgent && pending.closing.is_none() && !(pending.lines.is_empty() && self.out.is_empty()) {
+            while pending.lines.len() >= GROUP {
+                std::mem::swap(&mut pending.lines, lines);
+                MutexGuard::unlocked(&mut pending, || self.frame_all(lines));
+                lines.clear();
+            }
             if journal.wake.wait_until(&mut pending, until).timed_out() {
                 break;
             }

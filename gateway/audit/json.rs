@@ -33,15 +33,16 @@ impl serde::ser::Error for Unusual {
 /// Where the next value goes.
 struct Json<'a>(&'a mut Vec<u8>);
 
-/// The members of an object, or a list. Each leaves a comma behind it; the last one's becomes the end.
-struct Members<'a>(&'a mut Vec<u8>, u8);
+/// An object or a list that begins at a place. Each member has a comma before it; the first one's becomes the bracket.
+struct Members<'a>(&'a mut Vec<u8>, usize);
 
 impl Members<'_> {
-    fn close(self) {
-        match self.0.last_mut() {
-            Some(last) if *last == b',' => *last = self.1,
-            _ => self.0.push(self.1),
+    fn close(self, [open, close]: [u8; 2]) {
+        match self.0.get_mut(self.1) {
+            Some(first) => *first = open,
+            None => self.0.push(open),
         }
+        self.0.push(close);
     }
 }
 
@@ -52,16 +53,14 @@ impl SerializeStruct for Members<'_> {
     /// The keys are ours: nothing in them is to be escaped. Inlined, they are constants.
     #[inline(always)]
     fn serialize_field<T: Serialize + ?Sized>(&mut self, key: &'static str, value: &T) -> Result<(), Unusual> {
-        self.0.push(b'"');
+        self.0.extend_from_slice(b",\"");
         self.0.extend_from_slice(key.as_bytes());
         self.0.extend_from_slice(b"\":");
-        value.serialize(Json(self.0))?;
-        self.0.push(b',');
-        Ok(())
+        value.serialize(Json(self.0))
     }
 
     fn end(self) -> Result<(), Unusual> {
-        self.close();
+        self.close(*b"{}");
         Ok(())
     }
 }
@@ -71,13 +70,12 @@ impl SerializeSeq for Members<'_> {
     type Error = Unusual;
 
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Unusual> {
-        value.serialize(Json(self.0))?;
         self.0.push(b',');
-        Ok(())
+        value.serialize(Json(self.0))
     }
 
     fn end(self) -> Result<(), Unusual> {
-        self.close();
+        self.close(*b"[]");
         Ok(())
     }
 }
@@ -154,13 +152,13 @@ impl<'a> Serializer for Json<'a> {
     }
 
     fn serialize_seq(self, _: Option<usize>) -> Result<Members<'a>, Unusual> {
-        self.0.push(b'[');
-        Ok(Members(self.0, b']'))
+        let begin = self.0.len();
+        Ok(Members(self.0, begin))
     }
 
     fn serialize_struct(self, _: &'static str, _: usize) -> Result<Members<'a>, Unusual> {
-        self.0.push(b'{');
-        Ok(Members(self.0, b'}'))
+        let begin = self.0.len();
+        Ok(Members(self.0, begin))
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -226,9 +224,24 @@ fn special(eight: [u8; 8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Instant, SystemTime};
+
+    use infergate_plugins::operation::Operation;
     use serde_json::json;
 
     use super::*;
+    use crate::audit::capture::Mark;
+    use crate::audit::record::{
+        Attempt, AttemptList, BodyBytes, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer, PolicyMark,
+        Record, Times, Trace,
+    };
+    use crate::money::NanoUsd;
+    use crate::money::bill::Cost;
+    use crate::policy::{Policy, World, compile};
+    use crate::settings::Settings;
+    use crate::state::State;
+    use crate::telemetry::Telemetry;
+    use crate::usage::{Source, Usage};
 
     #[derive(Serialize)]
     struct All<'a> {
@@ -238,7 +251,7 @@ mod tests {
         small: Option<u16>,
         list: &'a [Kind],
         none: Option<u64>,
-        empty: [Inner; 0],
+        empty: &'a [Inner],
         inner: Inner,
     }
 
@@ -265,8 +278,59 @@ mod tests {
     fn everything_is_spelt_as_serde_json_spells_it() {
         for number in [0, 9, 10, 65_535, u64::MAX] {
             let (list, inner) = (&[Kind::OneWord, Kind::Two], Inner { absent: None });
-            let (none, empty, small) = (None, [], Some(503));
+            let (none, empty, small) = (None, &[], Some(503));
             same(&All { text: "x", yes: number == 0, number, small, list, none, empty, inner });
+        }
+    }
+
+    /// A policy with one upstream at `url`.
+    fn policy(url: &str) -> Policy {
+        let (telemetry, state, settings) = (Telemetry::new(), State::new(0), Settings::default());
+        let text =
+            format!("version: 1\npools:\n  p: {{upstreams: [{{url: '{url}'}}]}}\nmodels: [{{name: m, pool: p}}]\n");
+        compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap()
+    }
+
+    #[test]
+    fn a_record_is_spelt_as_serde_json_spells_it() {
+        let peers = ["10.1.200.3:4567", "[2001:db8::1]:80"].map(|peer| Some(peer.parse().unwrap()));
+        for (url, peer) in
+            ["http://127.0.0.1:8000", "http://[::1]:1", "unix:/run/x"].into_iter().zip(peers.into_iter().chain([None]))
+        {
+            let policy = policy(url);
+            let (now, pool) = (Instant::now(), &policy.pools["p"]);
+            let mut attempt = Attempt::begin(pool, &pool.pick(Operation::Chat, &[], now).unwrap(), 7, 8);
+            attempt.end(Ending::Broken, Some("it \"broke\"\n".to_owned().into()));
+            let moment = Moment { at: SystemTime::now(), received: now, ended: Instant::now() };
+            let decision =
+                Decision { stage: "route", rule: "m".into(), verdict: "p".into(), why: "x".repeat(300).into() };
+            let sum = "0".repeat(64);
+            same(&Record {
+                id: Id::new(),
+                outcome: Outcome::UpstreamError,
+                status: peer.map(|_| 502),
+                surface: "/v1/chat/completions",
+                operation: "chat",
+                method: "POST",
+                stream: true,
+                client: Client { address: Peer(peer), protocol: "h2", request_id: Some("\u{1}\\") },
+                trace: Some(Trace { id: u128::MAX - 1, span: 1, parent: peer.map(|_| 0xab), sampled: true }),
+                principal: Some("中"),
+                tenant: None,
+                model: Models { asked: Some("a\tb"), ..Models::default() },
+                policy: PolicyMark { revision: u64::MAX, hash: &policy.hash },
+                decisions: &[decision],
+                attempts: AttemptList { list: &[attempt], moment },
+                usage: Usage { input_tokens: Some(0), source: Source::Upstream, ..Usage::default() },
+                cost: Some(Cost { nanousd: NanoUsd(1_234), prices: "0123456789ab" }),
+                unpriced: false,
+                bytes: BodyBytes { request: 1_234_567_890, answer: 0 },
+                capture: Some(Mark { request: sum.clone(), answer: sum, cut: false }),
+                times: Times { body: Some(1), ended: 10, ..Times::default() },
+                code: Some("upstream_closed"),
+                message: Some("it broke off"),
+                moment,
+            });
         }
     }
 

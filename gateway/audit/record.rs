@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::capture::Mark;
-use super::json::decimal;
+use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
 use crate::telemetry::trace;
@@ -68,6 +68,12 @@ pub struct Record<'a> {
     /// The tokens of the answer that was passed on.
     #[serde(skip_serializing_if = "Usage::is_unknown")]
     pub usage: Usage,
+    /// What it cost, where the policy has prices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost: Option<Cost<'a>>,
+    /// Whether it used something that has no price, where the policy has prices.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unpriced: bool,
     /// Bytes of bodies.
     pub bytes: BodyBytes,
     /// What was captured of its text, if the policy asked for that.
@@ -237,15 +243,23 @@ fn upstream_address<S: Serializer>(address: &Address, serializer: S) -> Result<S
 
 /// What `Display` says, at a tenth of its cost.
 fn v4<S: Serializer>(address: SocketAddrV4, serializer: S) -> Result<S::Ok, S::Error> {
-    let mut text = SmallVec::<[u8; 24]>::new();
-    for octet in address.ip().octets() {
-        text.extend_from_slice(decimal(octet.into(), &mut [0; 20]));
-        text.push(b'.');
-    }
-    text.pop();
-    text.push(b':');
-    text.extend_from_slice(decimal(address.port().into(), &mut [0; 20]));
-    serializer.serialize_str(std::str::from_utf8(&text).unwrap_or_default())
+    // From behind: each number, and the mark before it.
+    let (mut text, mut at) = (*b".255.255.255.255:65535", 22);
+    let mut put = |mark, mut number: u16| {
+        loop {
+            at -= 1;
+            text[at] = b'0' + (number % 10) as u8;
+            number /= 10;
+            if number == 0 {
+                break;
+            }
+        }
+        at -= 1;
+        text[at] = mark;
+    };
+    put(b':', address.port());
+    address.ip().octets().iter().rev().for_each(|octet| put(b'.', (*octet).into()));
+    serializer.serialize_str(std::str::from_utf8(&text[at + 1..]).unwrap_or_default())
 }
 
 /// A request's place in a distributed trace (W3C Trace Context).

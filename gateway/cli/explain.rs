@@ -31,6 +31,9 @@ pub(super) struct Explain {
     /// Ask the gateway with this admin listener, IP:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9090")]
     admin: String,
+    /// The environment variable with an operator's key, where the gateway asks for one
+    #[arg(long, value_name = "NAME", default_value = "INFERGATE_ADMIN_KEY")]
+    key_env: String,
     /// Print the record itself
     #[arg(long)]
     json: bool,
@@ -43,7 +46,7 @@ impl Explain {
     pub(super) fn run(self) -> Result<ExitCode, String> {
         let record = match &self.directory {
             Some(directory) => self.look(directory)?,
-            None => ask(&self.admin, &self.id)?,
+            None => ask(&self.admin, &self.id, std::env::var(&self.key_env).ok().as_deref())?,
         };
         let text = String::from_utf8_lossy(record.trim_ascii_end()).into_owned();
         if self.json {
@@ -104,13 +107,16 @@ fn print_text(directory: &Path, record: &Value) -> Result<(), String> {
 }
 
 /// Asks the admin listener of a running gateway.
-fn ask(address: &str, id: &str) -> Result<Vec<u8>, String> {
-    let answer = exchange(address, id).map_err(|error| {
+fn ask(address: &str, id: &str, key: Option<&str>) -> Result<Vec<u8>, String> {
+    let answer = exchange(address, id, key).map_err(|error| {
         format!("no gateway answers on {address}: {error}; give its admin listener with --admin, or --directory DIR")
     })?;
     let (status, body) = parse(&answer).ok_or_else(|| format!("{address} does not answer like a gateway"))?;
     match status {
         200 => Ok(body.to_vec()),
+        401 | 403 => {
+            Err(format!("the gateway on {address} asks for an operator's key: name its variable with --key-env"))
+        }
         status => Err(format!(
             "the gateway on {address} does not know it ({status}: {}); a request that still runs has no record, and \
              what the client called it is only found with --directory DIR",
@@ -119,25 +125,26 @@ fn ask(address: &str, id: &str) -> Result<Vec<u8>, String> {
     }
 }
 
-fn exchange(address: &str, id: &str) -> io::Result<Vec<u8>> {
+fn exchange(address: &str, id: &str, key: Option<&str>) -> io::Result<Vec<u8>> {
     match address.strip_prefix("unix:") {
         Some(path) => {
             let socket = UnixStream::connect(path)?;
             socket.set_read_timeout(Some(PATIENCE))?;
-            get(socket, id)
+            get(socket, id, key)
         }
         None => {
             let socket = TcpStream::connect(address)?;
             socket.set_read_timeout(Some(PATIENCE))?;
-            get(socket, id)
+            get(socket, id, key)
         }
     }
 }
 
 /// One request of HTTP/1.0: the other end closes the connection behind its answer.
-fn get(mut socket: impl Read + Write, id: &str) -> io::Result<Vec<u8>> {
+fn get(mut socket: impl Read + Write, id: &str, key: Option<&str>) -> io::Result<Vec<u8>> {
     let path = format!("/admin/v1/requests/{}", escaped(id));
-    write!(socket, "GET {path} HTTP/1.0\r\nhost: infergate\r\naccept: application/json\r\n\r\n")?;
+    let key = key.map(|key| format!("authorization: Bearer {}\r\n", key.trim())).unwrap_or_default();
+    write!(socket, "GET {path} HTTP/1.0\r\nhost: infergate\r\naccept: application/json\r\n{key}\r\n")?;
     let mut answer = Vec::new();
     socket.take(LONGEST).read_to_end(&mut answer)?;
     Ok(answer)
@@ -174,14 +181,16 @@ mod tests {
             socket.write_all(b"HTTP/1.0 404 Not Found\r\na: b\r\n\r\nno such request\n").unwrap();
             String::from_utf8_lossy(&request[..read]).into_owned()
         });
-        let error = ask(&address, "a b/c").unwrap_err();
+        let error = ask(&address, "a b/c", Some("ig_x")).unwrap_err();
         assert!(error.contains("(404: no such request)") && error.contains("--directory"), "{error}");
-        assert!(server.join().unwrap().starts_with("GET /admin/v1/requests/a%20b%2Fc HTTP/1.0\r\n"));
+        let request = server.join().unwrap();
+        assert!(request.starts_with("GET /admin/v1/requests/a%20b%2Fc HTTP/1.0\r\n"), "{request}");
+        assert!(request.ends_with("\r\nauthorization: Bearer ig_x\r\n\r\n"), "{request}");
     }
 
     #[test]
     fn where_no_gateway_runs_that_is_said() {
-        let error = ask("127.0.0.1:1", "x").unwrap_err();
+        let error = ask("127.0.0.1:1", "x", None).unwrap_err();
         assert!(error.starts_with("no gateway answers on 127.0.0.1:1") && error.contains("--admin"), "{error}");
     }
 }

@@ -17,6 +17,9 @@ pub(super) struct Schema {
     /// The schema of a request's record in the journal instead
     #[arg(long)]
     record: bool,
+    /// The schema of a file of prices instead
+    #[arg(long, conflicts_with_all = ["settings", "record"])]
+    prices: bool,
 }
 
 impl Schema {
@@ -24,6 +27,7 @@ impl Schema {
         let schema = match (self.settings, self.record) {
             (true, _) => schemars::schema_for!(Settings),
             (_, true) => record::schema(),
+            _ if self.prices => policy::prices::schema(),
             _ => policy::schema(),
         };
         let text = serde_json::to_string_pretty(&schema).map_err(|error| error.to_string())?;

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::Logging;
 use crate::admin::Admin;
+use crate::admin::access::Access;
 use crate::audit::fanout;
 use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
@@ -90,9 +91,10 @@ impl Serve {
         source.load(&house)?;
         let addresses: Vec<_> = house.settings.listeners.iter().map(|listener| &listener.address).collect();
         house.act("start", By::itself("process"), json!({"upgrade": self.upgrade, "listeners": addresses}));
+        let access = Access::new(&house.settings.admin, &|name| std::env::var(name).ok())?;
         let running = Running::prepare(house.clone(), self.upgrade)?;
         let certificates = running.certificates();
-        let admin = Admin::new(house.clone(), source.path(), certificates.clone(), levels);
+        let admin = Admin::new(house.clone(), source.path(), certificates.clone(), levels, access);
         let background = Box::pin(beside(house.clone(), source, certificates));
         running.run(admin, background)?;
         house.close_journal();

@@ -62,14 +62,19 @@ impl Usd {
         scaled.filter(|value| *value <= Self::MAX).map(Self).ok_or("must not be more than a million dollars")
     }
 
-    /// The same with what is beyond the twelfth place cut off.
-    pub fn parse_cut(text: &str, shift: i64) -> Result<Self, &'static str> {
+    /// The same with what is beyond the twelfth place rounded to it, half up.
+    pub fn parse_near(text: &str, shift: i64) -> Result<Self, &'static str> {
         let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
         let places = Self::PLACES + shift + exponent.parse::<i16>().map_or(0, i64::from);
         let point = mantissa.find('.').unwrap_or(mantissa.len());
-        let end = (point as i64 + 1 + places).clamp(0, mantissa.len() as i64) as usize;
-        let cut = mantissa.get(..end).unwrap_or(mantissa).trim_end_matches('.');
-        if cut.is_empty() || places < 0 { Ok(Self(0)) } else { Self::parse(&format!("{cut}e{exponent}"), shift) }
+        // The last digit that is kept stands so far in; with none, all of it is nothing.
+        let end = usize::try_from(point as i64 + 1 + places).unwrap_or(0);
+        if places < 0 || end >= mantissa.len() {
+            return if places < 0 { Ok(Self(0)) } else { Self::parse(text, shift) };
+        }
+        let (kept, rest) = mantissa.split_at_checked(end).ok_or("must be a number like 2.50")?;
+        let cut = Self::parse(&format!("{}e{exponent}", kept.trim_end_matches('.')), shift)?;
+        Ok(Self(cut.0 + u64::from(rest.as_bytes()[0] >= b'5')))
     }
 }
 
@@ -99,6 +104,9 @@ impl<'de> Deserialize<'de> for Usd {
 /// A price as a file has it. A number comes as the float nearest to what was written, and its shortest text is what
 /// was written if that had no more digits than a float can tell apart.
 struct Written;
+
+/// What a schema calls such a number, so that a wrong one is told at its line.
+pub const FORMAT: &str = "decimal";
 
 /// So many digits survive the way through a float.
 const DIGITS: usize = 15;
@@ -142,7 +150,7 @@ impl JsonSchema for Usd {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": ["number", "string"], "minimum": 0, "maximum": 1_000_000 })
+        json_schema!({ "type": ["number", "string"], "format": FORMAT, "minimum": 0, "maximum": 1_000_000 })
     }
 }
 
@@ -177,12 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beyond_the_last_place_can_be_cut_off() {
-        let cut = |text| Usd::parse_cut(text, 6).unwrap().to_string();
-        assert_eq!(cut("1.4999999999999998e-07"), "0.149999999999");
-        assert_eq!(cut("2.5e-06"), "2.5");
-        assert_eq!(cut("1e-30"), "0");
-        assert_eq!(cut("0.00000125"), "1.25");
+    fn what_is_beyond_the_last_place_can_be_rounded() {
+        let near = |text| Usd::parse_near(text, 6).unwrap().to_string();
+        assert_eq!(near("1.4999999999999998e-07"), "0.15");
+        assert_eq!(near("1.00000000000049e-06"), "1");
+        assert_eq!(near("2.5e-06"), "2.5");
+        assert_eq!(near("1e-30"), "0");
+        assert_eq!(near("0.00000125"), "1.25");
+        assert!(Usd::parse_near("x", 6).is_err());
     }
 
     #[test]

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use infergate_plugins::sink;
+use infergate_plugins::{authenticator, sink};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::money::file::Prices;
 use crate::secret::SecretSource;
 
 /// What the gateway does with every request. Reloaded under traffic: save the file, send SIGHUP, or
@@ -19,6 +20,14 @@ pub struct File {
     /// The version of this format. It is 1.
     #[schemars(range(min = 1, max = 1))]
     pub version: u32,
+    /// Who may ask. They are asked in order, and the first answer wins: known, refused, or not for it to say.
+    /// Absent: everybody may, as nobody in particular.
+    #[serde(default)]
+    #[schemars(length(min = 1))]
+    pub authenticators: Option<Vec<authenticator::Config>>,
+    /// Who pays, by name, and what they may use.
+    #[serde(default)]
+    pub tenants: BTreeMap<String, Tenant>,
     /// The models that clients may name, and where each is served.
     #[serde(default)]
     pub models: Vec<Model>,
@@ -38,12 +47,33 @@ pub struct File {
     /// Classes of urgency, by name. When a pool is full, a request of a higher class goes first.
     #[serde(default)]
     pub priorities: BTreeMap<String, Priority>,
+    /// What models cost. Absent: no request has a cost.
+    #[serde(default)]
+    pub prices: Option<Prices>,
+    /// How the tokens of requests come to be known.
+    #[serde(default)]
+    pub metering: Option<Metering>,
     /// The journal: what becomes of the record that every request leaves.
     #[serde(default)]
     pub audit: Audit,
     /// What is told to other systems while requests run.
     #[serde(default)]
     pub telemetry: Telemetry,
+}
+
+/// One tenant: an organisation, a team, an application. What it may use, those above it must be allowed too.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tenant {
+    /// The tenant above it.
+    pub parent: Option<String>,
+    /// The models that it may use, by the names that clients send; one `*` stands for any text. The name of an entry
+    /// of `models` stands for its aliases too; a path that is passed through counts as a model of that name. Absent:
+    /// all. Empty: none.
+    pub models: Option<Vec<String>>,
+    /// The endpoints that it may use: paths of the gateway's own table, such as `/v1/chat/completions`, or of
+    /// `passthrough`. Absent: all. The list of models and the health of the gateway need not be among them.
+    pub surfaces: Option<Vec<String>>,
 }
 
 /// One model as clients see it.
@@ -378,6 +408,8 @@ pub struct Requests {
     /// How long a drained answer may go on after the client left, in milliseconds.
     #[schemars(range(min = 1))]
     pub drain_ms: u64,
+    /// What happens to the running requests of a key that is revoked. What the newest policy says counts.
+    pub on_revoked: OnRevoked,
     /// How long a client may take to accept a piece of the answer, in milliseconds.
     #[schemars(range(min = 1))]
     pub write_ms: u64,
@@ -400,6 +432,7 @@ impl Default for Requests {
             heartbeat_ms: 15_000,
             on_disconnect: OnDisconnect::Cancel,
             drain_ms: 60_000,
+            on_revoked: OnRevoked::Finish,
             write_ms: 60_000,
             priority_header: None,
             name_upstream: true,
@@ -417,6 +450,16 @@ pub enum OnDisconnect {
     Cancel,
     /// The answer is read to its end, so that its usage is known.
     Drain,
+}
+
+/// What happens to the running requests of a key that is revoked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnRevoked {
+    /// They go on to their end.
+    Finish,
+    /// Answers end at once, as broken streams of their protocol do: code `key_revoked`.
+    Cut,
 }
 
 /// The journal: one record for every request, chained and signed. Where it lies is in the settings.
@@ -507,6 +550,27 @@ pub enum CaptureText {
     None,
     /// Everything.
     Full,
+}
+
+/// How the tokens of requests come to be known. Absent: as with `usage: ask` where the policy has `prices`, and as with
+/// `as_is` where it has none.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metering {
+    /// `ask`: streams of chats and completions are asked for their usage (`stream_options.include_usage`) where the
+    /// client did not; the event with it is kept from the client. `as_is`: no byte changes for it.
+    pub usage: MeterUsage,
+}
+
+/// Whether streams are asked for their usage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MeterUsage {
+    /// They are.
+    #[default]
+    Ask,
+    /// They tell it if the client wants it told.
+    AsIs,
 }
 
 /// What happens when a check or a record that the policy asks for cannot be made.

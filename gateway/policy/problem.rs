@@ -4,8 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 
 use schemars::Schema;
+use serde::Deserialize;
 use serde_json::Value;
 use serde_saphyr::granit_parser::{Event, Parser};
+
+use crate::money::usd::{self, Usd};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,6 +160,11 @@ impl Check<'_> {
         }
         if !self.kind(path, value, &schema) {
             return;
+        }
+        if schema.get("format").is_some_and(|format| format == usd::FORMAT)
+            && let Err(wrong) = Usd::deserialize(value)
+        {
+            return self.wrong(path, wrong.to_string());
         }
         match value {
             Value::Object(members) => self.object(path, members, &schema),

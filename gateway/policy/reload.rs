@@ -1,5 +1,6 @@
 //! Reload: watch -> compile -> swap. The last good policy stays until a better one has been compiled whole.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,7 +10,7 @@ use notify_debouncer_full::notify::RecursiveMode;
 use notify_debouncer_full::{DebounceEventResult, new_debouncer};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{Policy, Problems, World, load};
 use crate::audit::journal::By;
@@ -22,6 +23,7 @@ pub struct InForce {
     /// Held from reading a file to its swap, so that an older reading cannot overtake a newer one.
     loading: Mutex<()>,
     last: Mutex<Last>,
+    changed: watch::Sender<u64>,
 }
 
 /// What the newest load came to.
@@ -37,6 +39,11 @@ impl InForce {
     /// The policy of this moment. Before the first one it is empty: everything gets 404.
     pub fn get(&self) -> Arc<Policy> {
         self.policy.load_full().unwrap_or_else(|| Arc::new(Policy::empty()))
+    }
+
+    /// Tells of each policy that comes into force from now on.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
     }
 
     /// What the newest load came to.
@@ -70,13 +77,20 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
     if let Some(journal) = &house.journal {
         journal.configure(&policy.audit);
     }
+    let open = policy.authenticators.is_none() && !house.settings.is_local();
     house.policy.policy.store(Some(Arc::new(policy)));
+    house.policy.changed.send_replace(revision);
     last.loaded = Some(SystemTime::now());
     drop(last);
     house.telemetry.policy_loaded(revision, &hash);
     house.state.sweep();
     house.act("reload", by, json!({"from": from, "to": hash, "revision": revision}));
     tracing::info!(revision, hash = %&hash[..12], "policy in force");
+    if open {
+        tracing::warn!(
+            "everybody who reaches a listener may ask, and nobody is known: give the policy `authenticators`"
+        );
+    }
     Reloaded::Swapped(revision, hash)
 }
 
@@ -117,11 +131,15 @@ enum Nudge {
 /// `others` are files that are looked at too; `changed` is called whenever anything was read again.
 pub async fn watch(house: Arc<House>, path: PathBuf, others: Vec<PathBuf>, changed: impl Fn() + Send) {
     let (sender, mut nudges) = mpsc::channel(8);
-    let _watcher = watch_directory(&path, sender.clone())
-        .inspect_err(|error| tracing::warn!(%error, "the policy's directory cannot be watched; it is read every 10 s"));
+    let mut watched = Watched::new(sender)
+        .inspect_err(|error| tracing::warn!(%error, "no directory can be watched; files are read every 10 s"))
+        .ok();
     let mut hangups = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).ok();
     let mut seen = fingerprint(&house, &path, &others);
     loop {
+        if let Some(watched) = &mut watched {
+            watched.add([&path].into_iter().chain(&house.policy.get().secret_files));
+        }
         let nudge = tokio::select! {
             nudge = nudges.recv() => nudge.unwrap_or(Nudge::Maybe),
             () = hangup(&mut hangups) => Nudge::Asked,
@@ -145,20 +163,37 @@ async fn hangup(signal: &mut Option<tokio::signal::unix::Signal>) {
     }
 }
 
-type Watcher = notify_debouncer_full::Debouncer<
-    notify_debouncer_full::notify::RecommendedWatcher,
-    notify_debouncer_full::RecommendedCache,
->;
+/// The directories that are watched: that of the policy, and those of the files that it names.
+struct Watched {
+    watcher: notify_debouncer_full::Debouncer<
+        notify_debouncer_full::notify::RecommendedWatcher,
+        notify_debouncer_full::RecommendedCache,
+    >,
+    directories: HashSet<PathBuf>,
+}
 
-fn watch_directory(path: &Path, sender: mpsc::Sender<Nudge>) -> notify_debouncer_full::notify::Result<Watcher> {
-    let tell = move |_: DebounceEventResult| {
-        // A full channel holds a nudge already.
-        let _ = sender.try_send(Nudge::Maybe);
-    };
-    let mut watcher = new_debouncer(Duration::from_millis(200), None, tell)?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    watcher.watch(directory, RecursiveMode::NonRecursive)?;
-    Ok(watcher)
+impl Watched {
+    fn new(sender: mpsc::Sender<Nudge>) -> notify_debouncer_full::notify::Result<Self> {
+        let tell = move |_: DebounceEventResult| {
+            // A full channel holds a nudge already.
+            let _ = sender.try_send(Nudge::Maybe);
+        };
+        let watcher = new_debouncer(Duration::from_millis(200), None, tell)?;
+        Ok(Self { watcher, directories: HashSet::new() })
+    }
+
+    /// Watches the directories of these files too.
+    fn add<'a>(&mut self, files: impl Iterator<Item = &'a PathBuf>) {
+        for file in files {
+            let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !self.directories.insert(directory.to_owned()) {
+                continue;
+            }
+            if let Err(error) = self.watcher.watch(directory, RecursiveMode::NonRecursive) {
+                tracing::warn!(%error, ?directory, "this directory cannot be watched; its files are read every 10 s");
+            }
+        }
+    }
 }
 
 /// The contents of the file, of every secret file that the policy in force names, and of `others`.

@@ -110,6 +110,14 @@ pub struct Rest {
     pub(super) body: AnswerBody,
 }
 
+impl Rest {
+    /// The whole body, if it has come and `head` says so.
+    pub fn whole(&self, head: &AnswerHead) -> Option<&Bytes> {
+        let length: usize = head.headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()?;
+        (self.body.framer.is_none() && length == self.first.len()).then_some(&self.first)
+    }
+}
+
 /// The rest of an answer.
 pub(super) struct AnswerBody {
     leg: Leg,

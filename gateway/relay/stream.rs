@@ -1,5 +1,7 @@
 //! The way of an answer: pieces in, pieces out, as they came and when they came.
 
+use std::future::pending;
+use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -9,6 +11,7 @@ use tokio::time::sleep_until;
 
 use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
+use super::hide::Hide;
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
@@ -50,24 +53,59 @@ pub struct Tally {
     /// Its text, where that is to be kept.
     pub capture: Option<Box<Capture>>,
     meter: Option<Meter>,
+    hide: Hide,
+}
+
+/// What is to be made of an answer besides passing it on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Whether it is a stream of events.
+    pub events: bool,
+    /// Whether it tells its usage only because the gateway asked.
+    pub hides_usage: bool,
+    /// Whether its class of service is looked for.
+    pub service_tier: bool,
 }
 
 impl Tally {
-    /// An answer to `operation` begins; `events` says that it is a stream of them.
-    pub fn begin(&mut self, operation: Operation, events: bool) {
-        self.meter = Some(Meter::new(operation, events));
+    /// An answer to `operation` begins.
+    pub fn begin(&mut self, operation: Operation, reading: Reading) {
+        let meter = Meter::new(operation, reading.events);
+        self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
+        self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
     }
 
-    /// The tokens that it used, as far as it told.
-    pub fn usage(&self) -> Usage {
-        self.meter.as_ref().map(Meter::usage).unwrap_or_default()
+    /// The tokens that it used, as far as it told: to its end, or to where it broke off.
+    pub fn usage(&self, ended: bool) -> Usage {
+        let usage = if ended { Meter::usage } else { Meter::usage_of_a_part };
+        self.meter.as_ref().map(usage).unwrap_or_default()
+    }
+
+    /// Reads the first piece; returns what of it the client gets.
+    fn first(&mut self, piece: Bytes) -> Bytes {
+        self.read(&piece);
+        let piece = self.hide.out_of_first(piece);
+        self.count(&piece);
+        piece
+    }
+
+    /// Reads more of the answer and leaves in it what the client gets.
+    fn next(&mut self, pieces: &mut BytesMut) {
+        self.read(pieces);
+        if self.hide != Hide::Nothing {
+            self.hide.out_of(pieces);
+        }
+        self.count(pieces);
+    }
+
+    fn read(&mut self, piece: &[u8]) {
+        if let Some(meter) = &mut self.meter {
+            meter.push(piece);
+        }
     }
 
     fn count(&mut self, piece: &[u8]) {
         self.bytes += piece.len() as u64;
-        if let Some(meter) = &mut self.meter {
-            meter.push(piece);
-        }
         if let Some(capture) = &mut self.capture {
             capture.answer(piece);
         }
@@ -75,7 +113,7 @@ impl Tally {
 }
 
 /// Passes an answer on, all but its end: that is the caller's. The head is what the client gets for one; `None` if it
-/// has one already.
+/// has one already. When `cut` resolves, it ends as if it had broken.
 pub async fn pass_on(
     downstream: &mut Downstream,
     tally: &mut Tally,
@@ -83,13 +121,16 @@ pub async fn pass_on(
     target: &Target,
     (head, answer): (Option<Box<AnswerHead>>, Rest),
     pace: Pace,
+    cut: Pin<&mut impl Future<Output = ()>>,
 ) -> Passed {
     let Rest { first, mut body, .. } = answer;
-    tally.count(&first);
+    // Nothing follows: the head is the whole answer.
+    let is_bare = first.is_empty();
+    let first = tally.first(first);
     // A client may have left before the first piece came.
-    let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, first).await };
+    let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, is_bare, first).await };
     let passed = match written {
-        Ok(()) => pieces(downstream, tally, &mut body, &pace).await,
+        Ok(()) => pieces(downstream, tally, &mut body, &pace, cut).await,
         Err(Gone) => Err(Stop::Gone),
     };
     let passed = match passed {
@@ -125,10 +166,14 @@ impl From<Gone> for Stop {
     }
 }
 
-async fn begin(downstream: &mut Downstream, head: Option<Box<AnswerHead>>, first: Bytes) -> Result<(), Gone> {
+async fn begin(
+    downstream: &mut Downstream,
+    head: Option<Box<AnswerHead>>,
+    is_bare: bool,
+    first: Bytes,
+) -> Result<(), Gone> {
     match head {
-        // Nothing follows: the head is the whole answer.
-        Some(head) if first.is_empty() => downstream.hold_head(head),
+        Some(head) if is_bare => downstream.hold_head(head),
         Some(head) => downstream.write_head(head).await?,
         None => {}
     }
@@ -141,6 +186,7 @@ async fn pieces(
     tally: &mut Tally,
     body: &mut AnswerBody,
     pace: &Pace,
+    mut cut: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Stop> {
     let mut clock = Clock::new(Instant::now());
     let alarm = sleep_until(clock.alarm(pace).into());
@@ -149,12 +195,14 @@ async fn pieces(
     while !body.ended {
         tokio::select! {
             biased;
+            // First: where both sides are always ready, nothing behind the next piece would ever be looked at.
+            () = cut.as_mut() => return Err(Stop::Broken(Code::KeyRevoked, "the caller's key was revoked".to_owned())),
             read = body.next(&mut out) => {
                 read.map_err(broken)?;
                 clock.heard();
                 gather(body, &mut out);
                 if !out.is_empty() {
-                    tally.count(&out);
+                    tally.next(&mut out);
                     downstream.write(out.split().freeze()).await?;
                     clock.said();
                 }
@@ -218,7 +266,7 @@ async fn drain(
     pace.total = pace.total.min(Instant::now() + longest);
     pace.heartbeat = None;
     // Whether it ends well or not: the client is gone.
-    let _ = pieces(downstream, tally, body, &pace).await;
+    let _ = pieces(downstream, tally, body, &pace, pin!(pending())).await;
 }
 
 /// When the last pieces came and went.

@@ -1,5 +1,6 @@
 //! A connection that changes its protocol (WebSocket): after the handshake the bytes pass both ways, unread.
 
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, StatusCode};
@@ -57,8 +58,15 @@ pub async fn tunnel(
     Ok(Tunnelled::Open(Box::new(Tunnel { upstream, answer, quiet })))
 }
 
-/// Carries bytes until one side closes, or nothing passes for too long; counts those from the client and those to it.
-pub async fn carry(tunnel: Tunnel, downstream: &mut Downstream, from: &mut u64, to: &mut u64) {
+/// Carries bytes until one side closes, nothing passes for too long, or `cut` resolves; counts those from the client
+/// and those to it. Returns whether it was cut.
+pub async fn carry(
+    tunnel: Tunnel,
+    downstream: &mut Downstream,
+    from: &mut u64,
+    to: &mut u64,
+    mut cut: Pin<&mut impl Future<Output = ()>>,
+) -> bool {
     let Tunnel { mut upstream, mut answer, quiet } = tunnel;
     let protocol = answer.headers.get(http::header::UPGRADE).cloned();
     for name in &HOP_BY_HOP {
@@ -69,8 +77,13 @@ pub async fn carry(tunnel: Tunnel, downstream: &mut Downstream, from: &mut u64, 
     downstream.tunnelled();
     let session = downstream.session();
     let mut open = session.write_response_header(Box::new(answer)).await.is_ok();
+    let mut was_cut = false;
     while open {
         open = tokio::select! {
+            () = cut.as_mut() => {
+                was_cut = true;
+                false
+            }
             // After the handshake both sessions read a body that ends with its connection.
             sent = session.read_request_body() => match sent {
                 Ok(Some(bytes)) => {
@@ -91,4 +104,5 @@ pub async fn carry(tunnel: Tunnel, downstream: &mut Downstream, from: &mut u64, 
     }
     upstream.shutdown().await;
     session.shutdown().await;
+    was_cut
 }

@@ -25,6 +25,21 @@ pub(super) fn scan(body: &[u8]) -> Result<Scan, Fault> {
     if walk.at < body.len() { Err(walk.wrong("nothing may follow the object")) } else { Ok(scan) }
 }
 
+/// The members of the object at `span` of a body that has been scanned: their names, and where their values stand.
+pub(super) fn members(body: &[u8], span: Range<usize>) -> Option<Vec<(String, Range<usize>)>> {
+    let mut walk = Walk { body, at: span.start };
+    let mut found = Vec::new();
+    let walked = walk.members(|walk, key| {
+        let name = serde_json::from_slice(&walk.body[key.start - 1..=key.end]);
+        let name = name.map_err(|_| Fault::Malformed("a broken key", key.start))?;
+        let start = walk.at;
+        walk.value(2)?;
+        found.push((name, start..walk.at));
+        Ok(())
+    });
+    walked.ok().map(|()| found)
+}
+
 struct Walk<'a> {
     body: &'a [u8],
     at: usize,

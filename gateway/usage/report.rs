@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{REPORT_MAX, Usage};
+use super::{REPORT_MAX, ServiceTier, Usage};
 
 /// What `object` says, if it says anything. `cut_short`: of one that is too long, its beginning counts, because
 /// TGI's and SGLang's hold the answer's tokens as well, behind their number.
@@ -30,6 +30,10 @@ pub(super) fn read(object: &[u8], cut_short: bool) -> Option<Usage> {
 struct Report {
     usage: Usage,
     total: Option<u64>,
+    /// Sound and images, of whichever side the details are.
+    audio: Option<u64>,
+    image: Option<u64>,
+    written_5m: Option<u64>,
     /// Whether these are the members of details.
     inner: bool,
 }
@@ -50,13 +54,24 @@ enum Name {
     CacheWrite,
     #[serde(rename = "reasoning_tokens")]
     Reasoning,
-    #[serde(
-        rename = "prompt_tokens_details",
-        alias = "completion_tokens_details",
-        alias = "input_tokens_details",
-        alias = "output_tokens_details"
-    )]
-    Details,
+    #[serde(rename = "prompt_tokens_details", alias = "input_tokens_details", alias = "input_token_details")]
+    InputDetails,
+    #[serde(rename = "completion_tokens_details", alias = "output_tokens_details", alias = "output_token_details")]
+    OutputDetails,
+    #[serde(rename = "cache_creation")]
+    CacheCreation,
+    #[serde(rename = "ephemeral_5m_input_tokens")]
+    CacheWrite5m,
+    #[serde(rename = "ephemeral_1h_input_tokens")]
+    CacheWrite1h,
+    #[serde(rename = "audio_tokens")]
+    Audio,
+    #[serde(rename = "image_tokens")]
+    Image,
+    #[serde(rename = "seconds")]
+    Seconds,
+    #[serde(rename = "service_tier")]
+    ServiceTier,
     #[serde(rename = "prefill")]
     Prefill,
     #[serde(other)]
@@ -70,15 +85,32 @@ impl Report {
             // Embeddings and ranks often have a total alone.
             usage.input_tokens = self.total.map(|total| total.saturating_sub(usage.output_tokens.unwrap_or(0)));
         }
+        if let (Some(output), Some(reasoning)) = (usage.output_tokens, usage.reasoning_tokens)
+            && (reasoning > output || self.has_reasoning_beside(output, reasoning))
+        {
+            usage.output_tokens = Some(output.saturating_add(reasoning));
+        }
         (usage != Usage::default()).then_some(usage)
+    }
+
+    /// Whether the total says that the answer's tokens are told without the reasoning.
+    fn has_reasoning_beside(&self, output: u64, reasoning: u64) -> bool {
+        let input = self.usage.input_tokens.unwrap_or(0);
+        let sum = input.checked_add(output).and_then(|sum| sum.checked_add(reasoning));
+        reasoning > 0 && self.total.is_some() && self.total == sum
     }
 
     fn put(&mut self, name: Name, value: &str) {
         match name {
-            Name::Details if self.inner => {}
-            Name::Details => self.put_details(value),
+            Name::InputDetails | Name::OutputDetails | Name::CacheCreation if self.inner => {}
+            Name::InputDetails | Name::OutputDetails | Name::CacheCreation => self.put_details(name, value),
             // The prompt's tokens one by one; empty unless they were asked for.
             Name::Prefill => self.put_number(Name::Input, length(value).filter(|length| *length > 0)),
+            Name::Seconds => self.usage.audio_ms = self.usage.audio_ms.max(milliseconds(value)),
+            Name::ServiceTier => {
+                let word = value.strip_prefix('"').and_then(|value| value.strip_suffix('"'));
+                self.usage.service_tier = word.map(|word| ServiceTier::named(word.as_bytes()));
+            }
             // What is no number of tokens does not parse.
             name => self.put_number(name, value.parse().ok()),
         }
@@ -91,21 +123,52 @@ impl Report {
             Name::Total => &mut self.total,
             Name::Cached => &mut self.usage.cached_tokens,
             Name::CacheWrite => &mut self.usage.cache_write_tokens,
+            Name::CacheWrite5m => &mut self.written_5m,
+            Name::CacheWrite1h => &mut self.usage.cache_write_1h_tokens,
             Name::Reasoning => &mut self.usage.reasoning_tokens,
-            Name::Details | Name::Prefill | Name::Other => return,
+            Name::Audio => &mut self.audio,
+            Name::Image => &mut self.image,
+            _ => return,
         };
         *slot = number.max(*slot);
     }
 
     /// Details say what the tokens are made of; how many there are is said outside.
-    fn put_details(&mut self, value: &str) {
+    fn put_details(&mut self, name: Name, value: &str) {
         let mut inner = Self { inner: true, ..Self::default() };
-        if Members(&mut inner).deserialize(&mut serde_json::Deserializer::from_str(value)).is_ok() {
-            self.put_number(Name::Cached, inner.usage.cached_tokens);
-            self.put_number(Name::CacheWrite, inner.usage.cache_write_tokens);
-            self.put_number(Name::Reasoning, inner.usage.reasoning_tokens);
+        if Members(&mut inner).deserialize(&mut serde_json::Deserializer::from_str(value)).is_err() {
+            return;
+        }
+        self.put_number(Name::Cached, inner.usage.cached_tokens);
+        self.put_number(Name::CacheWrite, inner.usage.cache_write_tokens);
+        self.put_number(Name::Reasoning, inner.usage.reasoning_tokens);
+        let usage = &mut self.usage;
+        match name {
+            Name::InputDetails => {
+                usage.audio_input_tokens = inner.audio.max(usage.audio_input_tokens);
+                usage.image_input_tokens = inner.image.max(usage.image_input_tokens);
+            }
+            Name::OutputDetails => {
+                usage.audio_output_tokens = inner.audio.max(usage.audio_output_tokens);
+                usage.image_output_tokens = inner.image.max(usage.image_output_tokens);
+            }
+            _ => {
+                let hour = inner.usage.cache_write_1h_tokens;
+                let sum = [inner.written_5m, hour].into_iter().flatten().reduce(u64::saturating_add);
+                usage.cache_write_1h_tokens = hour.filter(|hour| *hour > 0).max(usage.cache_write_1h_tokens);
+                usage.cache_write_tokens = sum.max(usage.cache_write_tokens);
+            }
         }
     }
+}
+
+/// A number of seconds, with decimals or without, in milliseconds.
+fn milliseconds(seconds: &str) -> Option<u64> {
+    let (whole, part) = seconds.split_once('.').unwrap_or((seconds, ""));
+    let part = part.bytes().chain(*b"000").take(3);
+    let mut milliseconds = part.map(|digit| digit.is_ascii_digit().then(|| u64::from(digit - b'0')));
+    let milliseconds = milliseconds.try_fold(0, |sum, digit| Some(sum * 10 + digit?))?;
+    whole.parse::<u64>().ok()?.checked_mul(1000)?.checked_add(milliseconds)
 }
 
 /// How many elements a list has.

@@ -10,7 +10,19 @@ use tokio::net::TcpStream;
 use super::*;
 use crate::simulate::{Fault, Options, Simulated};
 
-const TOKENS: [&str; 5] = ["input", "output", "cached", "cache_write", "reasoning"];
+const TOKENS: [&str; 11] = [
+    "input",
+    "output",
+    "cached",
+    "cache_write",
+    "for an hour",
+    "reasoning",
+    "heard",
+    "spoken",
+    "seen",
+    "drawn",
+    "milliseconds",
+];
 
 /// `input 6, output 14`: what an answer says of itself.
 fn told(usage: Usage) -> String {
@@ -19,7 +31,13 @@ fn told(usage: Usage) -> String {
         usage.output_tokens,
         usage.cached_tokens,
         usage.cache_write_tokens,
+        usage.cache_write_1h_tokens,
         usage.reasoning_tokens,
+        usage.audio_input_tokens,
+        usage.audio_output_tokens,
+        usage.image_input_tokens,
+        usage.image_output_tokens,
+        usage.audio_ms,
     ];
     let known = TOKENS.iter().zip(numbers).filter_map(|(name, number)| Some(format!("{name} {}", number?)));
     format!("{}: {}", usage.source.name(), known.collect::<Vec<_>>().join(", "))
@@ -131,6 +149,36 @@ fn a_message_that_breaks_off_has_its_prompt_reported_and_its_answer_counted() {
 }
 
 #[test]
+fn of_an_answer_that_breaks_off_a_part_is_known() {
+    let part = |operation, events, body: &str| {
+        let mut meter = Meter::new(operation, events);
+        meter.push(body.as_bytes());
+        told(meter.usage_of_a_part())
+    };
+    let whole = recorded!("messages_stream");
+    let cut = whole.find("event: content_block_stop").unwrap();
+    assert_eq!(part(Operation::Messages, true, &whole[..cut]), "partial: input 6, output 5");
+    assert_eq!(part(Operation::Messages, true, whole), "upstream: input 6, output 6, cached 0, cache_write 0");
+    assert_eq!(part(Operation::Chat, true, "data: {\"choices\":[]}\n\n"), "partial: output 1");
+    assert_eq!(part(Operation::Chat, true, ""), "none: ");
+    assert_eq!(part(Operation::Chat, false, recorded!("chat")), "upstream: input 6, output 8, cached 0, cache_write 0");
+}
+
+#[test]
+fn the_class_of_service_is_told_within_the_report_and_beside_it() {
+    let tier = |operation, events, body: &str| {
+        let mut meter = Meter::new(operation, events).with_service_tier();
+        meter.push(body.as_bytes());
+        meter.usage().service_tier
+    };
+    let messages = r#"{"content":[{"input":{"service_tier":"priority"}}],"usage":{"input_tokens":1,"service_tier":"batch"}}"#;
+    assert_eq!(tier(Operation::Messages, false, messages), Some(ServiceTier::Batch));
+    assert_eq!(tier(Operation::Chat, false, r#"{"service_tier":"flex","usage":{"prompt_tokens":1}}"#), Some(ServiceTier::Flex));
+    let event = "data: {\"response\":{\"service_tier\":\"priority\",\"usage\":{\"input_tokens\":1}}}\n\n";
+    assert_eq!(tier(Operation::Responses, true, event), Some(ServiceTier::Priority));
+}
+
+#[test]
 fn anthropic_reports_are_cumulative_and_never_summed() {
     let stream = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":25,\
         \"cache_creation_input_tokens\":100,\"cache_read_input_tokens\":2000,\"cache_creation\":{\"ephemeral_5m_input_tokens\":100},\
@@ -169,8 +217,21 @@ fn other_dialects_words_are_understood() {
     assert_eq!(said(Operation::Embeddings, json!({"total_tokens": 8})), "upstream: input 8");
     assert_eq!(said(Operation::Rerank, json!({"prompt_tokens": 8, "total_tokens": 8})), "upstream: input 8");
     let audio = json!({"type": "tokens", "input_tokens": 14, "input_token_details": {"text_tokens": 0, "audio_tokens": 14}, "output_tokens": 45, "total_tokens": 59});
-    assert_eq!(said(Operation::Transcription, audio), "upstream: input 14, output 45");
-    assert_eq!(said(Operation::Transcription, json!({"type": "duration", "seconds": 3})), "none: ");
+    assert_eq!(said(Operation::Transcription, audio), "upstream: input 14, output 45, heard 14");
+    let seconds = |seconds: &str| plain(Operation::Transcription, &format!(r#"{{"usage":{{"seconds":{seconds}}}}}"#));
+    assert_eq!(seconds("3"), "upstream: milliseconds 3000");
+    assert_eq!(seconds("8.4701"), "upstream: milliseconds 8470");
+    assert_eq!(seconds("-1"), "none: ");
+    assert_eq!(seconds("1e3"), "none: ");
+    let drawn = json!({"input_tokens": 60, "input_tokens_details": {"text_tokens": 50, "image_tokens": 10}, "output_tokens": 9, "output_tokens_details": {"image_tokens": 8}});
+    assert_eq!(said(Operation::Images, drawn), "upstream: input 60, output 9, seen 10, drawn 8");
+    let spoken = json!({"prompt_tokens": 9, "completion_tokens": 8, "prompt_tokens_details": {"audio_tokens": 7}, "completion_tokens_details": {"audio_tokens": 6}});
+    assert_eq!(said(Operation::Chat, spoken), "upstream: input 9, output 8, heard 7, spoken 6");
+    // xAI's answer tokens are told without the reasoning; only the total knows.
+    let beside = json!({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 22, "completion_tokens_details": {"reasoning_tokens": 7}});
+    assert_eq!(said(Operation::Chat, beside), "upstream: input 10, output 12, reasoning 7");
+    let hour = json!({"input_tokens": 3, "output_tokens": 4, "cache_creation_input_tokens": 30, "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}});
+    assert_eq!(said(Operation::Messages, hour), "upstream: input 3, output 4, cache_write 30, for an hour 20");
     let reasons = json!({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30, "completion_tokens_details": {"reasoning_tokens": 12}});
     assert_eq!(said(Operation::Chat, reasons), "upstream: input 10, output 20, reasoning 12");
     let twice = json!({"prompt_tokens": 10, "completion_tokens": 20, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": null});

@@ -21,6 +21,10 @@ impl Provider for Azure {
         OPENAI.serves(operation)
     }
 
+    fn takes_stream_options(&self) -> bool {
+        OPENAI.takes_stream_options()
+    }
+
     fn health_path(&self) -> &'static str {
         OPENAI.health_path()
     }

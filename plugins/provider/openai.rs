@@ -41,6 +41,10 @@ impl Provider for OpenAi {
         !self.lacks.contains(&operation)
     }
 
+    fn takes_stream_options(&self) -> bool {
+        true
+    }
+
     fn health_path(&self) -> &'static str {
         self.health_path
     }

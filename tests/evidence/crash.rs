@@ -64,9 +64,8 @@ async fn life(text: &str, journal: &Path) -> (Instant, Vec<Seen>) {
     (killed, asking.join_all().await.into_iter().flatten().collect())
 }
 
+/// How often it is killed.
 const RUNS: usize = 100;
-    if std::env::var_os("INFERGATE_LONG").is_some() { 100 } else { 25 }
-}
 
 /// Lives and deaths of gateways on one journal, two at a time.
 async fn lives(text: &str, journal: &Path, count: usize) -> Vec<(Instant, Vec<Seen>)> {
@@ -113,13 +112,13 @@ async fn what_was_answered_before_a_kill_is_on_record_exactly_once() {
     let directory = tempfile::tempdir().unwrap();
     // Small segments, so that it is also killed while one ends, is compressed, or begins.
     let text = with(&server, "durable: before_response_end, segment_bytes: 30000");
-    let lives = lives(&text, directory.path(), runs()).await;
+    let lives = lives(&text, directory.path(), RUNS).await;
     sealed(&text, directory.path()).await;
-    let ids = checked(&Journal(directory.path().to_owned()), runs());
+    let ids = checked(&Journal(directory.path().to_owned()), RUNS);
     let seen: Vec<&Seen> = lives.iter().flat_map(|(_, seen)| seen).collect();
     let missing: Vec<_> = seen.iter().filter(|seen| !ids.contains_key(&seen.id)).map(|seen| &seen.id).collect();
     assert!(missing.is_empty(), "{} of {} answers have no record: {missing:?}", missing.len(), seen.len());
-    assert!(seen.len() > runs() * 10, "{}", seen.len());
+    assert!(seen.len() > RUNS * 10, "{}", seen.len());
     println!("{} answers seen, {} records", seen.len(), ids.len());
 }
 
@@ -129,10 +128,10 @@ async fn what_was_answered_a_commit_before_a_kill_is_on_record() {
     let directory = tempfile::tempdir().unwrap();
     let text = with(&server, "durable: soon, commit_ms: 20");
     let slowest = Slowest::watch(directory.path());
-    let lives = lives(&text, directory.path(), runs() / 3).await;
+    let lives = lives(&text, directory.path(), RUNS / 3).await;
     let slowest = slowest.stop();
     sealed(&text, directory.path()).await;
-    let ids = checked(&Journal(directory.path().to_owned()), runs() / 3);
+    let ids = checked(&Journal(directory.path().to_owned()), RUNS / 3);
     // The declared bound, and what the disk takes for the group before and for this one, on a loaded machine.
     let bound = Duration::from_millis(20 + 80) + 2 * slowest;
     let due = lives.iter().flat_map(|(killed, seen)| seen.iter().filter(|seen| seen.at + bound < *killed));

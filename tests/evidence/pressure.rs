@@ -97,6 +97,25 @@ async fn where_the_policy_allows_it_requests_go_without_a_record_and_the_journal
 }
 
 #[tokio::test]
+async fn another_time_between_commits_holds_at_once() {
+    let server = model_server().await;
+    let text = |ms: u32| format!("{}audit: {{commit_ms: {ms}}}\n", policy(&[&server.url()], ""));
+    let gateway = Gateway::start(&text(60_000)).await;
+    let journal = Journal::of(&gateway);
+    let first = ask(&gateway).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(journal.ids().is_empty());
+    assert_eq!(gateway.reload(&text(5)).await.status, 200);
+    let second = ask(&gateway).await;
+    let there = async || [&first, &second].iter().all(|answer| journal.ids().contains_key(id(answer)));
+    eventually("both are on disk", SOON, there).await;
+    assert_eq!(gateway.reload(&text(60_000)).await.status, 200);
+    ask(&gateway).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(journal.ids().len(), 2);
+}
+
+#[tokio::test]
 async fn places_are_given_back_however_a_request_ends() {
     let server = model_server().await;
     let text = format!(

@@ -4,6 +4,7 @@ pub mod dns;
 pub mod gateway;
 pub mod http;
 pub mod journal;
+pub mod keys;
 pub mod load;
 pub mod nats;
 pub mod otlp;

@@ -417,6 +417,41 @@ fn what_retention_removed_is_not_missed() {
 }
 
 #[test]
+fn the_line_that_tells_of_a_removed_segment_may_go_with_another() {
+    let mut made = Made::new();
+    let mut run = made.run(1);
+    run.records(10);
+    let first = run.rotate();
+    run.line("retired", &first);
+    let second = run.rotate();
+    run.records(3).rotate();
+    run.records(2);
+    run.close();
+    std::fs::remove_file(made.file(1, 1)).unwrap();
+    std::fs::remove_file(made.file(1, 2)).unwrap();
+    // Nothing tells of the second.
+    let problems: Vec<_> = proof(&made).problems.into_iter().map(|problem| problem.segment).collect();
+    assert_eq!(problems, [Some("000001.jsonl".to_owned()), Some("000002.jsonl".to_owned())]);
+
+    let mut made = Made::new();
+    let mut run = made.run(1);
+    run.records(10);
+    let first = run.rotate();
+    run.line("retired", &first);
+    let second_of_this = run.rotate();
+    run.line("retired", &second_of_this);
+    run.rotate();
+    run.close();
+    assert_ne!(second, second_of_this);
+    std::fs::remove_file(made.file(1, 1)).unwrap();
+    std::fs::remove_file(made.file(1, 2)).unwrap();
+    assert_eq!(fine(&made).runs[0].retired, 2);
+    // In the middle nothing may be missing untold.
+    std::fs::remove_file(made.file(1, 3)).unwrap();
+    assert!(!proof(&made).problems.is_empty());
+}
+
+#[test]
 fn a_removed_run_is_not_missed_if_retention_says_so() {
     let mut made = Made::new();
     let mut run = made.run(1);

@@ -167,6 +167,8 @@ fn record(attempts: &[Attempt]) -> Record<'_> {
         decisions: &[],
         attempts: AttemptList { list: attempts, moment },
         usage: Default::default(),
+        cost: None,
+        unpriced: false,
         bytes: BodyBytes::default(),
         capture: None,
         times: Times { first: Some(1_500_000), ended: 2_000_000, own: 50, ..Times::default() },

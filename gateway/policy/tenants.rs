@@ -1,0 +1,222 @@
+//! Tenants: who pays, and what they may use. What a tenant may, those above it may too.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use super::problem::nearest;
+use super::{Compiler, Models, Route, file, fits};
+use crate::surface;
+
+/// One tenant, with all that those above it say.
+#[derive(Debug)]
+pub struct Tenant {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The lists of models of it and of those above it that have one. A model must be in each.
+    models: Vec<Vec<Pattern>>,
+    /// The same for paths.
+    surfaces: Vec<HashSet<String>>,
+}
+
+/// All tenants by name.
+pub type Tenants = HashMap<Arc<str>, Arc<Tenant>>;
+
+/// A name, or what stands before and behind its star.
+#[derive(Debug)]
+enum Pattern {
+    Exact(String),
+    Star(String, String),
+}
+
+impl Pattern {
+    fn new(text: &str) -> Self {
+        match text.split_once('*') {
+            Some((before, behind)) => Self::Star(before.to_owned(), behind.to_owned()),
+            None => Self::Exact(text.to_owned()),
+        }
+    }
+
+    fn takes(&self, name: &str) -> bool {
+        match self {
+            Self::Exact(exact) => exact == name,
+            Self::Star(before, behind) => fits(name, before, behind),
+        }
+    }
+}
+
+impl Tenant {
+    /// Whether it may use what is served at `path`: a row of the table of endpoints, or a path that passes through.
+    pub fn may_ask(&self, path: &str) -> bool {
+        self.surfaces.iter().all(|list| list.contains(path))
+    }
+
+    /// Whether its lists have this name.
+    pub fn names(&self, model: &str) -> bool {
+        self.models.iter().all(|list| has(list, model))
+    }
+
+    /// Whether it may use the entry `route` by the name `asked`: where a list has the entry's name, its aliases go
+    /// with it. A name that the entry does not know goes to the upstream as it is, so the lists must have both.
+    pub fn may_use(&self, route: &Route, asked: Option<&str>) -> bool {
+        self.models.iter().all(|list| {
+            let entry = has(list, &route.model.name);
+            match asked {
+                None => entry,
+                Some(name) if route.knows(name) => entry || has(list, name),
+                Some(name) => entry && has(list, name),
+            }
+        })
+    }
+}
+
+fn has(list: &[Pattern], name: &str) -> bool {
+    list.iter().any(|pattern| pattern.takes(name))
+}
+
+impl Compiler<'_> {
+    pub(super) fn tenants(&mut self, file: &file::File, models: &Models) -> Tenants {
+        for (name, tenant) in &file.tenants {
+            self.tenant(name, tenant, file, models);
+        }
+        let names: Vec<&String> = file.tenants.keys().collect();
+        let built = names.into_iter().map(|name| Arc::new(built(name, &file.tenants)));
+        built.map(|tenant| (tenant.name.clone(), tenant)).collect()
+    }
+
+    fn tenant(&mut self, name: &str, tenant: &file::Tenant, file: &file::File, models: &Models) {
+        let path = format!("tenants.{name}");
+        if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
+            self.wrong(&path, "a tenant's name has 1 to 128 characters that can be seen");
+        }
+        if let Some(parent) = &tenant.parent {
+            if !file.tenants.contains_key(parent) {
+                let hint = nearest(parent, file.tenants.keys().map(String::as_str));
+                self.wrong(&format!("{path}.parent"), format!("no tenant is named {parent}{hint}"));
+            } else if line(name, &file.tenants).is_none() {
+                self.wrong(&format!("{path}.parent"), format!("{name} would stand above itself, by way of {parent}"));
+            }
+        }
+        for (index, model) in tenant.models.iter().flatten().enumerate() {
+            self.listed_model(&format!("{path}.models[{index}]"), model, file, models);
+        }
+        for (index, surface) in tenant.surfaces.iter().flatten().enumerate() {
+            self.listed_surface(&format!("{path}.surfaces[{index}]"), surface, file);
+        }
+    }
+
+    fn listed_model(&mut self, path: &str, name: &str, file: &file::File, models: &Models) {
+        if name.matches('*').count() > 1 {
+            return self.wrong(path, format!("{name}: only one * is understood"));
+        }
+        let passes = file.passthrough.iter().any(|entry| entry.path == name);
+        let known = name.contains('*') || passes || models.default.is_some() || models.named(name).is_some();
+        // An entry that is wrong itself is told there.
+        if !known && !file.models.iter().any(|model| model.name == name || model.aliases.iter().any(|a| a == name)) {
+            let hint = nearest(name, models.exact.keys().map(String::as_str));
+            self.wrong(path, format!("no model is named {name}{hint}"));
+        }
+    }
+
+    fn listed_surface(&mut self, path: &str, surface: &str, file: &file::File) {
+        let passing = file.passthrough.iter().map(|entry| entry.path.as_str());
+        let mut known = surface::TABLE.iter().map(|row| row.path).chain(passing.clone());
+        if !known.any(|known| known == surface) {
+            let hint = nearest(surface, surface::TABLE.iter().map(|row| row.path).chain(passing));
+            self.wrong(path, format!("nothing is served at {surface}{hint}"));
+        }
+    }
+}
+
+/// `name` and those above it, itself first; `None` if it stands above itself.
+fn line<'a>(name: &'a str, tenants: &'a BTreeMap<String, file::Tenant>) -> Option<Vec<&'a file::Tenant>> {
+    let mut line = Vec::new();
+    let mut next = Some(name);
+    while let Some(tenant) = next.and_then(|name| tenants.get(name)) {
+        if line.len() == tenants.len() {
+            return None;
+        }
+        line.push(tenant);
+        next = tenant.parent.as_deref();
+    }
+    Some(line)
+}
+
+fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>) -> Tenant {
+    let line = line(name, tenants).unwrap_or_default();
+    let patterns = |list: &Vec<String>| list.iter().map(|text| Pattern::new(text)).collect();
+    Tenant {
+        name: name.into(),
+        models: line.iter().filter_map(|tenant| tenant.models.as_ref().map(patterns)).collect(),
+        surfaces: line.iter().filter_map(|tenant| Some(tenant.surfaces.as_ref()?.iter().cloned().collect())).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::policy::tests::{POOLS, compiled, problems};
+
+    const MODELS: &str = "models:\n  - {name: llama-3, pool: fast, aliases: [four]}\n  - {name: 'gpt-*', pool: slow}\n";
+
+    #[test]
+    fn lists_narrow_downwards_and_none_allows_all() {
+        let text = format!(
+            "{POOLS}{MODELS}tenants:\n  top: {{models: ['gpt-*', llama-3], surfaces: [/v1/chat/completions, /v1/embeddings]}}\n  mid: {{parent: top}}\n  low: {{parent: mid, models: ['gpt-4*', four], surfaces: [/v1/embeddings, /v1/messages]}}\n  none: {{parent: top, models: [], surfaces: []}}\n  free: {{}}\n"
+        );
+        let policy = compiled(&text).unwrap();
+        let may = |tenant: &str, model: &str| {
+            let route = policy.route(Some(model)).unwrap();
+            policy.tenants[tenant].may_use(route, Some(model))
+        };
+        let table = [
+            ("top", [true, true, true]),
+            ("mid", [true, true, true]),
+            ("low", [true, false, false]),
+            ("none", [false; 3]),
+            ("free", [true; 3]),
+        ];
+        for (tenant, expected) in table {
+            assert_eq!(["gpt-4o", "gpt-5", "llama-3"].map(|model| may(tenant, model)), expected, "{tenant}");
+        }
+        assert!(may("low", "four"), "by the alias that is listed, though not by the name");
+        assert!(may("mid", "four"), "an alias goes with its entry");
+        let asks = |tenant: &str| {
+            ["/v1/chat/completions", "/v1/embeddings", "/v1/messages"].map(|path| policy.tenants[tenant].may_ask(path))
+        };
+        assert_eq!(
+            [asks("mid"), asks("low"), asks("none"), asks("free")],
+            [[true, true, false], [false, true, false], [false; 3], [true; 3]]
+        );
+    }
+
+    #[test]
+    fn the_default_model_lets_nobody_around_the_list() {
+        let text = format!(
+            "{POOLS}{MODELS}default_model: llama-3\ntenants: {{t: {{models: [llama-3]}}, u: {{models: [llama-3, else]}}}}\n"
+        );
+        let policy = compiled(&text).unwrap();
+        let may =
+            |tenant: &str, asked: Option<&str>| policy.tenants[tenant].may_use(policy.route(asked).unwrap(), asked);
+        assert!(may("t", None) && may("t", Some("llama-3")) && !may("t", Some("gpt-4")));
+        assert!(!may("t", Some("else")), "the upstream would get this name");
+        assert!(may("u", Some("else")));
+    }
+
+    #[test]
+    fn wrong_tenants_are_told_at_their_lines() {
+        let text = format!(
+            "{POOLS}{MODELS}tenants:\n  a: {{parent: b}}\n  b: {{parent: c}}\n  c: {{parent: a}}\n  d: {{parent: d}}\n  e: {{parent: aa}}\n  f: {{models: [lama-3, '*-*-*', 'x-*', four]}}\n  g: {{surfaces: [/v1/chat/completion, /v1/messages]}}\n"
+        );
+        let told = problems(&text);
+        let expected = [
+            "policy.yaml:9:7: tenants.a.parent: a would stand above itself, by way of b",
+            "policy.yaml:10:7: tenants.b.parent: b would stand above itself, by way of c",
+            "policy.yaml:11:7: tenants.c.parent: c would stand above itself, by way of a",
+            "policy.yaml:12:7: tenants.d.parent: d would stand above itself, by way of d",
+            "policy.yaml:13:7: tenants.e.parent: no tenant is named aa; did you mean a?",
+            "policy.yaml:14:16: tenants.f.models[0]: no model is named lama-3; did you mean llama-3?",
+            "policy.yaml:14:24: tenants.f.models[1]: *-*-*: only one * is understood",
+            "policy.yaml:15:18: tenants.g.surfaces[0]: nothing is served at /v1/chat/completion; did you mean /v1/chat/completions?",
+        ];
+        assert_eq!(told, expected);
+    }
+}

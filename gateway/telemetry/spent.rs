@@ -1,0 +1,75 @@
+//! What requests cost, by model, and how sure that is.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+use std::sync::{Arc, OnceLock};
+
+use crate::audit::record::Record;
+use crate::usage::Source;
+
+/// The most that one request adds to a counter, in nano-dollars, so that no upstream's wild number makes it run over.
+const STEP_MAX: u64 = 1 << 53;
+
+/// The metrics.
+#[derive(Debug)]
+pub(super) struct Spent {
+    cost: Family<ModelLabels, Counter>,
+    unpriced: Family<ModelLabels, Counter>,
+    estimated: Counter,
+    partial: Counter,
+}
+
+/// The handles of one route. They live with the policy, so that a request looks nothing up.
+#[derive(Debug, Default)]
+pub struct SpentMeters(OnceLock<Handles>);
+
+#[derive(Debug)]
+struct Handles {
+    cost: Counter,
+    unpriced: Counter,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ModelLabels {
+    gen_ai_request_model: Arc<str>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SourceLabels {
+    source: &'static str,
+}
+
+impl Spent {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let (cost, unpriced) = (Family::default(), Family::default());
+        let estimated = Family::<SourceLabels, Counter>::default();
+        let of = |source: Source| estimated.get_or_create_owned(&SourceLabels { source: source.name() });
+        registry.register("cost_nanousd", "What requests cost, in billionths of a dollar", cost.clone());
+        registry.register("unpriced", "Requests that used a model without a price", unpriced.clone());
+        registry.register("usage_estimated", "Requests whose usage the upstream did not tell", estimated.clone());
+        Self { cost, unpriced, estimated: of(Source::Estimated), partial: of(Source::Partial) }
+    }
+
+    /// A request is over. `model` names the route that it went to.
+    pub(super) fn finished(&self, record: &Record<'_>, meters: &SpentMeters, model: impl FnOnce() -> Arc<str>) {
+        match record.usage.source {
+            Source::Estimated => drop(self.estimated.inc()),
+            Source::Partial => drop(self.partial.inc()),
+            Source::None | Source::Upstream => {}
+        }
+        if record.cost.is_none() && !record.unpriced {
+            return;
+        }
+        let handles = meters.0.get_or_init(|| {
+            let labels = ModelLabels { gen_ai_request_model: model() };
+            let (cost, unpriced) = (&self.cost, &self.unpriced);
+            Handles { cost: cost.get_or_create_owned(&labels), unpriced: unpriced.get_or_create_owned(&labels) }
+        });
+        match record.cost {
+            Some(cost) => drop(handles.cost.inc_by(cost.nanousd.0.min(STEP_MAX))),
+            None => drop(handles.unpriced.inc()),
+        }
+    }
+}
