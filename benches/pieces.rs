@@ -11,14 +11,19 @@ use infergate::audit::record::{
     Attempt, AttemptList, BodyBytes, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer, PolicyMark, Record,
     Times, Trace,
 };
-use infergate::policy::{Policy, World, compile};
+use infergate::identity;
+use infergate::money::Cached;
+use infergate::policy::{Policy, World, compile, prices};
 use infergate::scan;
 use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::trace::{Target, Tracer, Traces, traceparent};
 use infergate::telemetry::{Telemetry, TraceMeters};
 use infergate::usage::{Meter, Source, Usage};
+use infergate_plugins::authenticator::keys::Fresh;
+use infergate_plugins::authenticator::{self, Credentials};
 use infergate_plugins::operation::Operation;
+use infergate_plugins::secret::Secret;
 
 /// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
 fn chat(bytes: usize) -> Bytes {
@@ -285,5 +290,62 @@ fn traces(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, scans, splices, frames, usages, routes, picks, records, traces);
+fn costs(criterion: &mut Criterion) {
+    let list = (0..1_000).map(|n| format!("  - {{models: [model-{n}], input: 2.5, cached_input: 1.25, output: 10}}\n"));
+    let text = format!("version: 1\nlist:\n{}", list.collect::<String>());
+    let book = match prices::book(&text) {
+        Ok(book) => book,
+        Err(problems) => panic!("{:?}", problems.lines("bench")),
+    };
+    let usage = Usage {
+        input_tokens: Some(2_000),
+        cached_tokens: Some(1_024),
+        output_tokens: Some(300),
+        source: Source::Upstream,
+        ..Usage::default()
+    };
+    let now = SystemTime::now();
+    criterion.bench_function("price an answer, of 1000 models", |bencher| {
+        bencher.iter(|| {
+            let price = book.find(black_box("model-500"), "p", "vllm", now);
+            price.and_then(|price| price.cost(black_box(&usage), Cached::Within))
+        });
+    });
+}
+
+/// Who asks, among as many keys as a large organisation has: one that is known, one that is made up, and nobody's.
+fn identities(criterion: &mut Criterion) {
+    let pepper = Secret::new("a pepper of thirty-two characters");
+    let fresh = || {
+        let chance = |bytes: &mut [u8]| {
+            bytes.iter_mut().for_each(|byte| *byte = fastrand::u8(..));
+            Ok(())
+        };
+        Fresh::make(chance).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let known: Vec<Fresh> = (0..1_000).map(|_| fresh()).collect();
+    let entry = |key: &Fresh| serde_json::json!({"tenant": "t", "prefix": key.prefix(), "hash": key.hash(&pepper)});
+    let list: Vec<_> = known.iter().map(entry).collect();
+    let config = serde_json::json!([{"keys": {"pepper": {"env": "P"}, "list": list}}]);
+    let configs: Vec<authenticator::Config> = serde_json::from_value(config).unwrap_or_default();
+    let mut world =
+        authenticator::World { secret: &mut |_| Ok(pepper.clone()), entries: &mut |_| Err(Vec::new()), time: |_| None };
+    let built = authenticator::build(&configs, &mut world).unwrap_or_default();
+    let chain: Vec<_> = built.into_iter().map(|built| built.authenticator).collect();
+    let now = SystemTime::now();
+    let mut group = criterion.benchmark_group("identify");
+    let made_up = fresh();
+    for (what, key) in
+        [("a known key", known[500].key()), ("a key made up", made_up.key()), ("no key", &Secret::new(""))]
+    {
+        let value = format!("Bearer {}", key.reveal()).parse().unwrap_or(http::HeaderValue::from_static(""));
+        let headers: http::HeaderMap = [(http::header::AUTHORIZATION, value)].into_iter().collect();
+        group.bench_function(what, |bencher| {
+            bencher.iter(|| identity::ask(&chain, &Credentials::of(black_box(&headers)), now).1.is_ok());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(pieces, identities, scans, splices, frames, usages, routes, picks, records, traces, costs);
 criterion_main!(pieces);

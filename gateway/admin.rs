@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Body;
 use serde_json::{Value, json};
 
-use self::access::{Access, Denied, Need};
+use self::access::{Access, Denied, Need, by_a_strangers_name};
 use crate::audit::journal::By;
 use crate::audit::read;
 use crate::house::House;
@@ -63,6 +63,13 @@ const PATHS: &[Entry] = &[
     ("/admin/v1/log", Method::PUT, OPERATOR, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
 ];
 
+/// How long a look-up waits for the newest records to be on disk.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// The answer to a request that a page in a browser may have sent under its own name.
+const STRANGE_NAME: &str = "ask for this by IP address, as localhost or by a name without a dot: any other name could be \
+                            that of a page in a browser. With operators' keys (settings: admin.keys) every name is good\n";
+
 /// How long a breaker stays open that was opened by hand.
 const BY_HAND: Duration = Duration::from_secs(3600);
 
@@ -110,6 +117,10 @@ impl Admin {
         // A page that an operator has open must not be able to change anything for them.
         if *method != Method::GET && request.headers().contains_key(ORIGIN) {
             return text(StatusCode::FORBIDDEN, "browsers may not do this\n".to_owned());
+        }
+        // Nor may a page read anything because its own name suddenly leads here.
+        if *need != Need::Nothing && self.access.is_open() && by_a_strangers_name(&request) {
+            return text(StatusCode::FORBIDDEN, STRANGE_NAME.to_owned());
         }
         let operator = match self.access.admit(*need, request.headers(), SystemTime::now()) {
             Ok(operator) => operator,
@@ -160,7 +171,8 @@ impl Admin {
         let Some(journal) = self.house.journal.clone() else {
             return json_answer(StatusCode::CONFLICT, &json!({"error": "this gateway keeps no journal"}));
         };
-        journal.flush().await;
+        // On a disk that does not answer, what is there already is looked through.
+        let _ = tokio::time::timeout(FLUSH, journal.flush()).await;
         let wanted = id.to_owned();
         let found = tokio::task::spawn_blocking(move || read::find(journal.directory(), &wanted)).await;
         match found.map_err(std::io::Error::other).flatten() {

@@ -11,6 +11,7 @@ mod keep;
 pub mod key;
 #[cfg(test)]
 mod made;
+mod private;
 pub mod read;
 pub mod record;
 pub mod search;

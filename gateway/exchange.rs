@@ -64,6 +64,7 @@ pub struct Exchange {
     decisions: Decisions,
     ending: End,
     place: Option<Place>,
+    on_record: bool,
     journal: Option<Arc<Journal>>,
     telemetry: Arc<Telemetry>,
     tracer: Arc<Tracer>,
@@ -144,6 +145,7 @@ impl Exchange {
             decisions: Decisions::new(),
             ending: End { outcome: Outcome::Aborted, status: None, code: None, message: None },
             place: house.journal.as_ref().and_then(Journal::reserve),
+            on_record: false,
             journal: house.journal.clone(),
             telemetry: house.telemetry.clone(),
             tracer: house.tracer.clone(),
@@ -159,6 +161,12 @@ impl Exchange {
     /// What its caller is found by again when the policy changes, where anybody is known.
     pub fn mark(&self) -> Option<Mark> {
         self.who.as_ref().map(|who| who.identity.mark)
+    }
+
+    /// Begins to keep its text, if the policy wants that and the disk keeps up.
+    pub fn capture(&mut self, body: &[u8]) {
+        let takes = || self.journal.as_ref().is_some_and(|journal| journal.takes_captures());
+        self.tally.capture = Capture::begin(&self.policy.audit.capture, body).filter(|_| takes());
     }
 
     /// Whether its record can be kept, where there is a journal.
@@ -253,9 +261,11 @@ impl Exchange {
         self.ending.outcome = if failed { Outcome::UpstreamError } else { Outcome::Ok };
     }
 
-    /// The client left.
+    /// The client left. Where its record is on disk already, it had all but the end: nothing changes any more.
     pub fn client_closed(&mut self) {
-        self.ending.outcome = Outcome::ClientClosed;
+        if !self.on_record {
+            self.ending.outcome = Outcome::ClientClosed;
+        }
     }
 
     /// Whether the client may have the end of its answer only when the record is on disk.
@@ -271,6 +281,8 @@ impl Exchange {
         }
         let (Some(journal), Some(place)) = (self.journal.clone(), self.place.take()) else { return true };
         let entry = self.file(&journal, &self.record(Instant::now()), place);
+        self.on_record = true;
+        self.tally.capture = None;
         let done = tokio::time::timeout(DURABLE, journal.durable(entry)).await.is_ok();
         done || self.policy.audit.on_error == OnError::Allow
     }
@@ -299,7 +311,7 @@ impl Exchange {
             status: self.ending.status,
             surface: self.surface.path,
             operation: self.surface.operation.name(),
-            method: self.caller.method.as_str(),
+            method: clip(self.caller.method.as_str()),
             stream: self.streaming,
             client: Client {
                 address: self.caller.peer,

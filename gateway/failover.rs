@@ -15,6 +15,7 @@ use crate::exchange::Exchange;
 use crate::house::House;
 use crate::identity;
 use crate::local;
+use crate::money::bill::Bill;
 use crate::pipeline::{Planned, Stop, drain, waiting};
 use crate::policy::file::Cause;
 use crate::policy::{Route, Stage};
@@ -511,6 +512,7 @@ pub async fn tunnel(
                 picked.endpoint.breaker.success(&pool.breaker, now);
                 exchange.attempt_answers(now, 101);
                 exchange.answering(now, 101);
+                exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
                 let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark()));
                 let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
                 if relay::carry(*tunnel, downstream, from, to, cut).await {

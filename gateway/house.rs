@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -12,6 +13,9 @@ use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::Telemetry;
 use crate::telemetry::trace::Tracer;
+
+/// How long requests that have been cut may take to settle.
+const LAST: Duration = Duration::from_millis(500);
 
 /// The process's belongings.
 #[derive(Debug)]
@@ -75,6 +79,14 @@ impl House {
     pub fn act(&self, act: &str, by: By, change: serde_json::Value) {
         if let Some(journal) = &self.journal {
             journal.act(&Act { act, by, change });
+        }
+    }
+
+    /// Waits a moment for requests that have been cut to file what became of them.
+    pub fn wait_for_the_last(&self) {
+        let begun = Instant::now();
+        while self.telemetry.in_flight.get() > 0 && begun.elapsed() < LAST {
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 

@@ -13,6 +13,7 @@
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
+//! | [`hex`], [`time`] | digits, and the calendar |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
@@ -23,6 +24,7 @@ pub mod discover;
 pub mod egress;
 pub mod exchange;
 pub mod failover;
+pub mod hex;
 pub mod house;
 pub mod identity;
 pub mod local;
@@ -42,4 +44,5 @@ pub mod sse;
 pub mod state;
 pub mod surface;
 pub mod telemetry;
+pub mod time;
 pub mod usage;

@@ -117,14 +117,11 @@ impl Price {
     /// What `usage` costs; `None` if something was used that has no price here.
     pub fn cost(&self, usage: &Usage, cached: Cached) -> Option<NanoUsd> {
         let units = self.units(usage);
-        let tokens = Tokens::of(usage, cached);
-        let atto = match (units, self.tokens(&tokens)) {
-            (units, Some(atto)) if units.is_some() || tokens != Tokens::default() || usage.is_reported() => {
-                units.unwrap_or(0).saturating_add(atto)
-            }
-            // Tokens beside something that is paid by the piece are told for information.
-            (Some(units), None) => units,
-            _ => return None,
+        let tokens = if usage.has_tokens() { self.tokens(&Tokens::of(usage, cached)) } else { None };
+        let atto = match (units, tokens) {
+            (None, None) => return None,
+            // Tokens without a price, beside something that is paid by the piece, are told for information.
+            (units, tokens) => units.unwrap_or(0).saturating_add(tokens.unwrap_or(0)),
         };
         Some(NanoUsd::rounded(atto, self.factor(usage.service_tier)))
     }
@@ -142,9 +139,9 @@ impl Price {
     /// What is paid by the piece; `None` if nothing is.
     fn units(&self, usage: &Usage) -> Option<u128> {
         let counted = [(self.image, usage.images, 1), (self.audio_second, usage.audio_ms, 1000)];
-        let counted = counted.into_iter().filter_map(|(price, count, per)| {
-            Some(price?.atto_each().saturating_mul(u128::from(count?)) / per)
-        });
+        let counted = counted
+            .into_iter()
+            .filter_map(|(price, count, per)| Some(price?.atto_each().saturating_mul(u128::from(count?)) / per));
         self.request.map(Usd::atto_each).into_iter().chain(counted).reduce(u128::saturating_add)
     }
 

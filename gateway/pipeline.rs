@@ -13,7 +13,6 @@ use http::header::{CONTENT_TYPE, UPGRADE};
 use http::{HeaderValue, Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
-use crate::audit::capture::Capture;
 use crate::audit::record::{Ending, clip};
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
@@ -104,7 +103,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     let received = read(house, exchange, downstream).await?;
     exchange.times.body = Instant::now();
     exchange.body_bytes = received.body.len() as u64;
-    exchange.tally.capture = Capture::begin(&exchange.policy.audit.capture, &received.body);
+    exchange.capture(&received.body);
     let planned = admit(exchange, downstream, identified, received)?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
@@ -131,8 +130,10 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         }
         (None, None) => &surface::UNKNOWN,
     };
+    // Counted whatever is wrong with the head besides.
+    let recordable = recordable(exchange);
     downstream.check_head()?;
-    recordable(exchange)?;
+    recordable?;
     if house.state.shedding.load(std::sync::atomic::Ordering::Relaxed) {
         let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
         return Err(refusal.retry_after(Duration::from_secs(1)).into());
@@ -318,6 +319,7 @@ async fn relay(
         total: planned.total,
         heartbeat: heartbeat(exchange),
         drain: drain(exchange),
+        holds_end: exchange.is_durable(),
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
@@ -355,7 +357,7 @@ async fn relay(
         service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
     };
     exchange.tally.begin(planned.identified.surface.operation, reading);
-    // What tells the end of an answer is its last piece where its length is known: it waits for the record.
+    // What tells a client that it has all is the last piece; of a stream, its last event.
     downstream.hold_last(exchange.is_durable() && !is_events);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);

@@ -21,7 +21,6 @@ use sha2::{Digest, Sha256};
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
 pub use self::authenticators::authenticators;
-pub(crate) use self::authenticators::time;
 pub use self::tenants::{Tenant, Tenants};
 use crate::money::book::Book;
 use crate::pool::origin::Origin;

@@ -131,6 +131,20 @@ pub struct Admin {
     pub open_metrics: bool,
 }
 
+impl Admin {
+    /// Whether only this machine reaches it.
+    pub fn is_local(&self) -> bool {
+        is_local(&self.address)
+    }
+}
+
+fn is_local(address: &str) -> bool {
+    match address.parse::<SocketAddr>() {
+        Ok(address) => address.ip().is_loopback(),
+        Err(_) => true, // a Unix socket
+    }
+}
+
 impl Default for Admin {
     fn default() -> Self {
         Self { address: "127.0.0.1:9090".to_owned(), keys: Vec::new(), pepper: None, open_metrics: true }
@@ -256,11 +270,7 @@ impl Settings {
 
     /// Whether only this machine reaches the listeners.
     pub fn is_local(&self) -> bool {
-        let local = |listener: &Listener| match listener.address.parse::<SocketAddr>() {
-            Ok(address) => address.ip().is_loopback(),
-            Err(_) => true, // a Unix socket
-        };
-        self.listeners.iter().all(local)
+        self.listeners.iter().all(|listener| is_local(&listener.address))
     }
 
     /// Threads that serve requests.

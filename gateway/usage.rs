@@ -77,9 +77,10 @@ impl Usage {
         self.source == Source::None
     }
 
-    /// Whether the upstream said it.
-    pub fn is_reported(&self) -> bool {
-        self.source == Source::Upstream
+    /// Whether any number of tokens is known.
+    pub fn has_tokens(&self) -> bool {
+        let counts = [self.input_tokens, self.output_tokens, self.cached_tokens, self.cache_write_tokens];
+        counts.iter().any(Option::is_some)
     }
 }
 

@@ -98,6 +98,7 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
 /// One way of knowing who asks. Exactly one of the kinds must be given.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Authenticator")]
 pub struct Config {
     /// API keys of the gateway's own.
     #[serde(default)]
@@ -224,6 +225,8 @@ pub(crate) mod tests {
         {
             assert_eq!(built(&wrong).err().unwrap()[0].0, "[1]", "{wrong}");
         }
+        let both = r#"[{"keys":{"pepper":{"env":"P"}},"anonymous":{"tenant":"public"}}]"#;
+        assert!(built(both).err().unwrap()[0].1.contains("and nothing else"));
         assert!(built("[{}]").err().unwrap()[0].1.contains("give one of keys, anonymous"));
     }
 }

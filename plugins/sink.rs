@@ -33,10 +33,43 @@ pub trait Sink: Debug + Send + Sync {
     /// What leaves for these lines.
     fn delivery(&self, batch: &Batch<'_>) -> Delivery;
 
-    /// What an HTTP answer means: delivered, perhaps with a warning, or not, and why.
-    fn judge(&self, status: u16, _body: &[u8]) -> Result<Option<String>, String> {
-        if (200..300).contains(&status) { Ok(None) } else { Err(format!("it answers with status {status}")) }
+    /// What an HTTP answer means: delivered, perhaps without some lines, or not, and why.
+    fn judge(&self, status: u16, _body: &[u8]) -> Result<Option<Rejected>, Failure> {
+        match status {
+            200..300 => Ok(None),
+            _ => Err(Failure::of(status, format!("it answers with status {status}"))),
+        }
     }
+}
+
+/// Why a delivery was not taken, in words for the log, and what the gateway does about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The same may be taken another time. It is sent again for as long as it takes, and nothing behind it leaves.
+    Later(String),
+    /// It will never be taken. It is sent again in halves, and a line that is refused alone is passed over: it stays
+    /// in the journal, is counted in `infergate_sink_refused_total` and named in the log.
+    Refused(String),
+}
+
+impl Failure {
+    /// What an HTTP status says of the lines that were sent. All but a few are about the sink, its address or its
+    /// credentials, not about them.
+    pub fn of(status: u16, why: String) -> Self {
+        match status {
+            400 | 413 | 422 => Self::Refused(why),
+            _ => Self::Later(why),
+        }
+    }
+}
+
+/// Lines of a delivery that a sink threw away, though it took the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// How many.
+    pub lines: u64,
+    /// Why, for the log.
+    pub why: String,
 }
 
 /// Lines of one run, in order.
@@ -123,7 +156,8 @@ pub struct Config {
     /// How many lines leave at once.
     #[serde(default)]
     pub batch: Bounds,
-    /// How long one delivery may take, in milliseconds. Then it counts as failed and is made again.
+    /// How long one delivery may take, in milliseconds. Then it counts as failed and is made again; a write to the
+    /// standard output or a file, which cannot be taken back, is waited for again.
     #[serde(default = "Config::timeout_ms")]
     #[schemars(range(min = 100, max = 600_000))]
     pub timeout_ms: u64,
@@ -438,6 +472,18 @@ mod tests {
             (&places[..5], places[5].as_str()),
             (&expected.map(str::to_owned)[..], "[6].otlp.headers.Content-Length")
         );
+    }
+
+    #[test]
+    fn only_what_is_said_of_the_lines_themselves_is_for_good() {
+        let sink = built(r#"[{"name":"w","webhook":{"url":"http://x/"}}]"#).unwrap().remove(0).sink.clone();
+        assert_eq!(sink.judge(204, b""), Ok(None));
+        for status in [400, 413, 422] {
+            assert!(matches!(sink.judge(status, b""), Err(Failure::Refused(_))), "{status}");
+        }
+        for status in [302, 401, 403, 404, 405, 408, 415, 429, 500, 503] {
+            assert!(matches!(sink.judge(status, b""), Err(Failure::Later(_))), "{status}");
+        }
     }
 
     #[test]

@@ -170,6 +170,7 @@ fn the_schemas_that_are_shipped_are_those_of_this_version() {
         (&["schema"][..], "policy"),
         (&["schema", "--settings"], "settings"),
         (&["schema", "--record"], "record"),
+        (&["schema", "--prices"], "prices"),
     ];
     for (arguments, name) in schemas {
         let (code, out, _) = Process::run(arguments);

@@ -14,6 +14,7 @@ mod identity;
 mod lifecycle;
 mod logs;
 mod metrics;
+mod money;
 mod nats;
 mod overload;
 mod readme;

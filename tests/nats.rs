@@ -92,3 +92,43 @@ async fn a_stream_that_is_missing_is_told_and_made_later() {
     let there = || async { !nats.stored("AUDIT").await.is_empty() };
     eventually("the first line is there", Duration::from_secs(30), there).await;
 }
+
+/// What is too large for a stream, or for the server, is refused for good: everything behind it still comes.
+#[tokio::test]
+async fn a_record_that_is_too_large_is_passed_over() {
+    let (server, mut nats) = (model_server().await, Nats::start().await);
+    nats.make_stream_for("AUDIT", "infergate.audit.>", LARGE).await;
+    nats.make_stream("OTHER", "infergate.other.>").await;
+    let first = Gateway::start(&with_sink(&server.url(), &nats.url())).await;
+    refuses_only_the_large_ones(&first, &nats).await;
+    drop(first);
+    nats.kill();
+    nats.restart_with(&format!("max_payload: {LARGE}\n")).await;
+    let policy = with_sink(&server.url(), &nats.url()).replace("nats: {", "nats: {subject: 'infergate.other.{kind}', ");
+    let second = Gateway::start(&policy).await;
+    refuses_only_the_large_ones(&second, &nats).await;
+}
+
+/// Between the length of a short record and that of one with a long name in it.
+const LARGE: i32 = 1400;
+
+async fn refuses_only_the_large_ones(gateway: &Gateway, nats: &Nats) {
+    for model in ["m", &"x".repeat(250), "m"] {
+        let body = chat(false, 1).replace("\"m\"", &format!("\"{model}\""));
+        Client::h1().post(gateway.address, "/v1/chat/completions", body).await;
+    }
+    let (refused, lag) = ("infergate_sink_refused_total{sink=\"js\"}", "infergate_sink_lag_lines{sink=\"js\"}");
+    let records = || journal(gateway.directory.path()).iter().filter(|line| line.contains("\"usage\"")).count();
+    let over = || async { records() >= 2 && gateway.metric(refused).await > 0.0 && gateway.metric(lag).await == 0.0 };
+    eventually("everything else is delivered", Duration::from_secs(20), over).await;
+    let (large, journal): (Vec<_>, Vec<_>) =
+        journal(gateway.directory.path()).into_iter().partition(|line| line.contains("xxx"));
+    let stored = [nats.stored("AUDIT").await, nats.stored("OTHER").await].concat();
+    let came: Vec<&str> = stored.iter().map(|message| message.payload.as_str()).collect();
+    assert!(journal.iter().all(|line| came.contains(&line.as_str())), "{came:#?}");
+    assert!(large.len() == 1 && !came.contains(&large[0].as_str()), "{large:?}");
+    assert_eq!(gateway.metric(refused).await, 1.0);
+    let told: Vec<String> = gateway.log().lines().filter(|line| line.contains("for good")).map(str::to_owned).collect();
+    let seq: serde_json::Value = serde_json::from_str(&large[0]).unwrap();
+    assert!(told.len() == 1 && told[0].contains(&format!("\"seq\":{}", seq["seq"])), "{told:?}");
+}

@@ -17,32 +17,32 @@ const START_LIMIT: Duration = Duration::from_secs(15);
 pub enum Evidence {
     /// It does nothing but its work, like the bare proxy.
     Off,
-    /// With a collector in the fake server, and segments so small that several are finished and compressed.
+    /// With a collector in the fake server.
     On,
+    /// The same with segments so small that they are finished, signed and compressed all the time.
+    Packed,
 }
 
 impl Evidence {
     fn name(self) -> &'static str {
         match self {
             Self::Off => "gateway",
-            Self::On => "gateway with evidence",
+            Self::On | Self::Packed => "gateway with evidence",
+        }
+    }
+
+    /// What the policy says of it.
+    fn extra(self, upstream: SocketAddr) -> String {
+        match self {
+            Self::Off => String::new(),
+            Self::On => format!("telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n"),
+            Self::Packed => format!("audit: {{segment_bytes: 4194304}}\n{}", Self::On.extra(upstream)),
         }
     }
 
     /// The policy the gateway runs with: every model of the load goes to the fake server.
     fn policy(self, upstream: SocketAddr) -> String {
-        let evidence = match self {
-            Self::Off => String::new(),
-            Self::On => format!(
-                r#"audit:
-  segment_bytes: 4194304
-telemetry:
-  traces:
-    share: 0.01
-    endpoint: http://{upstream}
-"#
-            ),
-        };
+        let extra = self.extra(upstream);
         format!(
             r#"version: 1
 models:
@@ -52,7 +52,7 @@ pools:
   load:
     upstreams:
       - url: http://{upstream}
-{evidence}"#
+{extra}"#
         )
     }
 
@@ -60,7 +60,7 @@ pools:
     fn settings(self, journal: &Path) -> String {
         match self {
             Self::Off => "threads: 1\naudit: {enabled: false}\n".to_owned(),
-            Self::On => format!("threads: 1\naudit: {{directory: {journal:?}}}\n"),
+            Self::On | Self::Packed => format!("threads: 1\naudit: {{directory: {journal:?}}}\n"),
         }
     }
 }

@@ -1,15 +1,18 @@
 //! Who may do what on the operators' port.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use http::HeaderMap;
+use http::header::HOST;
+use http::uri::Authority;
+use http::{HeaderMap, Request};
 use infergate_plugins::authenticator::keys::{Ring, expiry, mark};
 use infergate_plugins::authenticator::{Credentials, Fault};
 
-use crate::policy::time;
 use crate::secret::{self, Secret};
 use crate::settings::{Admin, AdminKey, Role};
+use crate::time;
 
 /// The keys of operators. Without any, whoever reaches the port may do everything.
 #[derive(Debug, Default)]
@@ -59,6 +62,11 @@ impl Access {
         Ok(Self { ring: Some(ring), closed_metrics: !admin.open_metrics })
     }
 
+    /// Whether nobody has to show a key.
+    pub fn is_open(&self) -> bool {
+        self.ring.is_none()
+    }
+
     /// Lets somebody in, or not; who they are, where anybody is known.
     pub fn admit(&self, need: Need, headers: &HeaderMap, now: SystemTime) -> Result<Option<Operator>, Denied> {
         let Some(ring) = &self.ring else { return Ok(None) };
@@ -77,6 +85,22 @@ impl Access {
     }
 }
 
+/// Whether a request names us by a name that strangers could have pointed here. A page in an operator's browser can read
+/// what its own host answers, and its owner decides what address that host has; but not that of an IP address, nor of a
+/// name without a dot, which nobody can register: `localhost`, or a service beside us, such as `infergate`.
+pub fn by_a_strangers_name<B>(request: &Request<B>) -> bool {
+    let named = request.headers().get_all(HOST).iter().map(|host| Authority::try_from(host.as_bytes()).ok());
+    let asked = request.uri().authority().cloned().map(Some);
+    asked.into_iter().chain(named).any(|authority| authority.is_none_or(|authority| !is_ours(authority.host())))
+}
+
+fn is_ours(host: &str) -> bool {
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    bracketed.is_some_and(|host| host.parse::<Ipv6Addr>().is_ok())
+        || host.parse::<Ipv4Addr>().is_ok()
+        || !host.contains(['.', '[', ':'])
+}
+
 /// The keys by their hash, or all that is wrong with them, each thing at its place in the settings.
 pub fn ring(keys: &[AdminKey], pepper: &Secret) -> Result<Ring<Operator>, Vec<(String, String)>> {
     let (mut ring, mut wrong) = (Ring::new(pepper), Vec::new());
@@ -90,7 +114,7 @@ pub fn ring(keys: &[AdminKey], pepper: &Secret) -> Result<Ring<Operator>, Vec<(S
 
 fn add(ring: &mut Ring<Operator>, key: &AdminKey) -> Result<(), (&'static str, String)> {
     let hash = mark(&key.hash).ok_or_else(|| ("hash", "this is not 64 hexadecimal digits".to_owned()))?;
-    let expires = expiry(key.expires.as_deref(), time).map_err(|error| ("expires", error))?;
+    let expires = expiry(key.expires.as_deref(), time::parse).map_err(|error| ("expires", error))?;
     let operator = Operator { name: key.name.as_str().into(), role: key.role };
     ring.add(hash, operator.name.clone(), expires, operator).map_err(|error| ("hash", error))
 }
@@ -143,6 +167,26 @@ mod tests {
         assert!(ask(&closed, Need::Nothing) && !ask(&closed, Need::Metrics));
         assert!(Access::new(&admin, &|_| Some("short".to_owned())).unwrap_err().contains("openssl rand"));
         assert!(ask(&Access::default(), Need::Role(Role::Owner)), "without keys the port is open");
+    }
+
+    #[test]
+    fn a_name_that_a_stranger_could_have_pointed_here_is_told_from_an_address() {
+        let strange = |uri: &str, hosts: &[&str]| {
+            let request = Request::builder().uri(uri);
+            let request = hosts.iter().fold(request, |request, host| request.header(HOST, *host));
+            by_a_strangers_name(&request.body(()).unwrap())
+        };
+        assert!(!strange("/metrics", &[]), "HTTP/1.0");
+        for host in ["127.0.0.1:9090", "10.1.2.3", "[::1]:9090", "localhost", "localhost:9090", "infergate:9090"] {
+            assert!(!strange("/metrics", &[host]), "{host}");
+            assert!(!strange(&format!("http://{host}/metrics"), &[]), "{host}");
+        }
+        for host in ["rebound.example:9090", "rebound.example", "a.b.", "127.0.0.1.example", "127.1", "[::1", "", "a b"]
+        {
+            assert!(strange("/metrics", &[host]), "{host}");
+        }
+        assert!(strange("http://rebound.example/metrics", &["localhost"]));
+        assert!(strange("/metrics", &["localhost", "rebound.example"]));
     }
 
     #[test]

@@ -12,9 +12,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::journal::hex;
-use super::record::{Id, Stamp};
+use super::private;
+use super::record::Id;
+use crate::hex;
 use crate::policy::file;
+use crate::time::Stamp;
 
 /// The text of one request, as it comes together.
 #[derive(Debug, Default)]
@@ -90,7 +92,7 @@ impl Capture {
 
 /// SHA-256 over `bytes`, in hexadecimal digits.
 pub fn sum(bytes: &[u8]) -> String {
-    hex::<64>(&Sha256::digest(bytes)).iter().map(|digit| char::from(*digit)).collect()
+    hex::text(&Sha256::digest(bytes))
 }
 
 /// Appends `piece` as far as there is room. Returns whether all of it found some.
@@ -122,10 +124,10 @@ impl Store {
             *bytes >= policy.segment_bytes || begun.elapsed() >= Duration::from_secs(policy.segment_s)
         };
         if self.open.as_ref().is_none_or(full) {
-            std::fs::create_dir_all(&self.directory)?;
+            private::directory(&self.directory)?;
             self.number += 1;
             let path = self.directory.join(format!("{:06}.jsonl", self.number));
-            self.open = Some((File::options().create_new(true).append(true).open(path)?, 0, Instant::now()));
+            self.open = Some((private::append(&path)?, 0, Instant::now()));
         }
         let Some((file, bytes, _)) = &mut self.open else { return Ok(()) };
         file.set_len(*bytes)?;

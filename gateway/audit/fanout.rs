@@ -95,8 +95,24 @@ struct Running {
     outlet: Arc<Outlet>,
     task: JoinHandle<()>,
     meters: SinkMeters,
-    /// The next line of this process's run that the sink wants.
-    next: Arc<AtomicU64>,
+    still: Arc<Still>,
+}
+
+/// What a sink has still to get.
+#[derive(Debug)]
+struct Still {
+    /// The next line of this process's run.
+    next: AtomicU64,
+    /// Lines that dead runs left.
+    left: AtomicU64,
+}
+
+impl Still {
+    /// How many lines it is behind, where `committed` is the last one of our run.
+    fn lines(&self, committed: u64) -> u64 {
+        let own = (committed + 1).saturating_sub(self.next.load(Ordering::Relaxed));
+        own.saturating_add(self.left.load(Ordering::Relaxed))
+    }
 }
 
 impl Fanout {
@@ -130,16 +146,16 @@ impl Fanout {
     fn start(&self, outlet: Arc<Outlet>) -> Running {
         let meters = self.telemetry.sink(&outlet.config.name);
         meters.healthy.set(1);
-        let next = Arc::new(AtomicU64::new(1));
+        let still = Arc::new(Still { next: AtomicU64::new(1), left: AtomicU64::new(0) });
         tracing::info!(sink = %outlet.config.name, kind = outlet.sink.kind(), "audit records go there");
-        let tail = Tail::new(outlet.clone(), self.source.clone(), self.egress.clone(), meters.clone(), next.clone());
-        Running { outlet, task: tokio::spawn(tail.run()), meters, next }
+        let tail = Tail::new(outlet.clone(), self.source.clone(), self.egress.clone(), meters.clone(), still.clone());
+        Running { outlet, task: tokio::spawn(tail.run()), meters, still }
     }
 
     fn measure(&self) {
         let committed = *self.source.committed.borrow();
         for running in self.running.values() {
-            let lag = (committed + 1).saturating_sub(running.next.load(Ordering::Relaxed));
+            let lag = running.still.lines(committed);
             running.meters.lag.set(i64::try_from(lag).unwrap_or(i64::MAX));
         }
     }

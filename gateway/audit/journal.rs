@@ -22,16 +22,24 @@ use tokio::sync::watch;
 
 use super::capture::Store;
 use super::json;
-use super::keep;
+use super::{keep, private};
 use super::key::SigningKey;
 use super::read;
-use super::record::{Record, Stamp};
+use super::record::Record;
 use super::tip::{self, Tip};
+use crate::hex;
 use crate::policy::file::Audit;
 use crate::telemetry::{JournalMeters, Telemetry};
+use crate::time::Stamp;
 
 /// How long the disk is left alone after it failed.
 const RETRY: Duration = Duration::from_millis(250);
+/// How often the journal is put in order where nothing else asks for it.
+const KEEP_EVERY: Duration = Duration::from_secs(3600);
+/// How long a thread waits for the disk that could go on without.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Captured text that may wait for the disk, in bytes. Beyond it nothing is captured.
+const CAPTURES: usize = 64 << 20;
 /// How long the end of the process waits for the last lines.
 const CLOSE: Duration = Duration::from_secs(10);
 /// A buffer that has grown beyond this is given back when it has been emptied.
@@ -75,7 +83,11 @@ struct Pending {
     entries: u64,
     /// Whether somebody waits for the disk.
     urgent: bool,
+    /// Whether somebody waits for a signature: taken back when it is on disk.
+    sign: bool,
     closing: Option<&'static str>,
+    /// Whether the last line has been taken.
+    closed: bool,
 }
 
 /// Requests that went without a record since the last `gap` line.
@@ -152,7 +164,7 @@ impl Journal {
     ) -> Result<(Arc<Self>, Writer), String> {
         let place = |error: std::io::Error| unwritable(directory, &error);
         let key = SigningKey::load(directory, key_file)?;
-        std::fs::create_dir_all(directory.join("runs")).map_err(place)?;
+        ["runs", "sinks"].iter().try_for_each(|name| private::directory(&directory.join(name))).map_err(place)?;
         let previous = tip::of_earlier_runs(directory).map_err(place)?;
         let run = run_name(directory).map_err(place)?;
         let journal = Arc::new(Self {
@@ -187,13 +199,18 @@ impl Journal {
         &self.run
     }
 
-    /// What the policy says of it now.
+    /// From now on the policy says this of it.
     pub fn configure(self: &Arc<Self>, policy: &Audit) {
         self.meters.places.set(i64::from(policy.places));
         self.policy.store(Arc::new(policy.clone()));
         // A group that has begun under another policy may be waiting for a long time.
         self.hurry();
-        keep::house(self, policy);
+        keep::house(self);
+    }
+
+    /// What the policy says of it now.
+    pub(super) fn policy(&self) -> Arc<Audit> {
+        self.policy.load_full()
     }
 
     /// The `seq` of the last line on disk.
@@ -229,6 +246,11 @@ impl Journal {
         entry
     }
 
+    /// Whether more text can be captured: not while the disk does not keep up.
+    pub fn takes_captures(&self) -> bool {
+        self.pending.lock().captures.len() < CAPTURES
+    }
+
     /// Keeps captured text. It is on disk before the record that is filed next.
     pub fn capture(&self, line: &[u8]) {
         self.pending.lock().captures.extend_from_slice(line);
@@ -246,6 +268,11 @@ impl Journal {
             line.clear();
             encode(line, kind, at, members);
             let mut pending = self.pending.lock();
+            if pending.closed {
+                tracing::error!(kind, "a line came after the journal had been closed: it is lost");
+                self.meters.served.inc();
+                return pending.entries;
+            }
             let before = pending.lines.len();
             pending.lines.extend_from_slice(line);
             let full = before < GROUP && pending.lines.len() >= GROUP;
@@ -277,13 +304,18 @@ impl Journal {
         self.durable(entry).await;
     }
 
-    /// The same for a thread that may block.
-    pub(super) fn flush_blocking(&self, entry: u64) {
-        let durable = self.durable.subscribe();
-        while *durable.borrow() < entry {
+    /// Waits until `entry` is on disk and signed, on a thread that may block. Returns whether that came about.
+    pub(super) fn signed(&self, entry: u64) -> bool {
+        self.pending.lock().sign = true;
+        let (durable, begun) = (self.durable.subscribe(), Instant::now());
+        while *durable.borrow() < entry || self.pending.lock().sign {
+            if begun.elapsed() > PATIENCE || self.pending.lock().closing.is_some() {
+                return false;
+            }
             self.hurry();
             std::thread::sleep(Duration::from_millis(5));
         }
+        true
     }
 
     fn hurry(&self) {
@@ -367,6 +399,16 @@ fn run_name(directory: &Path) -> std::io::Result<String> {
     Ok(format!("{digits}Z-{:08x}", fastrand::u32(..)))
 }
 
+/// What the writer took beside the lines.
+struct Taken {
+    /// Entries pushed so far.
+    entries: u64,
+    /// Why this is the end, if it is.
+    closing: Option<&'static str>,
+    /// Whether somebody waits for a signature over these lines.
+    sign: bool,
+}
+
 /// The thread that writes.
 struct Writer {
     journal: Arc<Journal>,
@@ -387,6 +429,8 @@ struct Writer {
     uncommitted: (u64, u64),
     /// The last checkpoint: when, and its seq.
     checkpoint: (Instant, u64),
+    /// When the journal was last put in order.
+    kept: Instant,
     /// Whether the disk failed at the last try.
     failing: bool,
     /// Held as long as the process lives.
@@ -409,9 +453,7 @@ impl Segment {
     fn create(run: &Path, number: u32, first: u64) -> std::io::Result<Self> {
         let path = run.join(format!("{number:06}.jsonl"));
         // A try before may have left it behind, empty; the run is nobody else's.
-        let file = File::options().create(true).append(true).open(&path)?;
-        // The name must survive a crash too.
-        File::open(run)?.sync_all()?;
+        let file = private::append(&path)?;
         Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })
     }
 
@@ -462,8 +504,8 @@ struct Gap {
 impl Writer {
     fn begin(journal: Arc<Journal>, key: SigningKey) -> std::io::Result<Self> {
         let run = journal.directory.join("runs").join(&journal.run);
-        std::fs::create_dir_all(&run)?;
-        let lock = File::create(run.join("lock"))?;
+        private::directory(&run)?;
+        let lock = private::fresh(&run.join("lock"))?;
         // Whoever asks whether this run is alive holds it for a moment.
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
         let segment = Segment::create(&run, 1, 1)?;
@@ -481,6 +523,7 @@ impl Writer {
             out: Vec::new(),
             uncommitted: (0, 0),
             checkpoint: (Instant::now(), 0),
+            kept: Instant::now(),
             failing: false,
             _lock: lock,
         })
@@ -489,7 +532,7 @@ impl Writer {
     fn run(mut self) {
         let mut lines = Vec::new();
         loop {
-            let (entries, closing) = self.wait(&mut lines);
+            let Taken { entries, closing, sign } = self.wait(&mut lines);
             self.gap();
             self.frame_all(&lines);
             lines.clear();
@@ -502,20 +545,25 @@ impl Writer {
                 self.commit(entries);
                 return;
             }
-            let due = self.checkpoint.0.elapsed() >= Duration::from_secs(policy.checkpoint_s);
+            let due = sign || self.checkpoint.0.elapsed() >= Duration::from_secs(policy.checkpoint_s);
             if due && self.seq > self.checkpoint.1 {
                 self.sign("checkpoint", None);
             }
             self.commit(entries);
+            if sign {
+                self.journal.pending.lock().sign = false;
+            }
             if self.segment_is_full(&policy) {
-                self.rotate(&policy);
+                self.rotate();
+            }
+            if self.kept.elapsed() >= KEEP_EVERY {
+                self.keep();
             }
         }
     }
 
-    /// Waits until there is something to write and takes it into `lines`: how many entries there have been, and
-    /// whether this is the end.
-    fn wait(&mut self, lines: &mut Vec<u8>) -> (u64, Option<&'static str>) {
+    /// Waits until there is something to do, and takes what has been pushed into `lines`.
+    fn wait(&mut self, lines: &mut Vec<u8>) -> Taken {
         let journal = self.journal.clone();
         let idle = self.idle(&journal.policy.load());
         let mut pending = journal.pending.lock();
@@ -527,19 +575,22 @@ impl Writer {
         // The first line has come: others join it until the group is committed.
         let until = Instant::now() + Duration::from_millis(policy.commit_ms);
         while !pending.urgent && pending.closing.is_none() && !(pending.lines.is_empty() && self.out.is_empty()) {
-            while pending.lines.len() >= GROUP {
+            if pending.lines.len() >= GROUP {
                 std::mem::swap(&mut pending.lines, lines);
                 MutexGuard::unlocked(&mut pending, || self.frame_all(lines));
                 lines.clear();
+                // Whoever was in a hurry meanwhile has woken nobody.
+                continue;
             }
             if journal.wake.wait_until(&mut pending, until).timed_out() {
                 break;
             }
         }
         pending.urgent = false;
+        pending.closed = pending.closing.is_some();
         std::mem::swap(&mut pending.lines, lines);
         self.captures.append(&mut pending.captures);
-        (pending.entries, pending.closing)
+        Taken { entries: pending.entries, closing: pending.closing, sign: pending.sign }
     }
 
     /// How long there may be nothing to do.
@@ -547,14 +598,20 @@ impl Writer {
         let unsigned = self.seq > self.checkpoint.1;
         let checkpoint = Duration::from_secs(policy.checkpoint_s).saturating_sub(self.checkpoint.0.elapsed());
         let rotation = Duration::from_secs(policy.segment_s).saturating_sub(self.segment.begun.elapsed());
-        let next = if unsigned { checkpoint.min(rotation) } else { rotation };
-        next.max(Duration::from_millis(10))
+        let keeping = KEEP_EVERY.saturating_sub(self.kept.elapsed());
+        let due = [(unsigned, checkpoint), (self.segment_holds_something(), rotation), (true, keeping)];
+        let next = due.iter().filter(|(is_due, _)| *is_due).map(|(_, at)| *at).min();
+        next.unwrap_or(keeping).max(Duration::from_millis(10))
     }
 
     fn segment_is_full(&self, policy: &Audit) -> bool {
         let old = self.segment.begun.elapsed() >= Duration::from_secs(policy.segment_s);
-        // A segment of nothing but its first line is not worth another.
-        self.segment.bytes >= policy.segment_bytes || (old && self.seq > self.segment.first + 1)
+        self.segment.bytes >= policy.segment_bytes || (old && self.segment_holds_something())
+    }
+
+    /// Whether there is more in the segment than its first line and the checkpoint behind it.
+    fn segment_holds_something(&self) -> bool {
+        self.seq > self.segment.first + 1
     }
 
     /// Says in the journal itself how many requests went without a record.
@@ -600,7 +657,7 @@ impl Writer {
         self.out.push(b',');
         self.out.extend_from_slice(line);
         let digest = Sha256::new().chain_update(self.chain).chain_update(&self.out[begun..]).finalize();
-        self.chain = hex(&digest);
+        self.chain = hex::digits(&digest);
         self.out.extend_from_slice(br#","chain":""#);
         self.out.extend_from_slice(&self.chain);
         self.out.extend_from_slice(b"\"}\n");
@@ -644,7 +701,8 @@ impl Writer {
             self.out.clear();
             self.out.shrink_to(BUFFER_KEPT);
         }
-        self.journal.committed.send_replace(self.seq);
+        let seq = self.seq;
+        self.journal.committed.send_if_modified(|committed| std::mem::replace(committed, seq) != seq);
         self.journal.durable.send_if_modified(|durable| std::mem::replace(durable, entries) != entries);
     }
 
@@ -684,7 +742,7 @@ impl Writer {
     }
 
     /// Ends this segment with a signature and begins the next; the old one is compressed, and the oldest go.
-    fn rotate(&mut self, policy: &Audit) {
+    fn rotate(&mut self) {
         self.sign("checkpoint", None);
         self.commit(self.entries);
         let run = self.journal.directory.join("runs").join(&self.journal.run);
@@ -704,16 +762,11 @@ impl Writer {
         };
         self.own("segment", SystemTime::now(), &line);
         self.commit(self.entries);
-        keep::house(&self.journal, policy);
+        self.keep();
     }
-}
 
-/// Bytes as hexadecimal digits.
-pub(super) fn hex<const N: usize>(bytes: &[u8]) -> [u8; N] {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut digits = [b'0'; N];
-    for (two, byte) in digits.chunks_exact_mut(2).zip(bytes) {
-        two.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+    fn keep(&mut self) {
+        self.kept = Instant::now();
+        keep::house(&self.journal);
     }
-    digits
 }

@@ -33,6 +33,15 @@ impl serde::ser::Error for Unusual {
 /// Where the next value goes.
 struct Json<'a>(&'a mut Vec<u8>);
 
+impl Json<'_> {
+    fn quoted(self, plain: &str) -> Result<(), Unusual> {
+        self.0.push(b'"');
+        self.0.extend_from_slice(plain.as_bytes());
+        self.0.push(b'"');
+        Ok(())
+    }
+}
+
 /// An object or a list that begins at a place. Each member has a comma before it; the first one's becomes the bracket.
 struct Members<'a>(&'a mut Vec<u8>, usize);
 
@@ -126,16 +135,13 @@ impl<'a> Serializer for Json<'a> {
 
     fn serialize_str(self, text: &str) -> Result<(), Unusual> {
         if is_plain(text.as_bytes()) {
-            self.0.push(b'"');
-            self.0.extend_from_slice(text.as_bytes());
-            self.0.push(b'"');
-            return Ok(());
+            return self.quoted(text);
         }
         serde_json::to_writer(self.0, text).map_err(|_| Unusual)
     }
 
     fn serialize_unit_variant(self, _: &'static str, _: u32, name: &'static str) -> Result<(), Unusual> {
-        self.serialize_str(name)
+        self.quoted(name)
     }
 
     fn serialize_none(self) -> Result<(), Unusual> {

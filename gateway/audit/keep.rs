@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
-use super::{capture, fanout};
+use super::{capture, fanout, private};
 use super::journal::Journal;
 use super::read::{self, Run, Segment};
 use crate::policy::file::Audit;
@@ -34,23 +34,25 @@ struct Retired {
 }
 
 /// Puts the journal in order on a thread of its own, because disks are slow and requests are not to wait.
-pub fn house(journal: &Arc<Journal>, policy: &Audit) {
+pub fn house(journal: &Arc<Journal>) {
     // One works and one waits its turn: a third would find nothing that the second leaves.
     if Arc::strong_count(&journal.keepers) > 2 {
         return;
     }
-    let (keeper, journal, policy) = (journal.keepers.clone(), journal.clone(), policy.clone());
+    let (keeper, journal) = (journal.keepers.clone(), journal.clone());
     let work = move || {
         let _keeper = keeper;
         // One at a time, also among processes.
-        let lock = File::create(journal.directory().join("keep.lock"));
+        let lock = private::fresh(&journal.directory().join("keep.lock"));
         let Ok(_lock) = lock.and_then(|lock| Ok(flock(&lock, FlockOperation::LockExclusive).map(|()| lock)?)) else {
             return;
         };
-        let kept = if policy.compress { compress_all(&journal) } else { Ok(()) };
-        let kept = kept.and_then(|()| retire(&journal, &policy));
+        let policy = journal.policy();
+        // Each whatever became of the one before: a full disk cannot compress, but it can let go.
+        let compressed = if policy.compress { compress_all(&journal) } else { Ok(()) };
+        let retired = retire(&journal, &policy);
         let captures = policy.capture.keep_days.map_or(Ok(()), |days| capture::retire(journal.directory(), days));
-        if let Err(error) = kept.and(captures) {
+        for error in [compressed, retired, captures].into_iter().filter_map(Result::err) {
             tracing::error!(%error, "the journal could not be put in order");
         }
     };
@@ -86,13 +88,22 @@ fn compress_all(journal: &Journal) -> io::Result<()> {
 fn compress(path: &Path) -> io::Result<()> {
     let named = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
     let (fresh, packed) = (named(".zst.new"), named(".zst"));
-    let (source, mut target) = (File::open(path)?, File::create(&fresh)?);
+    if let Err(error) = pack(path, &fresh) {
+        // Half of it would only take room.
+        let _ = std::fs::remove_file(&fresh);
+        return Err(error);
+    }
+    std::fs::rename(&fresh, &packed)?;
+    path.parent().map_or(Ok(()), private::sync)?;
+    std::fs::remove_file(path)
+}
+
+fn pack(path: &Path, fresh: &Path) -> io::Result<()> {
+    let (source, mut target) = (File::open(path)?, private::fresh(fresh)?);
     zstd::stream::copy_encode(&source, &mut target, LEVEL)?;
     // Its age is that of its lines.
     target.set_modified(source.metadata()?.modified()?)?;
-    target.sync_all()?;
-    std::fs::rename(&fresh, &packed)?;
-    std::fs::remove_file(path)
+    target.sync_all()
 }
 
 /// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink has
@@ -122,8 +133,10 @@ fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
         told_by = journal.push("retired", SystemTime::now(), &retired);
         leaving.push((run, segment));
     }
-    // One wait for the disk, however many there are.
-    journal.flush_blocking(told_by);
+    // One signature, however many there are: without it nobody could tell that it was the gateway who removed them.
+    if !leaving.is_empty() && !journal.signed(told_by) {
+        return Err(io::Error::other("what is to be retired cannot be put on record; it stays"));
+    }
     leaving.iter().try_for_each(|(run, segment)| {
         std::fs::remove_file(&segment.path)?;
         forget_empty(run)

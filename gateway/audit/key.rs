@@ -9,7 +9,8 @@ use std::path::Path;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
 use sha2::{Digest, Sha256};
 
-use super::journal::hex;
+use super::private;
+use crate::hex;
 
 /// A key pair.
 pub struct SigningKey {
@@ -32,7 +33,7 @@ impl SigningKey {
         let path = file.unwrap_or(&own);
         let told =
             |what: &str, error: &dyn fmt::Display| format!("the journal's key {}: {what}: {error}", path.display());
-        std::fs::create_dir_all(directory).map_err(|error| told("its directory cannot be made", &error))?;
+        private::directory(directory).map_err(|error| told("its directory cannot be made", &error))?;
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -41,7 +42,7 @@ impl SigningKey {
             Err(error) => return Err(told("it cannot be read", &error)),
         };
         let wrong = || told("it is no Ed25519 key", &"PKCS#8 in hexadecimal digits is expected");
-        let document = unhex(text.trim()).ok_or_else(wrong)?;
+        let document = hex::bytes(text.trim().as_bytes()).ok_or_else(wrong)?;
         let pair = Ed25519KeyPair::from_pkcs8(&document).map_err(|_| wrong())?;
         let key = Self { id: key_id(pair.public_key().as_ref()), pair };
         let (public, text) = (directory.join("signing.pub"), format!("{}\n", key.public()));
@@ -53,22 +54,18 @@ impl SigningKey {
 
     /// The public key in hexadecimal digits.
     pub fn public(&self) -> String {
-        text::<64>(self.pair.public_key().as_ref())
+        hex::text(self.pair.public_key().as_ref())
     }
 
     /// Signs `message`: 128 hexadecimal digits.
     pub fn sign(&self, message: &[u8]) -> String {
-        text::<128>(self.pair.sign(message).as_ref())
+        hex::text(self.pair.sign(message).as_ref())
     }
 }
 
 /// The id of a public key.
 pub fn key_id(public: &[u8]) -> String {
-    text::<16>(&Sha256::digest(public))
-}
-
-fn text<const N: usize>(bytes: &[u8]) -> String {
-    hex::<N>(bytes).iter().map(|digit| char::from(*digit)).collect()
+    hex::text(&Sha256::digest(public)[..8])
 }
 
 /// Makes a key that only its owner can read. Gateways that start at the same moment agree on one, and none is left with
@@ -77,7 +74,7 @@ fn make(path: &Path) -> std::io::Result<String> {
     let broken = |_| std::io::Error::other("no random numbers");
     let pair = Ed25519KeyPair::generate().map_err(broken)?;
     let document = pair.to_pkcs8().map_err(broken)?;
-    let digits: String = document.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits = hex::text(document.as_ref());
     let fresh = path.with_extension(format!("{:08x}.new", fastrand::u32(..)));
     let mut file: File = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&fresh)?;
     file.write_all(digits.as_bytes())?;
@@ -88,12 +85,6 @@ fn make(path: &Path) -> std::io::Result<String> {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => std::fs::read_to_string(path),
         linked => linked.map(|()| digits),
     }
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    let even = text.len().is_multiple_of(2) && text.is_ascii();
-    let byte = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
-    if even { (0..text.len()).step_by(2).map(byte).collect() } else { None }
 }
 
 #[cfg(test)]

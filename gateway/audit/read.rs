@@ -4,10 +4,12 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use memchr::{memchr, memmem};
 use rustix::fs::{FlockOperation, flock};
+
+use crate::time::micros;
 
 /// The longest line that is read, in bytes.
 pub const LONGEST: usize = 4 << 20;
@@ -21,7 +23,7 @@ const SLACK: u64 = 60_000_000;
 /// What one process wrote.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// Its name: when it started, and eight random digits.
+    /// Its name, by which runs sort: about when it started, and eight random digits.
     pub name: String,
     /// Its directory.
     pub path: PathBuf,
@@ -66,7 +68,8 @@ impl Run {
         Lines { run: self.clone(), wanted: from_seq, open: None }
     }
 
-    /// When it started, in microseconds since 1970, as its name tells.
+    /// When its name says that it started, in microseconds since 1970. That only orders runs: names run ahead of the
+    /// clock where several start within a second, and far ahead after a start with a wrong clock.
     pub fn started(&self) -> Option<u64> {
         let (date, rest) = self.name.split_once('T')?;
         let (date, time) = (date.get(..8)?, rest.get(..6)?);
@@ -76,22 +79,27 @@ impl Run {
         micros(format!("{date}T{time}Z").as_bytes())
     }
 
-    /// The segments that hold lines which were written at `time` or later.
-    pub fn segments_since(&self, time: u64) -> io::Result<Vec<Segment>> {
+    /// The segments that may hold lines of the time between `since` and `until`, in microseconds since 1970.
+    pub fn segments_between(&self, since: Option<u64>, until: Option<u64>) -> io::Result<Vec<Segment>> {
         let mut segments = self.segments()?;
-        let over = segments.last().is_none_or(|last| last.untouched_since(time));
-        if over && !self.is_live() {
+        let begun = segments.first().and_then(Segment::run_begun).unwrap_or(0);
+        let changed = segments.last().and_then(Segment::changed).unwrap_or(u64::MAX);
+        if before(changed, begun) {
+            // The clock was set back while it was written: no time in it tells where to look.
+            return Ok(segments);
+        }
+        let early = since.is_some_and(|since| before(changed, since) && !self.is_live());
+        if early || until.is_some_and(|until| before(until, begun)) {
             return Ok(Vec::new());
         }
-        let begun = |segment: &Segment| segment.first().ok().flatten().and_then(|line| micros(at(&line)));
-        let later =
-            segments.partition_point(|segment| begun(segment).is_some_and(|at| at.saturating_add(SLACK) < time));
+        let Some(since) = since else { return Ok(segments) };
+        let later = segments.partition_point(|segment| segment.begun().is_some_and(|begun| before(begun, since)));
         Ok(segments.split_off(later.saturating_sub(1)))
     }
 
     fn find(&self, wanted: &[u8], time: u64) -> io::Result<Option<Vec<u8>>> {
         let finder = memmem::Finder::new(wanted);
-        for segment in self.segments_since(time)? {
+        for segment in self.segments_between(Some(time), Some(time))? {
             let mut lines = match segment.open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // removed while we looked
                 lines => lines?,
@@ -106,15 +114,17 @@ impl Run {
     }
 }
 
+/// Whether one time is clearly before another.
+fn before(one: u64, other: u64) -> bool {
+    one.saturating_add(SLACK) < other
+}
+
 /// The record of the request `id` (a UUIDv7), if the journal in `directory` has it. Looks only where its time allows.
 pub fn find(directory: &Path, id: &str) -> io::Result<Option<Vec<u8>>> {
     let Some(id) = uuid::Uuid::parse_str(id).ok().filter(|id| id.get_version_num() == 7) else { return Ok(None) };
     let time = u64::try_from(id.as_u128() >> 80).unwrap_or(0).saturating_mul(1_000);
     let wanted = format!("\"id\":\"{}\"", id.hyphenated());
     for run in runs(directory)?.iter().rev() {
-        if run.started().is_some_and(|started| started > time.saturating_add(SLACK)) {
-            continue;
-        }
         if let Some(line) = run.find(wanted.as_bytes(), time)? {
             return Ok(Some(line));
         }
@@ -187,9 +197,20 @@ impl Segment {
         Ok(lines.advance()?.then(|| lines.line().to_vec()))
     }
 
-    fn untouched_since(&self, time: u64) -> bool {
-        let changed = std::fs::metadata(&self.path).and_then(|file| file.modified());
-        changed.is_ok_and(|changed| changed + Duration::from_micros(SLACK) < UNIX_EPOCH + Duration::from_micros(time))
+    /// The time on its first line.
+    fn begun(&self) -> Option<u64> {
+        self.first().ok().flatten().and_then(|line| micros(at(&line)))
+    }
+
+    /// The same, if it is the run's first one. Later ones also hold what had begun before them and took its time.
+    fn run_begun(&self) -> Option<u64> {
+        if self.number == 1 { self.begun() } else { None }
+    }
+
+    /// When it was last written to.
+    fn changed(&self) -> Option<u64> {
+        let changed = std::fs::metadata(&self.path).and_then(|file| file.modified()).ok()?;
+        u64::try_from(changed.duration_since(UNIX_EPOCH).ok()?.as_micros()).ok()
     }
 }
 
@@ -415,59 +436,6 @@ fn text<'a>(line: &'a [u8], name: &[u8]) -> &'a [u8] {
     &rest[..memchr(b'"', rest).unwrap_or(0)]
 }
 
-/// `2026-11-22T14:03:05.123456Z` as microseconds since 1970; the time and its parts may be absent, the zone may be
-/// `+02:00`.
-pub fn micros(time: &[u8]) -> Option<u64> {
-    let time = std::str::from_utf8(time).ok()?;
-    let (date, rest) = time.split_once(['T', 't', ' ']).unwrap_or((time, ""));
-    let (rest, ahead) = zone(rest)?;
-    let days = days(&numbers::<3>(date, '-')?)?;
-    let (clock, fraction) = rest.split_once('.').unwrap_or((rest, "0"));
-    let parts = clock.matches(':').count();
-    let [hours, minutes, seconds] = match parts {
-        0 if clock.is_empty() => [0; 3],
-        1 => numbers::<2>(clock, ':').map(|[hours, minutes]| [hours, minutes, 0])?,
-        _ => numbers::<3>(clock, ':')?,
-    };
-    if hours > 24 || minutes > 59 || seconds > 60 {
-        return None;
-    }
-    let fraction: i64 = format!("{fraction:0<6}").get(..6)?.parse().ok()?;
-    let seconds = days * 86_400 + hours * 3_600 + minutes * 60 + seconds - ahead;
-    u64::try_from(seconds * 1_000_000 + fraction).ok()
-}
-
-/// Cuts the zone off; how many seconds it is ahead.
-fn zone(time: &str) -> Option<(&str, i64)> {
-    if let Some(rest) = time.strip_suffix(['Z', 'z']) {
-        return Some((rest, 0));
-    }
-    let Some(at) = time.rfind(['+', '-']) else { return Some((time, 0)) };
-    let [hours, minutes] = numbers::<2>(&time[at + 1..], ':')?;
-    let ahead = hours * 3_600 + minutes * 60;
-    Some((&time[..at], if time[at..].starts_with('-') { -ahead } else { ahead }))
-}
-
-fn numbers<const N: usize>(text: &str, between: char) -> Option<[i64; N]> {
-    let mut numbers = [0; N];
-    let mut parts = text.split(between);
-    for number in &mut numbers {
-        let part = parts.next()?;
-        *number = part.bytes().all(|byte| byte.is_ascii_digit()).then(|| part.parse().ok())??;
-    }
-    (parts.next().is_none() && numbers.iter().all(|number| *number <= 9_999)).then_some(numbers)
-}
-
-/// Days since 1970 of a date in the Gregorian calendar, counted from March so that the leap day comes last.
-fn days(&[year, month, day]: &[i64; 3]) -> Option<i64> {
-    if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
-        return None;
-    }
-    let year = if month <= 2 { year - 1 } else { year };
-    let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-    Some(year * 365 + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + of_year - 719_468)
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -578,6 +546,40 @@ mod tests {
     }
 
     #[test]
+    fn a_record_is_found_whatever_time_the_name_of_its_run_tells() {
+        let mut made = Made::new();
+        let mut run = made.run(1);
+        let (id, path) = (run.record(), run.path.clone());
+        run.close();
+        // As after a start with a wrong clock: later names come behind that one.
+        std::fs::rename(&path, path.with_file_name("20300101T000000Z-00000001")).unwrap();
+        assert!(find(made.path(), &id).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_record_is_found_though_the_clock_was_set_back_since_its_run_began() {
+        let mut made = Made::new();
+        let id = made.run(1).record();
+        made.edit(1, 1, |lines| lines[0] = lines[0].replace("2026-11-22", "2030-01-01"));
+        let last = UNIX_EPOCH + std::time::Duration::from_secs(1_795_356_000);
+        File::options().append(true).open(made.file(1, 1)).unwrap().set_modified(last).unwrap();
+        assert!(find(made.path(), &id).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_record_that_took_long_is_found_behind_what_retention_removed() {
+        let mut made = Made::new();
+        let mut run = made.run(1);
+        run.rotate();
+        let id = run.record();
+        run.close();
+        // It had begun long before the segment that its end stands in.
+        made.edit(1, 2, |lines| lines[0] = lines[0].replace("T14:", "T16:"));
+        std::fs::remove_file(made.file(1, 1)).unwrap();
+        assert!(find(made.path(), &id).unwrap().is_some());
+    }
+
+    #[test]
     fn an_id_that_a_client_put_elsewhere_is_not_a_record() {
         let mut made = Made::new();
         let id = Made::id(1);
@@ -596,19 +598,6 @@ mod tests {
         assert_eq!((value, covered.len()), (digits.as_bytes(), line.len() - 76));
         for bad in [&b""[..], b"{", b"{\"v\":", b"{\"v\":1,\"seq\":", b"{\"v\":1,\"seq\":x,\"kind\":\"", &[b'"'; 90]] {
             assert_eq!((seq(bad), kind(bad), at(bad), chain(bad)), (None, &b""[..], &b""[..], None));
-        }
-    }
-
-    #[test]
-    fn times_are_counted_in_microseconds() {
-        let counted = |text: &str| micros(text.as_bytes());
-        assert_eq!(counted("1970-01-01T00:00:00.000001Z"), Some(1));
-        assert_eq!(counted("2026-11-22T14:03:05.123456Z"), Some(1_795_356_185_123_456));
-        assert_eq!(counted("2026-11-22T16:03:05.123456+02:00"), Some(1_795_356_185_123_456));
-        assert_eq!(counted("2024-02-29"), Some(1_709_164_800_000_000));
-        assert_eq!(counted("2024-02-29 00:01"), Some(1_709_164_860_000_000));
-        for bad in ["", "2026", "2026-13-01", "2026-01-01T25:00:00Z", "2026-01-01T1", "é", "2026-01-01T00:00:00.éZ"] {
-            assert_eq!(counted(bad), None, "{bad}");
         }
     }
 }

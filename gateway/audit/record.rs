@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime};
 
 use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
@@ -15,10 +15,10 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::capture::Mark;
+use crate::hex;
 use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
-use crate::telemetry::trace;
 use crate::usage::Usage;
 
 /// The most of a name or a sentence from outside that a record keeps, in bytes.
@@ -291,7 +291,7 @@ fn hex64<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
 
 fn hex<const N: usize, S: Serializer>(value: u128, serializer: S) -> Result<S::Ok, S::Error> {
     let mut digits = [0; N];
-    trace::spell(&mut digits, value);
+    hex::spell(&mut digits, value);
     serializer.serialize_str(std::str::from_utf8(&digits).unwrap_or_default())
 }
 
@@ -356,7 +356,7 @@ pub struct Times {
 /// One decision about a request.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Decision {
-    /// The stage that decided: `identify`, `route`, `queue`, `refuse`.
+    /// The stage that decided: `identify` (who may ask, and where), `route`, `queue`, `refuse`.
     pub stage: &'static str,
     /// The rule of the policy, or the refusal's code.
     #[schemars(with = "String")]
@@ -608,60 +608,9 @@ pub fn clip(text: &str) -> &str {
     &text[..text.floor_char_boundary(CLIPPED)]
 }
 
-/// A time as RFC 3339 spells it, in UTC, with microseconds.
-#[derive(Clone, Copy, Debug)]
-pub struct Stamp(pub SystemTime);
-
-impl Stamp {
-    /// Its text. The date by Howard Hinnant's `civil_from_days`.
-    pub fn spelt(self) -> [u8; 27] {
-        let since = self.0.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let (days, second) = (since.as_secs() / 86_400 + 719_468, since.as_secs() % 86_400);
-        let (era, of_era) = (days / 146_097, days % 146_097);
-        let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-        let day_of_year = of_era - (365 * year + year / 4 - year / 100);
-        let shifted = (5 * day_of_year + 2) / 153;
-        let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-        let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-        let year = year + era * 400 + u64::from(month <= 2);
-        let mut text = *b"0000-00-00T00:00:00.000000Z";
-        put(&mut text[..4], year);
-        put(&mut text[5..7], month);
-        put(&mut text[8..10], day);
-        put(&mut text[11..13], second / 3600);
-        put(&mut text[14..16], second / 60 % 60);
-        put(&mut text[17..19], second % 60);
-        put(&mut text[20..26], since.subsec_micros().into());
-        text
-    }
-}
-
-/// The lowest digits of a number, as many as there is room for.
-fn put(digits: &mut [u8], mut value: u64) {
-    for digit in digits.iter_mut().rev() {
-        *digit = b'0' + (value % 10) as u8;
-        value /= 10;
-    }
-}
-
-impl fmt::Display for Stamp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(std::str::from_utf8(&self.spelt()).unwrap_or_default())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_time_is_spelled_as_rfc_3339_says() {
-        let stamp = |secs, micros: u32| Stamp(UNIX_EPOCH + Duration::new(secs, micros * 1000)).to_string();
-        assert_eq!(stamp(0, 0), "1970-01-01T00:00:00.000000Z");
-        assert_eq!(stamp(951_782_400, 1), "2000-02-29T00:00:00.000001Z");
-        assert_eq!(stamp(1_795_356_185, 123_456), "2026-11-22T14:03:05.123456Z");
-        assert_eq!(stamp(4_107_542_399, 999_999), "2100-02-28T23:59:59.999999Z");
-    }
 
     #[test]
     fn what_comes_from_outside_is_clipped_at_a_character() {

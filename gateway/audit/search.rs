@@ -9,10 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use memchr::memmem;
 use serde_json::Value;
 
-use super::read::{self, Run, Segment};
-
-/// How far a record's time may lie from the time of its run, in microseconds.
-const SLACK: u64 = 60_000_000;
+use super::read;
+use crate::time::micros;
 
 /// Which lines are wanted. All conditions must hold.
 #[derive(Default)]
@@ -60,17 +58,8 @@ impl Filter {
         if self.since.is_none() && self.until.is_none() {
             return true;
         }
-        read::micros(read::at(line))
+        micros(read::at(line))
             .is_some_and(|at| self.since.is_none_or(|since| at >= since) && self.until.is_none_or(|until| at <= until))
-    }
-
-    fn segments(&self, run: &Run) -> io::Result<Vec<Segment>> {
-        let late = self.until.zip(run.started()).is_some_and(|(until, started)| started > until.saturating_add(SLACK));
-        match self.since {
-            _ if late => Ok(Vec::new()),
-            Some(since) => run.segments_since(since),
-            None => run.segments(),
-        }
     }
 }
 
@@ -88,7 +77,7 @@ fn has(value: &Value, path: &[String], wanted: &str) -> bool {
 /// Calls `found` with every wanted line, run by run and oldest first, until it breaks off.
 pub fn each(directory: &Path, filter: &Filter, mut found: impl FnMut(&[u8]) -> ControlFlow<()>) -> io::Result<()> {
     for run in read::runs(directory)? {
-        for segment in filter.segments(&run)? {
+        for segment in run.segments_between(filter.since, filter.until)? {
             let mut lines = match segment.open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // retention was faster
                 lines => lines?,
@@ -132,7 +121,7 @@ pub fn time(text: &str) -> Result<u64, String> {
     });
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_micros() as u64);
     let wrong = || format!("{text} is no time: give 90s, 15m, 2h or 3d (ago), or a time like 2026-11-22T14:03:05Z");
-    ago.map(|ago| now().saturating_sub(ago)).or_else(|| read::micros(text.as_bytes())).ok_or_else(wrong)
+    ago.map(|ago| now().saturating_sub(ago)).or_else(|| micros(text.as_bytes())).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -180,13 +169,22 @@ mod tests {
     #[test]
     fn lines_are_found_by_their_time() {
         let made = journal();
-        let at = |text: &str| Some(read::micros(text.as_bytes()).unwrap());
+        let at = |text: &str| Some(micros(text.as_bytes()).unwrap());
         let since = Filter::between(at("2026-11-22T14:00:08Z"), None);
         assert_eq!(count(&made, &since), 3);
         let until = Filter::between(None, at("2026-11-22T14:00:02Z"));
         assert_eq!(count(&made, &until), 2);
         let past = Filter::between(at("2030-01-01"), None);
         assert_eq!(count(&made, &past), 0);
+    }
+
+    #[test]
+    fn lines_are_found_by_their_time_whatever_the_name_of_their_run_tells() {
+        let made = journal();
+        let run = made.file(1, 1).parent().unwrap().to_owned();
+        std::fs::rename(&run, run.with_file_name("20300101T000000Z-00000001")).unwrap();
+        let until = micros(b"2026-11-22T14:00:02Z");
+        assert_eq!(count(&made, &Filter::between(None, until)), 2);
     }
 
     #[test]

@@ -29,8 +29,8 @@ impl<'a> Record<'a> {
     /// A text in the record, without what could upset a terminal: clients wrote some of it.
     fn text(self, path: &str) -> Option<String> {
         let text = self.at(path).as_str()?;
-        let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-        Some(text.chars().take(300).map(plain).collect())
+        let end = text.char_indices().nth(300).map_or(text.len(), |(at, _)| at);
+        Some(plain(&text[..end], &[]))
     }
 
     fn number(self, path: &str) -> Option<u64> {
@@ -252,11 +252,15 @@ impl<'a> Record<'a> {
         match self.at("usage.source").as_str() {
             Some("upstream") => line.push_str(" (the upstream's own count)"),
             Some("estimated") => line.push_str(" (counted from the stream's events: the upstream did not say)"),
+            Some("partial") => line.push_str(" (counted as far as the answer came: it did not come to its end)"),
             _ => {}
         }
         let cost = self.number("cost.nanousd").or_else(|| self.number("cost_nanousd"));
         cost.iter()
             .for_each(|cost| line.push_str(&format!("; cost ${}.{:09}", cost / 1_000_000_000, cost % 1_000_000_000)));
+        if self.at("unpriced") == &Value::Bool(true) {
+            line.push_str("; unpriced: the policy has no price for it");
+        }
         Some(line)
     }
 
@@ -284,6 +288,11 @@ impl<'a> Record<'a> {
         };
         Some(format!("What to do: {hint}"))
     }
+}
+
+/// `text` without control characters, except those to be `kept`: they could upset a terminal.
+pub fn plain(text: &str, kept: &[char]) -> String {
+    text.replace(|c: char| c.is_control() && !kept.contains(&c), "\u{fffd}")
 }
 
 /// Microseconds as milliseconds, three digits' worth.

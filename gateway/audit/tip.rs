@@ -34,13 +34,24 @@ struct Line {
 /// The tips of the runs in `directory` whose end no run has named yet.
 pub fn of_earlier_runs(directory: &Path) -> io::Result<Vec<Tip>> {
     let runs = read::runs(directory)?;
-    let mut named = HashSet::new();
-    for run in &runs {
-        let opening = run.lines(1).next()?.and_then(|line| serde_json::from_slice::<Line>(line).ok());
-        let previous = opening.map(|line| line.previous).unwrap_or_default();
-        named.extend(previous.into_iter().filter(|tip| !tip.live).map(|tip| tip.run));
+    let named: HashSet<String> = runs.iter().flat_map(named_by).filter(|tip| !tip.live).map(|tip| tip.run).collect();
+    let unnamed = runs.iter().filter(|run| !named.contains(&run.name));
+    Ok(unnamed.filter_map(|run| of(run).unwrap_or_else(|error| unread(run, &error))).collect())
+}
+
+/// The tips that the first line of `run` names.
+fn named_by(run: &Run) -> Vec<Tip> {
+    let line = run.lines(1).next().map(|line| line.and_then(|line| serde_json::from_slice::<Line>(line).ok()));
+    line.unwrap_or_else(|error| unread(run, &error)).map(|line| line.previous).unwrap_or_default()
+}
+
+/// A damaged run keeps nobody from starting; `verify` names the damage.
+fn unread<T>(run: &Run, error: &io::Error) -> Option<T> {
+    // Another process's retention may have removed it since it was listed.
+    if error.kind() != io::ErrorKind::NotFound {
+        tracing::error!(run = %run.name, %error, "an earlier run of the journal cannot be read: its end stays unnamed");
     }
-    runs.iter().filter(|run| !named.contains(&run.name)).filter_map(|run| of(run).transpose()).collect()
+    None
 }
 
 /// The tip of one run; none if it has not one whole line.

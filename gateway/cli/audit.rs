@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use crate::audit::search::{self, Filter};
-use crate::audit::story::grouped;
+use crate::audit::story::{grouped, plain};
 use crate::audit::verify::{self, End, Options, PublicKey, Report, RunReport};
 use crate::settings;
 
@@ -167,9 +167,11 @@ fn write_json(out: &mut impl Write, report: &Report) -> io::Result<()> {
 }
 
 fn write_text(out: &mut impl Write, report: &Report) -> io::Result<()> {
-    report.runs.iter().try_for_each(|run| writeln!(out, "{}", line(run)))?;
-    report.problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
-    report.notes.iter().try_for_each(|note| writeln!(out, "note: {note}"))?;
+    // Whoever changed the journal chose what some of it quotes: it must not pass for a line of ours.
+    let mut tell = |text: String| writeln!(out, "{}", plain(&text, &[]));
+    report.runs.iter().try_for_each(|run| tell(line(run)))?;
+    report.problems.iter().try_for_each(|problem| tell(problem.to_string()))?;
+    report.notes.iter().try_for_each(|note| tell(format!("note: {note}")))?;
     let (records, lines) = (counted(report.records, "record"), counted(report.lines, "line"));
     let what = format!("{records} in {lines} of {}", counted(report.runs.len() as u64, "run"));
     let told = report.runs.iter().map(|run| run.problems).sum::<usize>().max(report.problems.len());
@@ -266,11 +268,11 @@ fn write_row(out: &mut impl Write, line: &[u8]) -> io::Result<()> {
         let value = path.iter().fold(&value, |value, name| &value[name]);
         let text = value.as_str().map(str::to_owned).or_else(|| value.as_u64().map(|number| number.to_string()));
         // Clients wrote some of it, and it goes to a terminal.
-        text.map(|text| text.replace(char::is_control, "\u{fffd}"))
+        text.map(|text| plain(&text, &[]))
     };
     let or = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let last = value["attempts"].as_array().and_then(|attempts| attempts.last());
-    let upstream = last.and_then(|last| last["upstream"].as_str()).unwrap_or("-").replace(char::is_control, "\u{fffd}");
+    let upstream = plain(last.and_then(|last| last["upstream"].as_str()).unwrap_or("-"), &[]);
     let ms = value["times"]["ended"].as_u64().map(|ended| format!("{}.{}", ended / 1_000, ended / 100 % 10));
     let at = or(text(&["at"]));
     let outcome = or(text(&["outcome"]).or_else(|| text(&["kind"])));

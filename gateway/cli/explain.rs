@@ -1,6 +1,7 @@
 //! `infergate explain`: what happened to this request, in a few lines.
 
-use std::io::{self, Read, Write};
+use std::borrow::Cow;
+use std::io::{self, IsTerminal, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,7 @@ impl Explain {
         };
         let text = String::from_utf8_lossy(record.trim_ascii_end()).into_owned();
         if self.json {
-            println!("{text}");
+            println!("{}", shown(&text, io::stdout().is_terminal()));
             return Ok(ExitCode::SUCCESS);
         }
         let record: Value = serde_json::from_str(&text).map_err(|error| format!("this is no record: {error}"))?;
@@ -101,9 +102,14 @@ fn print_text(directory: &Path, record: &Value) -> Result<(), String> {
             false if text.contains('\u{fffd}') => "not all of it is text, so the record cannot prove it",
             false => "CHANGED: it is not what the record proves",
         };
-        println!("\n--- {name} ({} bytes, {proof}{cut})\n{text}", text.len());
+        println!("\n--- {name} ({} bytes, {proof}{cut})\n{}", text.len(), shown(&text, io::stdout().is_terminal()));
     }
     Ok(())
+}
+
+/// What clients and models wrote, as it is; on a terminal without what could upset that.
+fn shown(text: &str, terminal: bool) -> Cow<'_, str> {
+    if terminal { story::plain(text, &['\n', '\t']).into() } else { text.into() }
 }
 
 /// Asks the admin listener of a running gateway.
@@ -144,7 +150,8 @@ fn exchange(address: &str, id: &str, key: Option<&str>) -> io::Result<Vec<u8>> {
 fn get(mut socket: impl Read + Write, id: &str, key: Option<&str>) -> io::Result<Vec<u8>> {
     let path = format!("/admin/v1/requests/{}", escaped(id));
     let key = key.map(|key| format!("authorization: Bearer {}\r\n", key.trim())).unwrap_or_default();
-    write!(socket, "GET {path} HTTP/1.0\r\nhost: infergate\r\naccept: application/json\r\n{key}\r\n")?;
+    let request = format!("GET {path} HTTP/1.0\r\nhost: localhost\r\naccept: application/json\r\n{key}\r\n");
+    socket.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     socket.take(LONGEST).read_to_end(&mut answer)?;
     Ok(answer)
@@ -186,6 +193,13 @@ mod tests {
         let request = server.join().unwrap();
         assert!(request.starts_with("GET /admin/v1/requests/a%20b%2Fc HTTP/1.0\r\n"), "{request}");
         assert!(request.ends_with("\r\nauthorization: Bearer ig_x\r\n\r\n"), "{request}");
+    }
+
+    #[test]
+    fn captured_text_cannot_upset_a_terminal() {
+        let text = "one\n\ttwo \u{1b}]0;owned\u{7} \u{9b}2J\u{7f}\r\u{8}é";
+        assert_eq!(shown(text, true), "one\n\ttwo \u{fffd}]0;owned\u{fffd} \u{fffd}2J\u{fffd}\u{fffd}\u{fffd}é");
+        assert_eq!(shown(text, false), text, "a file gets what was captured");
     }
 
     #[test]

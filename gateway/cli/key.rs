@@ -11,7 +11,6 @@ use infergate_plugins::authenticator::keys::{Entry, Fresh};
 use infergate_plugins::authenticator::{Credentials, Identity};
 use serde_json::{Value, json};
 
-use crate::audit::record::Stamp;
 use crate::identity;
 use crate::policy::problem::nearest;
 use crate::policy::{self, Problems, World};
@@ -19,6 +18,7 @@ use crate::secret::{self, Secret, SecretSource};
 use crate::settings::{AdminKey, Role};
 use crate::state::State;
 use crate::telemetry::Telemetry;
+use crate::time::{self, Stamp};
 
 /// Make and check keys.
 #[derive(Args)]
@@ -142,6 +142,9 @@ fn pepper_of(path: &Path, tenant: &str, env: &dyn Fn(&str) -> Option<String>) ->
     secret::read(&keys.pepper, env).map_err(|error| format!("{}: the pepper: {error}", path.display()))
 }
 
+/// The longest that a key may be given: a hundred years, in seconds.
+const LONGEST: u64 = 36_525 * 86_400;
+
 /// When a key ends, as RFC 3339 spells it.
 fn end(when: &str, now: SystemTime) -> Result<String, String> {
     let wrong = || format!("--expires {when}: give 12h, 90d, 52w, or a time like 2027-02-01T00:00:00Z");
@@ -152,15 +155,15 @@ fn end(when: &str, now: SystemTime) -> Result<String, String> {
             "w" => 604_800,
             _ => return None,
         };
-        now.checked_add(Duration::from_secs(count.parse::<u64>().ok()?.checked_mul(seconds)?))
+        let seconds = count.parse::<u64>().ok()?.checked_mul(seconds).filter(|seconds| *seconds <= LONGEST)?;
+        now.checked_add(Duration::from_secs(seconds))
     });
-    let end = from_now.or_else(|| policy::time(when)).ok_or_else(wrong)?;
+    let end = from_now.or_else(|| time::parse(when)).ok_or_else(wrong)?;
     if end <= now {
         return Err(format!("--expires {when}: that is over already"));
     }
     let stamp = Stamp(end).to_string();
-    let end = stamp.split_once('.').map(|(seconds, _)| format!("{seconds}Z"));
-    end.filter(|end| policy::time(end).is_some()).ok_or_else(wrong)
+    stamp.split_once('.').map(|(seconds, _)| format!("{seconds}Z")).ok_or_else(wrong)
 }
 
 /// An entry on one line of YAML.

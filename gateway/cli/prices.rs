@@ -73,7 +73,9 @@ impl Import {
             .map_err(|wrong| format!("{}: {wrong}", self.file.display()))?;
         let text = import::yaml(&imported.prices);
         prices::book(&text).map_err(|problems| problems.lines("what was made").join("\n"))?;
-        println!("# yaml-language-server: $schema=prices.schema.json\n#\n# Made by `infergate prices import`. US dollars.");
+        println!(
+            "# yaml-language-server: $schema=prices.schema.json\n#\n# Made by `infergate prices import`. US dollars."
+        );
         print!("{text}");
         for finding in &imported.findings {
             eprintln!("{finding}");

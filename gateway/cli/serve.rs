@@ -18,6 +18,7 @@ use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
 use crate::egress::Egress;
 use crate::house::House;
+use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
 use crate::pool::watch::{self, Names};
@@ -87,18 +88,28 @@ impl Serve {
         let mut house = House::new(settings);
         house.journal = open_journal(&house)?;
         let house = Arc::new(house);
+        let served = self.serve(&house, levels);
+        house.close_journal();
+        served.map(|()| ExitCode::SUCCESS)
+    }
+
+    fn serve(&self, house: &Arc<House>, levels: Levels) -> Result<(), String> {
         let source = self.source();
-        source.load(&house)?;
+        source.load(house)?;
         let addresses: Vec<_> = house.settings.listeners.iter().map(|listener| &listener.address).collect();
         house.act("start", By::itself("process"), json!({"upgrade": self.upgrade, "listeners": addresses}));
         let access = Access::new(&house.settings.admin, &|name| std::env::var(name).ok())?;
+        if access.is_open() && !house.settings.admin.is_local() {
+            let address = &house.settings.admin.address;
+            tracing::warn!(%address, "everybody who reaches the admin port may do everything: give the settings `admin.keys`");
+        }
         let running = Running::prepare(house.clone(), self.upgrade)?;
         let certificates = running.certificates();
         let admin = Admin::new(house.clone(), source.path(), certificates.clone(), levels, access);
         let background = Box::pin(beside(house.clone(), source, certificates));
         running.run(admin, background)?;
-        house.close_journal();
-        Ok(ExitCode::SUCCESS)
+        house.wait_for_the_last();
+        Ok(())
     }
 
     fn settings(&self) -> Result<Settings, String> {
@@ -188,6 +199,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
         Ok(demo) => demo,
         Err(message) => {
             eprintln!("infergate: {message}");
+            house.close_journal();
             std::process::exit(1);
         }
     };
@@ -207,6 +219,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
         Source::Upstreams(upstreams) => {
             let complete = upstreams.discover(&house, &names).await.unwrap_or_else(|error| {
                 eprintln!("infergate: {error}");
+                house.close_journal();
                 std::process::exit(1);
             });
             jobs.spawn(upstreams.clone().watch(house.clone(), names.clone(), complete));

@@ -54,15 +54,14 @@ pub fn is_paid(operation: Operation) -> bool {
 
 impl Bill {
     /// For an answer to `operation`, whose request had this `body` and asked for so many images.
-    pub fn open(
-        price: Option<Arc<Price>>,
-        operation: Operation,
-        body: &Bytes,
-        images: u64,
-        succeeded: bool,
-    ) -> Self {
+    pub fn open(price: Option<Arc<Price>>, operation: Operation, body: &Bytes, images: u64, succeeded: bool) -> Self {
         let images = (operation == Operation::Images && succeeded).then_some(images);
         Self { price, operation, prompt: text_bytes(body).div_ceil(BYTES_A_TOKEN), images, succeeded }
+    }
+
+    /// For what passes unread: it has no price.
+    pub fn unknown() -> Self {
+        Self { price: None, operation: Operation::Passthrough, prompt: 0, images: None, succeeded: true }
     }
 
     /// Whether it matters which class of service the answer had.
@@ -106,11 +105,9 @@ fn cached(operation: Operation) -> Cached {
 /// Whether an operation reads a text of the request's as tokens, and whether it writes one.
 fn work(operation: Operation) -> (bool, bool) {
     match operation {
-        Operation::Chat
-        | Operation::Completions
-        | Operation::Responses
-        | Operation::Messages
-        | Operation::Generate => (true, true),
+        Operation::Chat | Operation::Completions | Operation::Responses | Operation::Messages | Operation::Generate => {
+            (true, true)
+        }
         Operation::Embeddings
         | Operation::Rerank
         | Operation::Score
@@ -162,6 +159,7 @@ mod tests {
     fn an_upstreams_error_costs_nothing_and_what_cannot_be_counted_has_no_price() {
         assert_eq!(bill(Operation::Chat, "x", false).settle(Usage::default(), END).1, None);
         assert_eq!(bill(Operation::Transcription, "x", true).settle(Usage::default(), END).1, Some(None));
+        assert_eq!(Bill::unknown().settle(Usage::default(), END).1, Some(None));
         let unknown = Bill { price: None, ..bill(Operation::Chat, "x", true) };
         assert_eq!(unknown.settle(Usage::default(), END).1, Some(None));
     }

@@ -2,13 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest, Sha256};
 
 use super::file::{self, ServiceTiers, TierBy};
 use super::usd::Usd;
 use super::{Price, Rates, Tier};
+use crate::time;
 use crate::usage::ServiceTier;
 
 /// All prices of a policy.
@@ -17,9 +18,12 @@ pub struct Book {
     /// The first twelve hex digits of the SHA-256 over all prices: the same version prices the same.
     pub version: Arc<str>,
     named: HashMap<Box<str>, Vec<Arc<Entry>>>,
-    /// Before the star, behind it, and the prices; the longest first.
-    patterns: Vec<(Box<str>, Box<str>, Vec<Arc<Entry>>)>,
+    /// The longest first.
+    patterns: Vec<Pattern>,
 }
+
+/// A name with a star: what is before it, what is behind it, and the prices.
+type Pattern = (Box<str>, Box<str>, Vec<Arc<Entry>>);
 
 /// A price, and where and when it holds.
 #[derive(Debug)]
@@ -137,7 +141,11 @@ fn check(price: &file::Price, wrong: &mut impl FnMut(String, String)) {
         wrong(String::new(), "no price is in it: give `input` and `output`, or a price by the piece".to_owned());
     }
     let twice = [
-        ("image", price.image.is_some() && price.image_output.is_some(), "images are priced by the piece and by tokens"),
+        (
+            "image",
+            price.image.is_some() && price.image_output.is_some(),
+            "images are priced by the piece and by tokens",
+        ),
         (
             "audio_second",
             price.audio_second.is_some() && price.audio_input.is_some(),
@@ -227,27 +235,11 @@ fn version(lists: &[&[file::Price]]) -> Arc<str> {
     digest[..12].into()
 }
 
-/// The beginning of a day in UTC, by Howard Hinnant's `days_from_civil`.
+/// The beginning of a day in UTC.
 fn day(text: &str) -> Option<SystemTime> {
     let bytes = text.as_bytes();
     let shaped = bytes.len() == 10 && bytes[4] == b'-' && bytes[7] == b'-';
-    let number = |from: usize, end: usize| text.get(from..end)?.parse::<u64>().ok();
-    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
-    let leap = year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let days = match month {
-        2 => 28 + u64::from(leap),
-        4 | 6 | 9 | 11 => 30,
-        _ => 31,
-    };
-    if !shaped || !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=days).contains(&day) {
-        return None;
-    }
-    let shifted_year = year - u64::from(month <= 2);
-    let (era, of_era) = (shifted_year / 400, shifted_year % 400);
-    let shifted_month = (month + 9) % 12;
-    let of_year = (153 * shifted_month + 2) / 5 + day - 1;
-    let since = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468;
-    Some(UNIX_EPOCH + Duration::from_secs(since * 86_400))
+    if shaped { time::parse(text) } else { None }
 }
 
 #[cfg(test)]
@@ -267,7 +259,9 @@ mod tests {
         assert_eq!(secs("1970-01-01"), Some(0));
         assert_eq!(secs("2000-02-29"), Some(951_782_400));
         assert_eq!(secs("2026-11-22"), Some(1_795_305_600));
-        for text in ["2026-02-29", "2026-13-01", "26-01-01", "2026-1-1", "2026/01/01", "+026-01-01", "soon", "1969-12-31"] {
+        for text in
+            ["2026-02-29", "2026-13-01", "26-01-01", "2026-1-1", "2026/01/01", "+026-01-01", "soon", "1969-12-31"]
+        {
             assert_eq!(secs(text), None, "{text}");
         }
     }
@@ -310,7 +304,16 @@ mod tests {
         assert!(wrongs[0].is_empty());
         assert_eq!(
             keys,
-            ["[0]", "[1].models[1]", "[2].models[0]", "[3].from", "[4].image", "[5].tiers", "[5].tiers.list[1].above", "[6].audio_second"]
+            [
+                "[0]",
+                "[1].models[1]",
+                "[2].models[0]",
+                "[3].from",
+                "[4].image",
+                "[5].tiers",
+                "[5].tiers.list[1].above",
+                "[6].audio_second"
+            ]
         );
     }
 }

@@ -62,8 +62,11 @@ struct Reader<'a> {
     findings: Vec<String>,
 }
 
+/// A place for a price.
+type Slot = fn(&mut Tier) -> &mut Option<Usd>;
+
 /// The name of a price by tokens there, and where it stands here.
-const TOKENS: [(&str, fn(&mut Tier) -> &mut Option<Usd>); 8] = [
+const TOKENS: [(&str, Slot); 8] = [
     ("input_cost_per_token", |tier| &mut tier.input),
     ("output_cost_per_token", |tier| &mut tier.output),
     ("cache_read_input_token_cost", |tier| &mut tier.cached_input),
@@ -342,7 +345,11 @@ mod tests {
             "odd: flex is no single factor",
             "gemini/g: left out, another price than that of g",
         ] {
-            assert!(imported.findings.iter().any(|known| known.starts_with(finding)), "{finding}: {:#?}", imported.findings);
+            assert!(
+                imported.findings.iter().any(|known| known.starts_with(finding)),
+                "{finding}: {:#?}",
+                imported.findings
+            );
         }
         assert_eq!(litellm(FILE, &["azure".to_owned()]).unwrap().prices.len(), 1);
         assert!(litellm("[]", &[]).is_err());

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infergate_plugins::authenticator::{self, Authenticator, Named, keys};
 use serde_json::from_value;
@@ -11,8 +10,8 @@ use sha2::Digest;
 
 use super::problem::{Document, nearest};
 use super::{Compiler, Problems, World, file};
-use crate::audit::read;
 use crate::secret::{self, Secret, SecretSource};
+use crate::time;
 
 impl Compiler<'_> {
     /// The authenticators, if there are to be any: nobody else is let in then.
@@ -39,7 +38,7 @@ impl Compiler<'_> {
         let mut world = authenticator::World {
             secret: &mut |source| compiler.borrow_mut().pepper(source),
             entries: &mut |path| compiler.borrow_mut().key_file(path),
-            time,
+            time: time::parse,
         };
         authenticator::build(configs, &mut world)
     }
@@ -72,11 +71,6 @@ impl Compiler<'_> {
     }
 }
 
-/// A time as RFC 3339 spells it, or a part of one.
-pub(crate) fn time(text: &str) -> Option<SystemTime> {
-    read::micros(text.as_bytes()).map(|micros| UNIX_EPOCH + Duration::from_micros(micros))
-}
-
 /// A YAML list of keys. A file without any is good.
 fn listed(text: &str, name: String) -> Result<keys::Listed, Vec<String>> {
     let lines = |problems: Vec<_>| Problems::in_order(problems).lines(&name);
@@ -106,7 +100,7 @@ pub fn authenticators(path: &Path, world: &World<'_>) -> Result<Vec<Arc<dyn Auth
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::time::{Instant, SystemTime};
 
     use http::HeaderMap;
     use infergate_plugins::authenticator::keys::Fresh;
@@ -171,8 +165,16 @@ mod tests {
             "{POOLS}tenants: {{tt: {{}}}}\nauthenticators:\n  - keys:\n      pepper: {{env: PEPPER}}\n      list:\n        - {entry}\n  - anonymous: {{tenant: s}}\n"
         );
         let told = problems(&unknown);
-        assert!(told[0].starts_with("policy.yaml:8:12: authenticators[0].keys.list[0].tenant: no tenant is named t; did you mean tt?"), "{told:#?}");
-        assert!(told[1].starts_with("policy.yaml:9:17: authenticators[1].anonymous.tenant: no tenant is named s"), "{told:#?}");
+        assert!(
+            told[0].starts_with(
+                "policy.yaml:8:12: authenticators[0].keys.list[0].tenant: no tenant is named t; did you mean tt?"
+            ),
+            "{told:#?}"
+        );
+        assert!(
+            told[1].starts_with("policy.yaml:9:17: authenticators[1].anonymous.tenant: no tenant is named s"),
+            "{told:#?}"
+        );
         assert!(problems(&format!("{POOLS}authenticators: []\n"))[0].contains("at least 1 entry"));
         assert!(problems(&format!("{POOLS}authenticators: [{{keys: {{}}}}]\n"))[0].contains("`pepper` is missing"));
     }
@@ -203,7 +205,7 @@ mod tests {
         let more = loaded(&format!("- {second}\n")).unwrap();
         assert!(knows(&more, &one) && knows(&more, &two));
         assert_ne!(empty.hash, more.hash, "it counts for the policy's hash");
-        assert_eq!(more.secret_files, [file.clone()], "it is watched");
+        assert_eq!(more.secret_files, std::slice::from_ref(&file), "it is watched");
         let name = file.display();
         for (keys, place, message) in [
             (format!("- {second}\n- {first}\n"), format!("{name}:2:"), "the hash of another entry too"),
@@ -214,7 +216,7 @@ mod tests {
             ("- {\n".to_owned(), format!("{name}:"), ""),
         ] {
             let told = loaded(&keys).unwrap_err();
-            assert!(told[0].starts_with("policy.yaml:7:7: authenticators[0].keys.file: "), "{keys}: {told:?}");
+            assert!(told[0].starts_with("policy.yaml:8:7: authenticators[0].keys.file: "), "{keys}: {told:?}");
             assert!(told[0].contains(&place) && told.iter().any(|line| line.contains(message)), "{keys}: {told:?}");
         }
         std::fs::remove_file(&file).unwrap();

@@ -492,7 +492,8 @@ pub struct Audit {
     /// Finished segments older than this many days are removed; the journal says so. Absent: never.
     #[schemars(range(min = 1))]
     pub keep_days: Option<u32>,
-    /// The oldest finished segments are removed while the journal is larger than this, in bytes. Absent: never.
+    /// The oldest finished segments are removed while all finished ones together are larger than this, in bytes. What a
+    /// sink has not had yet stays all the same. Absent: never.
     pub keep_bytes: Option<u64>,
     /// Where the journal's lines go besides. Each sink has its own position and tries again on its own: it gets every
     /// line at least once, those of one run in order.
@@ -530,6 +531,7 @@ pub struct Capture {
     #[schemars(range(min = 0.0, max = 1.0))]
     pub share: f64,
     /// The most that is kept of a body, in bytes.
+    #[schemars(range(max = 16_777_216))]
     pub bytes_max: u64,
     /// Captures older than this many days are removed. Absent: never.
     #[schemars(range(min = 1))]

@@ -59,7 +59,10 @@ impl Compiler<'_> {
         for (index, price) in list.iter().enumerate() {
             if let Some(kind) = price.provider.as_deref().filter(|kind| kinds().all(|known| known != *kind)) {
                 let known = kinds().collect::<Vec<_>>().join(", ");
-                wrongs.push((format!("[{index}].provider"), format!("{kind} is none of {known}{}", nearest(kind, kinds()))));
+                wrongs.push((
+                    format!("[{index}].provider"),
+                    format!("{kind} is none of {known}{}", nearest(kind, kinds())),
+                ));
             }
             if let Some(pool) = price.pool.as_deref().filter(|pool| !file.pools.contains_key(*pool)) {
                 let hint = nearest(pool, file.pools.keys().map(String::as_str));
@@ -115,7 +118,10 @@ mod tests {
             "{POOLS}prices:\n  list:\n    - {{models: [a], input: 2, provider: opnai}}\n    - models: [b]\n      input: 1\n      pool: fats\n    - models: [c]\n    - {{models: [d], input: cheap}}\n    - {{models: [d], input: -1}}\n"
         ));
         assert_eq!(told.len(), 2, "{told:#?}");
-        assert!(told[0].contains(":12:") && told[0].contains("prices.list[3].input: cheap must be a number"), "{told:#?}");
+        assert!(
+            told[0].contains(":12:") && told[0].contains("prices.list[3].input: cheap must be a number"),
+            "{told:#?}"
+        );
         assert!(told[1].contains(":13:") && told[1].contains("prices.list[4].input"), "{told:#?}");
         let told = problems(&format!(
             "{POOLS}prices:\n  list:\n    - {{models: [a], input: 2, provider: opnai}}\n    - models: [b]\n      input: 1\n      pool: fats\n    - models: [c]\n"

@@ -103,7 +103,8 @@ mod tests {
     const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"\\\"prompt_tokens\\\"\"}}],\"usage\":null}\n\n";
     const CONTINUOUS: &str = "data: {\"choices\":[{\"delta\":{}}],\"usage\":{\"prompt_tokens\":1}}\n\n";
     const FILTER: &str = "data: {\"choices\":[],\"prompt_filter_results\":[]}\n\n";
-    const USAGE: &str = "data: {\"id\":\"x\",\"choices\": [ ],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n";
+    const USAGE: &str =
+        "data: {\"id\":\"x\",\"choices\": [ ],\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}\n\n";
     const DONE: &str = "data: [DONE]\n\n";
 
     /// What passes of a stream that comes in pieces, as whole events.

@@ -43,6 +43,8 @@ pub struct Pace {
     pub heartbeat: Option<Duration>,
     /// How long an answer is read on without its client; `None`: not at all.
     pub drain: Option<Duration>,
+    /// Whether the event that tells a stream's end leaves only with the end.
+    pub holds_end: bool,
 }
 
 /// What has gone to a client of an answer, and what it told of itself.
@@ -127,6 +129,7 @@ pub async fn pass_on(
     // Nothing follows: the head is the whole answer.
     let is_bare = first.is_empty();
     let first = tally.first(first);
+    hold_end(downstream, &pace, &first);
     // A client may have left before the first piece came.
     let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, is_bare, first).await };
     let passed = match written {
@@ -152,6 +155,14 @@ pub async fn pass_on(
     };
     body.release(connections, target).await;
     passed
+}
+
+/// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.
+fn hold_end(downstream: &mut Downstream, pace: &Pace, piece: &[u8]) {
+    const ENDS: [&[u8]; 4] = [b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete"];
+    if pace.holds_end && ENDS.iter().any(|end| memchr::memmem::find(piece, end).is_some()) {
+        downstream.hold_last(true);
+    }
 }
 
 /// Why pieces stopped coming or going.
@@ -203,6 +214,7 @@ async fn pieces(
                 gather(body, &mut out);
                 if !out.is_empty() {
                     tally.next(&mut out);
+                    hold_end(downstream, pace, &out);
                     downstream.write(out.split().freeze()).await?;
                     clock.said();
                 }

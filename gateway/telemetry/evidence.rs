@@ -83,6 +83,8 @@ pub struct SinkMeters {
     pub lag: Gauge,
     /// Lines that were delivered.
     pub delivered: Counter,
+    /// Lines that the sink refuses for good and does not get.
+    pub refused: Counter,
     /// Deliveries that failed.
     pub failures: Counter,
     /// 0 since the newest delivery failed, else 1.
@@ -94,6 +96,7 @@ pub struct SinkMeters {
 pub(super) struct Sinks {
     lag: Family<SinkLabels, Gauge>,
     delivered: Family<SinkLabels, Counter>,
+    refused: Family<SinkLabels, Counter>,
     failures: Family<SinkLabels, Counter>,
     healthy: Family<SinkLabels, Gauge>,
 }
@@ -103,6 +106,7 @@ impl Sinks {
         let sinks = Self::default();
         registry.register("sink_lag_lines", "Lines that are still to be delivered", sinks.lag.clone());
         registry.register("sink_delivered", "Lines that were delivered", sinks.delivered.clone());
+        registry.register("sink_refused", "Lines refused for good and passed over", sinks.refused.clone());
         registry.register("sink_failures", "Deliveries that failed", sinks.failures.clone());
         registry.register("sink_healthy", "0 since a delivery failed", sinks.healthy.clone());
         sinks
@@ -113,6 +117,7 @@ impl Sinks {
         SinkMeters {
             lag: self.lag.get_or_create_owned(&labels),
             delivered: self.delivered.get_or_create_owned(&labels),
+            refused: self.refused.get_or_create_owned(&labels),
             failures: self.failures.get_or_create_owned(&labels),
             healthy: self.healthy.get_or_create_owned(&labels),
         }
@@ -122,6 +127,7 @@ impl Sinks {
         let labels = SinkLabels { sink: name.to_owned() };
         self.lag.remove(&labels);
         self.delivered.remove(&labels);
+        self.refused.remove(&labels);
         self.failures.remove(&labels);
         self.healthy.remove(&labels);
     }

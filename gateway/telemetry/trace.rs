@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use self::export::Exporter;
 use crate::audit::record::{Outcome, Record, Trace};
 use crate::egress::Egress;
+use crate::hex;
 use crate::policy::reload::InForce;
 use crate::telemetry::TraceMeters;
 
@@ -196,8 +197,8 @@ impl Context {
         if !dashes {
             return None;
         }
-        let (version, flags) = (hex(&text[..2])?, hex(&text[53..55])?);
-        let (trace, parent) = (hex(&text[3..35])?, hex(&text[36..52])? as u64);
+        let (version, flags) = (hex::number(&text[..2])?, hex::number(&text[53..55])?);
+        let (trace, parent) = (hex::number(&text[3..35])?, hex::number(&text[36..52])? as u64);
         let ends = match version {
             0 => text.len() == TRACEPARENT_BYTES,
             0xff => false,
@@ -217,30 +218,10 @@ pub const TRACEPARENT_BYTES: usize = 55;
 /// The `traceparent` for an upstream, whose parent is our attempt's `span`.
 pub fn traceparent(trace: &Trace, span: u64) -> [u8; TRACEPARENT_BYTES] {
     let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-    spell(&mut text[3..35], trace.id);
-    spell(&mut text[36..52], u128::from(span));
+    hex::spell(&mut text[3..35], trace.id);
+    hex::spell(&mut text[36..52], u128::from(span));
     text[54] += u8::from(trace.sampled);
     text
-}
-
-/// Lower-case digits only, as the standard has it.
-fn hex(digits: &[u8]) -> Option<u128> {
-    digits.iter().try_fold(0, |value, digit| {
-        let digit = match digit {
-            b'0'..=b'9' => digit - b'0',
-            b'a'..=b'f' => digit - b'a' + 10,
-            _ => return None,
-        };
-        Some(value << 4 | u128::from(digit))
-    })
-}
-
-/// The lowest hexadecimal digits of a number, as many as there is room for.
-pub(crate) fn spell(digits: &mut [u8], mut value: u128) {
-    for digit in digits.iter_mut().rev() {
-        *digit = b"0123456789abcdef"[(value & 15) as usize];
-        value >>= 4;
-    }
 }
 
 #[cfg(test)]

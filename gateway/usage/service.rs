@@ -150,7 +150,10 @@ mod tests {
         assert_eq!(found(1, false, "{\n \"service_tier\": \"standard\"\n}"), Some(Default));
         let stream = "data: {\"x\":{\"service_tier\":\"auto\"},\"open\":{{{\n\ndata: {\"service_tier\":\"flex\"}\n\n";
         assert_eq!(found(1, true, stream), Some(Flex));
-        assert_eq!(found(1, true, &format!("data: {{\"service_tier\":\"auto\"}}\n\n{stream}data: [DONE]\n\n")), Some(Flex));
+        assert_eq!(
+            found(1, true, &format!("data: {{\"service_tier\":\"auto\"}}\n\n{stream}data: [DONE]\n\n")),
+            Some(Flex)
+        );
         assert_eq!(found(2, true, "data: {\"response\":{\"service_tier\":\"flex\"}}\r\n\r\n"), Some(Flex));
         assert_eq!(found(2, true, "data: {\"response\":{\"metadata\":{\"service_tier\":\"flex\"}}}\n\n"), None);
     }

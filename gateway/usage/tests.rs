@@ -171,9 +171,13 @@ fn the_class_of_service_is_told_within_the_report_and_beside_it() {
         meter.push(body.as_bytes());
         meter.usage().service_tier
     };
-    let messages = r#"{"content":[{"input":{"service_tier":"priority"}}],"usage":{"input_tokens":1,"service_tier":"batch"}}"#;
+    let messages =
+        r#"{"content":[{"input":{"service_tier":"priority"}}],"usage":{"input_tokens":1,"service_tier":"batch"}}"#;
     assert_eq!(tier(Operation::Messages, false, messages), Some(ServiceTier::Batch));
-    assert_eq!(tier(Operation::Chat, false, r#"{"service_tier":"flex","usage":{"prompt_tokens":1}}"#), Some(ServiceTier::Flex));
+    assert_eq!(
+        tier(Operation::Chat, false, r#"{"service_tier":"flex","usage":{"prompt_tokens":1}}"#),
+        Some(ServiceTier::Flex)
+    );
     let event = "data: {\"response\":{\"service_tier\":\"priority\",\"usage\":{\"input_tokens\":1}}}\n\n";
     assert_eq!(tier(Operation::Responses, true, event), Some(ServiceTier::Priority));
 }

@@ -11,6 +11,7 @@ use super::{Answer, Authenticator, Built, Credentials, Identity, Mark, Named};
 /// Whoever asks and was not known or refused by one above: without a key, or with one that is none of ours.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Anonymous")]
 pub struct Config {
     /// The tenant that pays for them, one of `tenants`.
     #[schemars(length(min = 1))]
@@ -57,6 +58,7 @@ mod tests {
             let Answer::Yes(identity) = answer else { panic!("{answer:?}") };
             assert_eq!((&*identity.principal, &*identity.tenant), ("anonymous", "public"));
             assert!(built.authenticator.still_knows(&identity.mark));
+            assert!(!built.authenticator.still_knows(&[1; 32]), "somebody who had a key");
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::secret::{Secret, SecretSource};
 /// pepper can make no key of them.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Keys")]
 pub struct Config {
     /// The secret that all hashes are made with: at least 32 characters, from `openssl rand -hex 32`. With another
     /// pepper no key is known any more.
@@ -37,6 +38,7 @@ pub struct Config {
 /// One key. Take the entry out and the key is revoked.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Key")]
 pub struct Entry {
     /// Who has it, for records. Absent: its prefix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -403,7 +405,12 @@ mod tests {
             matches!(ask(&keys, &[("x-api-key", key), ("api-key", key)]), Answer::Yes(_)),
             "the same twice is clear"
         );
-        for none in [&[][..], &[("authorization", "Bearer sk-other")], &[("authorization", "Basic eDp5")]] {
+        for none in [
+            &[][..],
+            &[("authorization", "Bearer sk-other")],
+            &[("api-key", "id_token")],
+            &[("authorization", "Basic eDp5")],
+        ] {
             assert_eq!(ask(&keys, none), Answer::Pass);
         }
     }
@@ -449,6 +456,9 @@ mod tests {
         );
         let (place, told) = list(&entry(&key, r#","expires":"soon""#));
         assert!(place == "[0].keys.list[0].expires" && told.contains("soon is no time"), "{told}");
+        for prefix in ["ix_aaaaaa", "ig_aaaaa", "ig_aaaaaaa", "ig_aaa-aa"] {
+            assert_eq!(list(&good.replace(key.prefix(), prefix)).0, "[0].keys.list[0].prefix", "{prefix}");
+        }
         let whole = good.replace(&format!("{}\"", key.prefix()), &format!("{}\"", key.key().reveal()));
         let (place, told) = list(&whole);
         assert!(place == "[0].keys.list[0].prefix" && !told.contains(key.key().reveal()), "{told}");
@@ -474,6 +484,44 @@ mod tests {
         // RFC 4231, test case 2.
         let hash = Ring::<()>::new(&Secret::new("Jefe")).hash(b"what do ya want for nothing?");
         assert_eq!(Some(hash), mark("5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"));
+    }
+
+    #[test]
+    fn half_a_hash_opens_nothing() {
+        let key = fresh(1);
+        let mut hash = mark(&key.hash(&Secret::new(PEPPER))).unwrap();
+        let open = |hash: Mark| {
+            let mut ring = Ring::new(&Secret::new(PEPPER));
+            ring.add(hash, "k".into(), None, ()).unwrap();
+            ring.open(key.key().reveal().as_bytes(), SystemTime::UNIX_EPOCH).cloned()
+        };
+        assert_eq!(open(hash), Ok(()));
+        hash[31] ^= 1;
+        assert_eq!(open(hash), Err(Fault::Unknown));
+        hash[31] ^= 1;
+        hash[0] ^= 1;
+        assert_eq!(open(hash), Err(Fault::Unknown));
+    }
+
+    #[test]
+    fn every_digit_of_a_key_comes_as_often_as_any_other() {
+        let mut bytes = [250, 62, 255, 247].into_iter().chain(std::iter::repeat(123));
+        let key = Fresh::make(|fill| {
+            fill.iter_mut().for_each(|byte| *byte = bytes.next().unwrap());
+            Ok(())
+        });
+        let digits = [62, 247, 123].map(|byte: usize| char::from(DIGITS[byte % 62]));
+        let expected: String = digits.into_iter().collect();
+        assert!(key.unwrap().key().reveal().starts_with(&format!("ig_{expected}")), "248 and above are no digits");
+    }
+
+    #[test]
+    fn a_hash_is_64_digits_and_nothing_else() {
+        let good = "0F".repeat(32);
+        assert_eq!(mark(&good), Some([15; 32]));
+        for wrong in [good.replacen("0F", "+F", 1), good.clone() + "0F", good[1..].to_owned(), "\u{e4}".repeat(32)] {
+            assert_eq!(mark(&wrong), None, "{wrong}");
+        }
     }
 
     #[test]

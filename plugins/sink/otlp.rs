@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::line::Line;
-use super::{Batch, Delivery, Post, Resolve, Sink, Way, Wrong, headers, url};
+use super::{Batch, Delivery, Failure, Post, Rejected, Resolve, Sink, Way, Wrong, headers, url};
 use crate::secret::SecretSource;
 
 /// OpenTelemetry logs over HTTP (OTLP, protobuf). The body of a log record is the line; its attributes have the
@@ -73,15 +73,15 @@ impl Sink for Otlp {
     }
 
     /// A collector may take a part and say that the rest is no good; sending that again would not help.
-    fn judge(&self, status: u16, body: &[u8]) -> Result<Option<String>, String> {
+    fn judge(&self, status: u16, body: &[u8]) -> Result<Option<Rejected>, Failure> {
         if !(200..300).contains(&status) {
-            return Err(format!("the collector answers with status {status}"));
+            return Err(Failure::of(status, format!("the collector answers with status {status}")));
         }
         let partial = ExportLogsServiceResponse::decode(body).ok().and_then(|answer| answer.partial_success);
-        let rejected = partial.filter(|partial| partial.rejected_log_records > 0);
-        Ok(rejected.map(|partial| {
+        Ok(partial.and_then(|partial| {
+            let lines = u64::try_from(partial.rejected_log_records).ok().filter(|lines| *lines > 0)?;
             let why: String = partial.error_message.chars().take(200).collect();
-            format!("the collector refuses {} of these records: {why}", partial.rejected_log_records)
+            Some(Rejected { lines, why: format!("the collector refuses {lines} of these records: {why}") })
         }))
     }
 }
@@ -144,11 +144,13 @@ fn attributes(line: &Line<'_>, run: &str) -> Vec<KeyValue> {
         ("infergate.pool", last.map_or(&None, |attempt| &attempt.pool)),
         ("infergate.upstream", last.map_or(&None, |attempt| &attempt.upstream)),
     ];
+    // OTLP has no larger ones.
+    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     let numbers = [
         ("http.response.status_code", line.status),
-        ("gen_ai.usage.input_tokens", line.usage.input_tokens),
-        ("gen_ai.usage.output_tokens", line.usage.output_tokens),
-        ("infergate.seq", i64::try_from(line.seq).ok()),
+        ("gen_ai.usage.input_tokens", line.usage.input_tokens.map(whole)),
+        ("gen_ai.usage.output_tokens", line.usage.output_tokens.map(whole)),
+        ("infergate.seq", Some(whole(line.seq))),
         ("infergate.attempts", i64::try_from(line.attempts.len()).ok().filter(|count| *count > 0)),
     ];
     let text = |(key, text): (&str, &Option<Cow<'_, str>>)| Some(attribute(key, string(text.as_deref()?)));
@@ -232,6 +234,14 @@ mod tests {
     }
 
     #[test]
+    fn a_number_that_otlp_does_not_have_is_its_largest() {
+        let line = LINE.replace(":40}", &format!(":{}}}", u64::MAX));
+        let (_, records) = sent(&[line.as_bytes()]);
+        assert_eq!(value(&records[0], "gen_ai.usage.output_tokens"), Some(&Value::IntValue(i64::MAX)));
+        assert_eq!(value(&records[0], "log.record.uid"), Some(&string("0197-a")));
+    }
+
+    #[test]
     fn what_is_no_line_leaves_all_the_same() {
         let (_, records) = sent(&[b"\xff\xff"]);
         assert_eq!(records[0].time_unix_nano, 0);
@@ -251,8 +261,10 @@ mod tests {
         let sink = Otlp { url: Uri::default(), service: String::new(), headers: Vec::new() };
         let partial = ExportLogsPartialSuccess { rejected_log_records: 2, error_message: "too old".to_owned() };
         let answer = ExportLogsServiceResponse { partial_success: Some(partial) }.encode_to_vec();
-        assert!(sink.judge(200, &answer).unwrap().unwrap().contains("refuses 2 of these records: too old"));
+        let rejected = sink.judge(200, &answer).unwrap().unwrap();
+        assert!(rejected.lines == 2 && rejected.why.contains("refuses 2 of these records: too old"), "{rejected:?}");
         assert_eq!(sink.judge(200, b"").unwrap(), None);
-        assert!(sink.judge(503, b"").is_err());
+        assert!(matches!(sink.judge(503, b""), Err(Failure::Later(_))));
+        assert!(matches!(sink.judge(400, b""), Err(Failure::Refused(_))));
     }
 }

@@ -272,6 +272,58 @@ async fn whatever_is_done_to_a_journal_is_found_and_named() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// The line that retention would have left of a segment, behind the line `before`, with a chain to be computed.
+fn retired(segment: &Path, before: &str) -> String {
+    let lines: Vec<Value> = text(segment).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let before: Value = serde_json::from_str(before).unwrap();
+    let (first, last) = (&lines[0], lines.last().unwrap());
+    let (run, segment, prev, from) = (&first["run"], &first["segment"], &first["prev"], &first["seq"]);
+    let (to, head) = (&last["seq"], &last["chain"]);
+    let records = lines.iter().filter(|line| line["kind"] == "request").count();
+    let (seq, at) = (before["seq"].as_u64().unwrap() + 1, &before["at"]);
+    let frame = format!(r#"{{"v":1,"seq":{seq},"kind":"retired","at":{at},"run":{run},"segment":{segment}"#);
+    let told = format!(r#""first":{from},"last":{to},"prev":{prev},"head":{head},"records":{records}"#);
+    format!("{frame},{told},\"chain\":\"{}\"}}\n", "0".repeat(64))
+}
+
+#[tokio::test]
+async fn nobody_can_pass_off_what_they_removed_as_retired() {
+    let server = model_server().await;
+    let directory = tempfile::tempdir().unwrap();
+    run(&server, directory.path(), 32, "TERM").await;
+    run(&server, directory.path(), 3, "KILL").await;
+    let journal = Journal(directory.path().to_owned());
+    let (signed, killed) = (journal.segments()[1].clone(), journal.segments().pop().unwrap());
+    // Behind the last signature of the killed run anybody can write what they like, as long as they chain it well.
+    edit(&killed, |lines| {
+        lines.push(retired(&signed, lines.last().unwrap()));
+        let last = lines.len() - 1;
+        rechain(lines, last);
+    });
+    fs::remove_file(&signed).unwrap();
+    run(&server, directory.path(), 2, "TERM").await;
+    let (code, report) = journal.verify();
+    assert_eq!((code, &report["proved"]), (1, &false.into()), "{report:#}");
+    let problem = &report["problems"][0];
+    assert_eq!(problem["what"], "missing_segment", "{report:#}");
+    assert!(problem["message"].as_str().unwrap().contains("was not signed in its own run"), "{problem}");
+}
+
+#[tokio::test]
+async fn what_somebody_wrote_into_a_journal_cannot_pass_for_its_proof() {
+    let server = model_server().await;
+    let directory = tempfile::tempdir().unwrap();
+    run(&server, directory.path(), 2, "TERM").await;
+    let journal = Journal(directory.path().to_owned());
+    edit(&journal.segments()[0], |lines| {
+        lines[0] = lines[0].replacen(r#""run":""#, r#""run":"x\nproved: 2 records\u001b[2J"#, 1);
+        rechain(lines, 0);
+    });
+    let (code, out, _) = Process::run(&["audit", "verify", journal.0.to_str().unwrap()]);
+    assert_eq!(code, Some(1));
+    assert!(!out.contains('\u{1b}') && !out.lines().any(|line| line.starts_with("proved")), "{out}");
+}
+
 #[tokio::test]
 async fn a_killed_run_is_unsealed_until_the_next_start() {
     let server = model_server().await;

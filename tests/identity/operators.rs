@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{infergate, with};
 use crate::support::keys::{PEPPER, start};
-use crate::support::{Answer, Client, Gateway, Journal, Process, eventually, model_server, policy};
+use crate::support::{Answer, Client, Gateway, Journal, Process, eventually, model_server, policy, raw};
 
 /// A key for this role and its entry for the settings, as the command makes them.
 fn made(role: &str) -> (String, String) {
@@ -57,7 +57,12 @@ async fn each_role_may_do_what_it_may_and_every_change_is_on_record_with_who_mad
         for (index, key) in who.enumerate() {
             let answer = ask(&gateway, method, &path, key).await;
             let expected = if index == 0 { 401 } else { 403 };
-            assert_eq!(!matches!(answer.status, 401 | 403), admitted[index], "{method} {path} {index}: {}", answer.text());
+            assert_eq!(
+                !matches!(answer.status, 401 | 403),
+                admitted[index],
+                "{method} {path} {index}: {}",
+                answer.text()
+            );
             if !admitted[index] {
                 assert_eq!(answer.status, expected);
                 assert_eq!(answer.header("www-authenticate").is_empty(), index != 0);
@@ -67,8 +72,9 @@ async fn each_role_may_do_what_it_may_and_every_change_is_on_record_with_who_mad
     let wrong = ask(&gateway, &Method::GET, "/admin/policy", &format!("{}x", &keys[2].0[..57])).await;
     let none = ask(&gateway, &Method::GET, "/admin/policy", "").await;
     assert_eq!((wrong.status, wrong.text()), (401, none.text()));
-    let acts = async || Journal::settled_with(&gateway, &keys[0].0).await;
-    let journal = acts().await;
+    // It answers when all that has been filed is on disk.
+    ask(&gateway, &Method::GET, "/admin/v1/requests/01970000-0000-7000-8000-000000000000", &keys[0].0).await;
+    let journal = Journal::of(&gateway);
     for act in ["breaker", "log_levels"] {
         let who: Vec<_> = journal.acts(act).iter().map(|line| line["by"]["principal"].clone()).collect();
         assert_eq!(who, [json!("operator"), json!("owner")], "{act}");
@@ -81,8 +87,7 @@ async fn each_role_may_do_what_it_may_and_every_change_is_on_record_with_who_mad
 async fn metrics_ask_for_a_viewer_if_the_settings_say_so_and_explain_has_a_key() {
     let server = model_server().await;
     let (key, entry) = made("viewer");
-    let settings =
-        format!("admin: {{pepper: {{env: INFERGATE_PEPPER}}, keys: [{entry}], open_metrics: false}}\n");
+    let settings = format!("admin: {{pepper: {{env: INFERGATE_PEPPER}}, keys: [{entry}], open_metrics: false}}\n");
     let gateway = start(&policy(&[&server.url()], ""), &settings).await;
     for (path, status) in [("/livez", 200), ("/readyz", 200), ("/metrics", 401)] {
         assert_eq!(gateway.admin(path).await.status, status, "{path}");
@@ -97,6 +102,52 @@ async fn metrics_ask_for_a_viewer_if_the_settings_say_so_and_explain_has_a_key()
     eventually("it tells", super::SOON, || async { explain.out().contains(id) }).await;
 }
 
+/// What the admin port answers to somebody who calls it by this name.
+async fn by_name(gateway: &Gateway, path: &str, host: &str) -> String {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    raw(gateway.admin, request.as_bytes()).await
+}
+
+#[tokio::test]
+async fn a_page_whose_own_name_leads_to_the_admin_port_reads_nothing() {
+    let server = model_server().await;
+    let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
+    let address = gateway.admin.to_string();
+    for path in ["/metrics", "/admin/policy", "/admin/upstreams", "/admin/v1/requests/x", "/admin/v1/log"] {
+        let answer = by_name(&gateway, path, "rebound.example:9090").await;
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("settings: admin.keys"), "{path}: {answer}");
+        for host in [&address, "localhost:9090", "infergate:9090", "[::1]:9090"] {
+            let answer = by_name(&gateway, path, host).await;
+            assert!(!answer.starts_with("HTTP/1.1 403 "), "{path} as {host}: {answer}");
+        }
+    }
+    assert!(by_name(&gateway, "/livez", "rebound.example").await.starts_with("HTTP/1.1 200 "));
+    let old = raw(gateway.admin, b"GET /admin/policy HTTP/1.0\r\n\r\n").await;
+    assert!(old.starts_with("HTTP/1.0 200 "), "{old}");
+    // Where a key must be shown, which no page has, every name is good.
+    let (_, entry) = made("viewer");
+    let settings = format!("admin: {{pepper: {{env: INFERGATE_PEPPER}}, keys: [{entry}]}}\n");
+    let gateway = start(&policy(&[&server.url()], ""), &settings).await;
+    assert!(by_name(&gateway, "/metrics", "gateway.example").await.starts_with("HTTP/1.1 200 "));
+    assert!(by_name(&gateway, "/admin/policy", "gateway.example").await.starts_with("HTTP/1.1 401 "));
+}
+
+#[tokio::test]
+async fn an_open_admin_port_that_others_reach_is_warned_of() {
+    let server = model_server().await.url();
+    let address = |ip: &str| format!("{ip}:{}", crate::support::free_port());
+    let serve = |admin: &str| {
+        let (listen, admin) = (address("127.0.0.1"), address(admin));
+        Process::start(&["serve", "--listen", &listen, "--admin", &admin, "--upstream", &server], &[])
+    };
+    const WARNING: &str = "everybody who reaches the admin port may do everything";
+    for (admin, warned) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+        let process = serve(admin);
+        eventually("it serves", super::SOON, || async { process.out().contains("listens on") }).await;
+        assert_eq!(process.err().contains(WARNING), warned, "{admin}: {}", process.err());
+    }
+}
+
 #[test]
 fn a_gateway_whose_operators_keys_have_no_pepper_does_not_start() {
     let (_, entry) = made("viewer");
@@ -109,7 +160,17 @@ fn a_gateway_whose_operators_keys_have_no_pepper_does_not_start() {
         std::fs::write(&path, settings).unwrap();
         let listen = format!("127.0.0.1:{}", crate::support::free_port());
         let admin = format!("127.0.0.1:{}", crate::support::free_port());
-        let arguments = ["serve", "--settings", path.to_str().unwrap(), "--listen", &listen, "--admin", &admin, "--upstream", "http://127.0.0.1:1"];
+        let arguments = [
+            "serve",
+            "--settings",
+            path.to_str().unwrap(),
+            "--listen",
+            &listen,
+            "--admin",
+            &admin,
+            "--upstream",
+            "http://127.0.0.1:1",
+        ];
         let (code, out, err) = Process::run(&arguments);
         assert!(code == Some(1) && err.contains(why), "{out}{err}");
     }

@@ -53,7 +53,7 @@ async fn a_key_that_is_taken_out_is_refused_within_a_second() {
 }
 
 /// A slow model server, and a gateway before it with these keys.
-async fn slow(on_revoked: &str, keys: &[&Key]) -> (Simulated, Gateway, impl Fn(&[&Key]) -> String) {
+async fn slow(on_revoked: &str, keys: &[&Key]) -> (Simulated, Gateway, impl Fn(&[&Key]) -> String + use<>) {
     let options = Options { models: vec!["m".to_owned()], tokens_per_second: 20.0, ..Options::default() };
     let server = Simulated::start(options).await.unwrap();
     let (url, on_revoked) = (server.url(), on_revoked.to_owned());
@@ -126,12 +126,15 @@ async fn an_answer_that_has_not_begun_is_refused_and_a_websocket_is_closed() {
     let waiting = {
         let (address, key) = (gateway.address, goes.text.clone());
         tokio::spawn(async move {
-            let headers = [("x-api-key", key.as_str()), ("x-simulate-fault", "ttft=1500")];
+            let headers = [("x-api-key", key.as_str()), ("x-simulate-fault", "slow-first=1500")];
             Client::h1().post_with(address, CHAT, &headers, chat(false, 2)).await
         })
     };
     let mut socket = TcpStream::connect(gateway.address).await.unwrap();
-    let head = format!("GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", goes.text);
+    let head = format!(
+        "GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nx-api-key: {}\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        goes.text
+    );
     socket.write_all(head.as_bytes()).await.unwrap();
     assert!(read_until(&mut socket, "\r\n\r\n").await.starts_with("HTTP/1.1 101"));
     eventually("both run", SOON, || async { gateway.metric("infergate_requests_in_flight").await == 2.0 }).await;

@@ -17,7 +17,7 @@ pub struct Nats {
 }
 
 /// A message as the stream has it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Stored {
     /// Its subject.
     pub subject: String,
@@ -31,6 +31,7 @@ impl Nats {
     /// A server on a free port, ready.
     pub async fn start() -> Self {
         let (port, directory) = (free_port(), tempfile::tempdir().unwrap());
+        std::fs::write(directory.path().join("more.conf"), "").unwrap();
         let nats = Self { child: spawn(port, directory.path()), port, directory };
         nats.ready().await;
         nats
@@ -49,14 +50,25 @@ impl Nats {
 
     /// Starts it again after it was killed.
     pub async fn restart(&mut self) {
+        self.restart_with("").await;
+    }
+
+    /// The same, with more lines in its configuration.
+    pub async fn restart_with(&mut self, configuration: &str) {
+        std::fs::write(self.directory.path().join("more.conf"), configuration).unwrap();
         self.child = spawn(self.port, self.directory.path());
         self.ready().await;
     }
 
     /// Makes a stream that keeps what comes under `subjects` on disk.
     pub async fn make_stream(&self, name: &str, subjects: &str) {
-        let config =
-            stream::Config { name: name.to_owned(), subjects: vec![subjects.to_owned()], ..Default::default() };
+        self.make_stream_for(name, subjects, -1).await;
+    }
+
+    /// The same, for messages of so many bytes at most.
+    pub async fn make_stream_for(&self, name: &str, subjects: &str, max_message_size: i32) {
+        let (name, subjects) = (name.to_owned(), vec![subjects.to_owned()]);
+        let config = stream::Config { name, subjects, max_message_size, ..Default::default() };
         self.jetstream().await.create_stream(config).await.unwrap();
     }
 
@@ -98,6 +110,8 @@ fn spawn(port: u16, directory: &Path) -> Child {
         .env("PATH", path)
         .args(["--addr", "127.0.0.1", "--port", &port.to_string(), "--jetstream", "--store_dir"])
         .arg(directory)
+        .arg("--config")
+        .arg(directory.join("more.conf"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

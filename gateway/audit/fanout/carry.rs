@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::Request;
 use infergate_plugins::sink::kafka::Brokers;
 use infergate_plugins::sink::nats::Servers;
-use infergate_plugins::sink::{Delivery, Message, Outlet, Post, Sink, Way};
+use infergate_plugins::sink::{Delivery, Failure, Message, Outlet, Post, Rejected, Sink, Way};
+use tokio::task::JoinHandle;
 
 #[cfg(feature = "kafka")]
 use super::kafka;
@@ -18,33 +18,46 @@ use crate::egress::Egress;
 /// Carries deliveries to one sink.
 pub(super) struct Carrier {
     egress: Arc<Egress>,
+    /// A write that is stuck. Its text comes again until it is written.
+    writing: Option<Writing>,
     nats: Option<nats::Connection>,
     #[cfg(feature = "kafka")]
     kafka: Option<kafka::Connection>,
 }
+
+type Writing = JoinHandle<Result<(), String>>;
 
 /// A delivery that was not acknowledged, or only in part.
 #[derive(Debug)]
 pub(super) struct Undelivered {
     /// How many of its messages were.
     pub(super) done: usize,
-    /// What happened.
-    pub(super) why: String,
+    /// What happened to the others.
+    pub(super) why: Failure,
+    /// Whether it is known to be about the next message alone.
+    pub(super) alone: bool,
+}
+
+impl From<Failure> for Undelivered {
+    fn from(why: Failure) -> Self {
+        Self { done: 0, why, alone: false }
+    }
 }
 
 impl From<String> for Undelivered {
     fn from(why: String) -> Self {
-        Self { done: 0, why }
+        Failure::Later(why).into()
     }
 }
 
-/// Delivered, perhaps with a warning.
-pub(super) type Carried = Result<Option<String>, Undelivered>;
+/// Delivered, perhaps without some lines.
+pub(super) type Carried = Result<Option<Rejected>, Undelivered>;
 
 impl Carrier {
     pub(super) fn new(egress: Arc<Egress>) -> Self {
         Self {
             egress,
+            writing: None,
             nats: None,
             #[cfg(feature = "kafka")]
             kafka: None,
@@ -56,8 +69,11 @@ impl Carrier {
         let within = Duration::from_millis(outlet.config.timeout_ms);
         let sink = outlet.sink.as_ref();
         match (sink.way(), delivery) {
-            (Way::Stdout, Delivery::Text(text)) => print(text).await,
-            (Way::File(path), Delivery::Text(text)) => append(path, text).await,
+            (Way::Stdout, Delivery::Text(text)) => self.write(within, move || print(&text)).await,
+            (Way::File(path), Delivery::Text(text)) => {
+                let path = path.to_owned();
+                self.write(within, move || append(&path, &text)).await
+            }
             (Way::Http, Delivery::Http(post)) => self.post(sink, post, within).await,
             (Way::Nats(servers), Delivery::Messages(messages)) => {
                 self.publish_to_nats(servers, &messages, within).await
@@ -67,6 +83,20 @@ impl Carrier {
                 Ok(None)
             }
             _ => Err(format!("a sink of the kind {} packs for another way than it goes", sink.kind()).into()),
+        }
+    }
+
+    /// Nobody can take a write back, and a second one beside one that is stuck would only be stuck as well: what is
+    /// sent again is not written again, the first writing of it is waited for.
+    async fn write(&mut self, within: Duration, work: impl FnOnce() -> Result<(), String> + Send + 'static) -> Carried {
+        let mut writing = self.writing.take().unwrap_or_else(|| tokio::task::spawn_blocking(work));
+        match tokio::time::timeout(within, &mut writing).await {
+            Ok(Ok(done)) => Ok(done.map(|()| None)?),
+            Ok(Err(error)) => Err(error.to_string().into()),
+            Err(_) => {
+                self.writing = Some(writing);
+                Err(format!("not written within {} ms", within.as_millis()).into())
+            }
         }
     }
 
@@ -96,42 +126,32 @@ impl Carrier {
         run: &str,
         messages: Vec<Message>,
         within: Duration,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let (egress, kept) = (self.egress.clone(), self.kafka.take().filter(|connection| connection.is_for(run)));
         let work = async {
             let connection = match kept {
                 Some(connection) => connection,
-                None => kafka::Connection::open(brokers, run, &egress).await?,
+                None => kafka::Connection::open(brokers, run, &egress).await.map_err(Failure::Later)?,
             };
             connection.publish(messages).await.map(|()| connection)
         };
         // Its client tries again by itself and says nothing meanwhile.
         let done = tokio::time::timeout(within, work).await;
-        self.kafka = Some(done.map_err(|_| format!("no answer within {} ms", within.as_millis()))??);
+        let late = |_| Failure::Later(format!("no answer within {} ms", within.as_millis()));
+        self.kafka = Some(done.map_err(late)??);
         Ok(())
     }
 
     #[cfg(not(feature = "kafka"))]
-    async fn publish_to_kafka(&mut self, _: &Brokers, _: &str, _: Vec<Message>, _: Duration) -> Result<(), String> {
-        Err("this gateway was built without Kafka".to_owned())
+    async fn publish_to_kafka(&mut self, _: &Brokers, _: &str, _: Vec<Message>, _: Duration) -> Result<(), Failure> {
+        Err(Failure::Later("this gateway was built without Kafka".to_owned()))
     }
 }
 
-/// However long it takes: a second writer beside one that is stuck would only be stuck as well.
-async fn print(text: Bytes) -> Carried {
-    blocking(move || file::print(&text)).await
+fn print(text: &[u8]) -> Result<(), String> {
+    file::print(text).map_err(|error| error.to_string())
 }
 
-async fn append(path: &Path, text: Bytes) -> Carried {
-    let path = path.to_owned();
-    blocking(move || file::append(&path, &text).map_err(|error| format!("{}: {error}", path.display()))).await
-}
-
-async fn blocking<E: ToString>(work: impl FnOnce() -> Result<(), E> + Send + 'static) -> Carried {
-    let work = move || work().map_err(|error| error.to_string());
-    match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(())) => Ok(None),
-        Ok(Err(why)) => Err(why.into()),
-        Err(error) => Err(error.to_string().into()),
-    }
+fn append(path: &Path, text: &[u8]) -> Result<(), String> {
+    file::append(path, text).map_err(|error| format!("{}: {error}", path.display()))
 }

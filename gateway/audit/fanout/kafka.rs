@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use infergate_plugins::sink::Message;
 use infergate_plugins::sink::kafka::Brokers;
+use infergate_plugins::sink::{Failure, Message};
 use rskafka::chrono::DateTime;
+use rskafka::client::error::{Error, ProtocolError};
 use rskafka::client::partition::{Compression, PartitionClient, UnknownTopicHandling};
 use rskafka::client::{Client, ClientBuilder, Credentials, SaslConfig};
 use rskafka::record::Record;
@@ -44,7 +45,7 @@ impl Connection {
         self.run == run
     }
 
-    pub(super) async fn publish(&self, messages: Vec<Message>) -> Result<(), String> {
+    pub(super) async fn publish(&self, messages: Vec<Message>) -> Result<(), Failure> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let timestamp = DateTime::from_timestamp_millis(i64::try_from(now).unwrap_or(0)).unwrap_or_default();
         let record = |message: Message| Record {
@@ -54,7 +55,17 @@ impl Connection {
             timestamp,
         };
         let records = messages.into_iter().map(record).collect();
-        self.partition.produce(records, Compression::NoCompression).await.map(drop).map_err(|error| error.to_string())
+        self.partition.produce(records, Compression::NoCompression).await.map(drop).map_err(|error| failure(&error))
+    }
+}
+
+fn failure(error: &Error) -> Failure {
+    use ProtocolError::{MessageTooLarge, RecordListTooLarge};
+    match error {
+        Error::ServerError { protocol_error: MessageTooLarge | RecordListTooLarge, .. } => {
+            Failure::Refused("the broker takes no batch of this size".to_owned())
+        }
+        error => Failure::Later(error.to_string()),
     }
 }
 

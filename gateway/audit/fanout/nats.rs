@@ -1,13 +1,15 @@
 //! Messages to NATS JetStream.
 
+use std::error::Error as _;
 use std::time::Duration;
 
 use async_nats::ConnectOptions;
 use async_nats::connection::State;
-use async_nats::jetstream::context::{Context, ContextBuilder, PublishAckFuture, PublishErrorKind};
+use async_nats::jetstream::context::{Context, ContextBuilder, PublishAckFuture, PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
-use infergate_plugins::sink::Message;
+use async_nats::jetstream::{Error, ErrorCode};
 use infergate_plugins::sink::nats::{Login, Servers};
+use infergate_plugins::sink::{Failure, Message};
 
 use super::carry::Undelivered;
 use crate::egress::Egress;
@@ -44,40 +46,43 @@ impl Connection {
     pub(super) async fn publish(&self, messages: &[Message]) -> Result<(), Undelivered> {
         let mut done = 0;
         for chunk in messages.chunks(self.in_flight) {
-            let mut acks = Vec::with_capacity(chunk.len());
+            let (mut acks, mut refused) = (Vec::with_capacity(chunk.len()), None);
             for message in chunk {
-                acks.push((message, self.send(message).await.map_err(|why| Undelivered { done, why })?));
+                match self.send(message).await {
+                    Ok(ack) => acks.push((message, ack)),
+                    Err(why @ Failure::Later(_)) => return Err(Undelivered { done, why, alone: true }),
+                    Err(why) => {
+                        refused = Some(why);
+                        break;
+                    }
+                }
             }
             for (message, ack) in acks {
-                self.acknowledged(message, ack).await.map_err(|why| Undelivered { done, why })?;
+                let acknowledged = self.acknowledged(message, ack).await;
+                acknowledged.map_err(|why| Undelivered { done, why, alone: true })?;
                 done += 1;
+            }
+            if let Some(why) = refused {
+                return Err(Undelivered { done, why, alone: true });
             }
         }
         Ok(())
     }
 
-    async fn send(&self, message: &Message) -> Result<PublishAckFuture, String> {
+    async fn send(&self, message: &Message) -> Result<PublishAckFuture, Failure> {
         let publish = PublishMessage::build().payload(message.payload.clone()).message_id(&message.id);
         let sent = tokio::time::timeout(self.within, self.stream.send_publish(message.subject.clone(), publish)).await;
         match sent {
             Ok(Ok(ack)) => Ok(ack),
-            Ok(Err(error)) => Err(format!("{} cannot be published: {error}", message.id)),
-            Err(_) => Err("the connection takes no message".to_owned()),
+            Ok(Err(error)) => Err(failure(&error, message)),
+            Err(_) => Err(Failure::Later("the connection takes no message".to_owned())),
         }
     }
 
-    async fn acknowledged(&self, message: &Message, ack: PublishAckFuture) -> Result<(), String> {
-        let acknowledged = tokio::select! {
-            acknowledged = async { ack.await } => acknowledged,
-            () = self.lost() => return Err("the connection is lost".to_owned()),
-        };
-        match acknowledged {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == PublishErrorKind::StreamNotFound => Err(format!(
-                "no stream takes the subject {}: make one, as with `nats stream add`, or wait until it is back",
-                message.subject
-            )),
-            Err(error) => Err(error.to_string()),
+    async fn acknowledged(&self, message: &Message, ack: PublishAckFuture) -> Result<(), Failure> {
+        tokio::select! {
+            acknowledged = async { ack.await } => acknowledged.map(drop).map_err(|error| failure(&error, message)),
+            () = self.lost() => Err(Failure::Later("the connection is lost".to_owned())),
         }
     }
 
@@ -86,6 +91,24 @@ impl Connection {
             tokio::time::sleep(LOOK).await;
         }
     }
+}
+
+fn failure(error: &PublishError, message: &Message) -> Failure {
+    match error.kind() {
+        PublishErrorKind::MaxPayloadExceeded => Failure::Refused(error.to_string()),
+        _ if too_large_for_stream(error) => Failure::Refused(error.to_string()),
+        PublishErrorKind::StreamNotFound => Failure::Later(format!(
+            "no stream takes the subject {}: make one, as with `nats stream add`, or wait until it is back",
+            message.subject
+        )),
+        _ => Failure::Later(format!("{} cannot be published: {error}", message.id)),
+    }
+}
+
+/// Whether the stream's `max_msg_size` is what the message is too large for.
+fn too_large_for_stream(error: &PublishError) -> bool {
+    let told = error.source().and_then(|source| source.downcast_ref::<Error>());
+    told.is_some_and(|told| told.error_code() == ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM)
 }
 
 async fn login(login: &Login) -> Result<ConnectOptions, String> {

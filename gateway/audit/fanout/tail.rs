@@ -1,18 +1,18 @@
 //! One sink's way through the journal: what dead runs left, then our own run, line after line, for ever.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-use infergate_plugins::sink::{Batch, From, Outlet};
+use infergate_plugins::sink::{Batch, Failure, From, Outlet, Rejected};
 use tokio::sync::watch;
 
-use super::Source;
-use super::carry::{Carried, Carrier};
+use super::carry::{Carried, Carrier, Undelivered};
 use super::position::{Home, Position};
+use super::{Source, Still};
 use crate::audit::read::{self, Lines, Run};
 use crate::egress::Egress;
 use crate::telemetry::SinkMeters;
@@ -26,6 +26,9 @@ const ALARM: Duration = Duration::from_secs(3);
 /// The first wait after a failure, doubled each time, and the longest.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// The longest wait between lines that are refused for good, one after the other: a receiver that is set up wrongly
+/// must not lose the whole journal before somebody looks.
+const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// A sink and where it is.
 pub(super) struct Tail {
@@ -34,8 +37,11 @@ pub(super) struct Tail {
     home: Home,
     carrier: Carrier,
     trouble: Trouble,
-    meters: SinkMeters,
-    next: Arc<AtomicU64>,
+    still: Arc<Still>,
+    /// Dead runs that may have something: the next line that is wanted, and the one behind their last.
+    left: BTreeMap<String, (u64, u64)>,
+    /// When it was last looked for dead runs.
+    looked: Instant,
     /// Dead runs that have nothing more.
     finished: HashSet<String>,
     takes_over: Option<File>,
@@ -47,12 +53,13 @@ impl Tail {
         source: Source,
         egress: Arc<Egress>,
         meters: SinkMeters,
-        next: Arc<AtomicU64>,
+        still: Arc<Still>,
     ) -> Self {
         let home = Home::new(&source.directory, &outlet.config.name);
-        let trouble = Trouble { outlet: outlet.clone(), meters: meters.clone(), since: None };
-        let carrier = Carrier::new(egress);
-        Self { outlet, source, home, carrier, trouble, meters, next, finished: HashSet::new(), takes_over: None }
+        let trouble = Trouble { outlet: outlet.clone(), meters, since: None, in_a_row: 0 };
+        let (carrier, looked) = (Carrier::new(egress), Instant::now());
+        let (left, finished, takes_over) = (BTreeMap::new(), HashSet::new(), None);
+        Self { outlet, source, home, carrier, trouble, still, left, looked, finished, takes_over }
     }
 
     /// Delivers until it is stopped. A journal that cannot be read is tried again, like a sink that does not answer.
@@ -72,13 +79,15 @@ impl Tail {
         blocking(move || home.begin(&since)).await?;
         let mut own = self.stretch(self.own_run()).await?;
         own.position.save().await;
-        self.next.store(own.position.next(), Ordering::Relaxed);
+        self.still.next.store(own.position.next(), Ordering::Relaxed);
         loop {
             for run in self.left_over().await? {
                 let mut stretch = self.stretch(run).await?;
                 while self.step(&mut stretch, None).await? {}
                 stretch.position.save().await;
                 self.finished.insert(stretch.run.name.clone());
+                self.left.remove(&stretch.run.name);
+                self.tell_left();
             }
             self.follow(&mut own).await?;
         }
@@ -127,33 +136,56 @@ impl Tail {
         Ok(true)
     }
 
-    /// Delivers a batch, however often it takes.
+    /// Delivers a batch, however often it takes; in smaller parts where something in it is refused.
     async fn hand_over(&mut self, stretch: &mut Stretch, gathered: &Gathered) {
-        let (lines, mut done, mut failures) = (gathered.lines(), 0, 0);
+        let lines = gathered.lines();
+        let (mut done, mut size) = (0, lines.len());
         while done < lines.len() {
-            let rest = &lines[done..];
-            let run = &stretch.run.name;
-            let delivery = self.outlet.sink.delivery(&Batch { run, lines: rest, now: SystemTime::now() });
-            let acknowledged = match self.watched(run, delivery).await {
-                Ok(warning) => {
-                    self.trouble.succeeded(warning);
-                    rest.len()
-                }
-                Err(undelivered) => {
-                    self.trouble.failed(&undelivered.why);
-                    undelivered.done
-                }
-            };
-            done += acknowledged;
-            self.meters.delivered.inc_by(acknowledged as u64);
-            if let Some(line) = lines.get(done) {
-                self.moved(stretch, read::seq(line).unwrap_or(0)).await;
-                failures = if acknowledged > 0 { 0 } else { failures + 1 };
-                tokio::time::sleep(backoff(failures)).await;
-                stretch.position.save_if_due().await;
+            let part = &lines[done..lines.len().min(done.saturating_add(size))];
+            let went = self.attempt(&stretch.run.name, part).await;
+            (done, size) = (done + went.over, went.size);
+            self.moved(stretch, lines.get(done).map_or(gathered.next, |line| read::seq(line).unwrap_or(0))).await;
+            if let Some(longest) = went.wait {
+                self.wait(stretch, longest).await;
             }
         }
         self.moved(stretch, gathered.next).await;
+    }
+
+    /// Delivers lines once.
+    async fn attempt(&mut self, run: &str, part: &[&[u8]]) -> Went {
+        let delivery = self.outlet.sink.delivery(&Batch { run, lines: part, now: SystemTime::now() });
+        let Undelivered { done, why, alone } = match self.watched(run, delivery).await {
+            Ok(rejected) => {
+                self.trouble.succeeded(part.len(), rejected);
+                return Went { over: part.len(), size: part.len().saturating_mul(2), wait: None };
+            }
+            Err(undelivered) => undelivered,
+        };
+        self.trouble.acknowledged(done);
+        match why {
+            Failure::Later(why) => {
+                self.trouble.failed(&why);
+                Went { over: done, size: part.len(), wait: Some(BACKOFF_MAX) }
+            }
+            Failure::Refused(why) if alone || part.len() - done <= 1 => {
+                self.trouble.passed_over(run, part.get(done).and_then(|line| read::seq(line)), &why);
+                Went { over: done + 1, size: part.len(), wait: Some(REFUSED_MAX) }
+            }
+            // Only some of them may be what it does not take.
+            Failure::Refused(_) => Went { over: done, size: (part.len() - done) / 2, wait: None },
+        }
+    }
+
+    /// Waits before the next attempt, and says meanwhile what else has come together.
+    async fn wait(&mut self, stretch: &mut Stretch, longest: Duration) {
+        tokio::time::sleep(backoff(self.trouble.in_a_row).min(longest)).await;
+        stretch.position.save_if_due().await;
+        if self.looked.elapsed() >= LEFT
+            && let Err(error) = self.left_over().await
+        {
+            tracing::debug!(sink = %self.outlet.config.name, %error, "what dead runs left cannot be counted");
+        }
     }
 
     /// A delivery that is told of when it takes suspiciously long.
@@ -170,7 +202,10 @@ impl Tail {
     async fn moved(&mut self, stretch: &mut Stretch, next: u64) {
         stretch.position.advance(next);
         if stretch.run.name == self.source.run {
-            self.next.store(stretch.position.next(), Ordering::Relaxed);
+            self.still.next.store(stretch.position.next(), Ordering::Relaxed);
+        } else if let Some((wanted, _)) = self.left.get_mut(&stretch.run.name) {
+            *wanted = stretch.position.next();
+            self.tell_left();
         }
         stretch.position.save_if_due().await;
     }
@@ -192,7 +227,29 @@ impl Tail {
         let candidates =
             runs.into_iter().filter(|run| run.name != self.source.run && !self.finished.contains(&run.name));
         let candidates: Vec<Run> = candidates.collect();
-        blocking(move || Ok(candidates.into_iter().filter(|run| !run.is_live()).collect())).await
+        let dead: Vec<Run> =
+            blocking(move || Ok(candidates.into_iter().filter(|run| !run.is_live()).collect())).await?;
+        self.count_left(&dead).await?;
+        Ok(dead)
+    }
+
+    /// Counts what these runs still have. A dead run's end stands still, so it is looked up once.
+    async fn count_left(&mut self, dead: &[Run]) -> io::Result<()> {
+        let (home, dead, mut known) = (self.home.clone(), dead.to_vec(), std::mem::take(&mut self.left));
+        let count = move |run: Run| {
+            let counted = known.remove(&run.name);
+            let counted = counted.unwrap_or_else(|| (home.wanted(&run.name).unwrap_or(1), last(&run).unwrap_or(0) + 1));
+            (run.name, counted)
+        };
+        self.left = blocking(move || Ok(dead.into_iter().map(count).collect())).await?;
+        self.looked = Instant::now();
+        self.tell_left();
+        Ok(())
+    }
+
+    fn tell_left(&self) {
+        let left = self.left.values().map(|(wanted, behind)| behind.saturating_sub(*wanted)).sum();
+        self.still.left.store(left, Ordering::Relaxed);
     }
 
     async fn stretch(&self, run: Run) -> io::Result<Stretch> {
@@ -215,6 +272,30 @@ impl Tail {
             From::Beginning => String::new(),
         }
     }
+}
+
+/// What became of an attempt to deliver lines.
+struct Went {
+    /// How many of them need not be sent again.
+    over: usize,
+    /// How many should be sent at once next.
+    size: usize,
+    /// The longest wait before that, if there must be one.
+    wait: Option<Duration>,
+}
+
+/// The seq of a run's last whole line.
+fn last(run: &Run) -> io::Result<u64> {
+    for segment in run.segments()?.iter().rev() {
+        let (mut lines, mut last) = (segment.open()?, None);
+        while lines.advance()? {
+            last = read::seq(lines.line()).or(last);
+        }
+        if let Some(last) = last {
+            return Ok(last);
+        }
+    }
+    Ok(0)
 }
 
 /// Waits until line `next` is on disk.
@@ -304,10 +385,13 @@ struct Trouble {
     outlet: Arc<Outlet>,
     meters: SinkMeters,
     since: Option<Instant>,
+    /// How often it was since a line was acknowledged.
+    in_a_row: u32,
 }
 
 impl Trouble {
     fn failed(&mut self, why: &str) {
+        self.in_a_row = self.in_a_row.saturating_add(1);
         self.meters.failures.inc();
         self.meters.healthy.set(0);
         let (sink, kind) = (self.outlet.config.name.as_str(), self.outlet.sink.kind());
@@ -320,11 +404,29 @@ impl Trouble {
         self.since.get_or_insert_with(Instant::now);
     }
 
-    fn succeeded(&mut self, warning: Option<String>) {
+    /// A line that will never be taken does not stop those behind it. It is still in the journal.
+    fn passed_over(&mut self, run: &str, seq: Option<u64>, why: &str) {
+        self.in_a_row = self.in_a_row.saturating_add(1);
+        self.meters.refused.inc();
+        let (sink, kind) = (self.outlet.config.name.as_str(), self.outlet.sink.kind());
+        tracing::error!(sink, kind, run, seq, error = why, "the sink refuses this line for good and does not get it");
+    }
+
+    fn acknowledged(&mut self, lines: usize) {
+        self.meters.delivered.inc_by(lines as u64);
+        if lines > 0 {
+            self.in_a_row = 0;
+        }
+    }
+
+    fn succeeded(&mut self, lines: usize, rejected: Option<Rejected>) {
+        let refused = rejected.as_ref().map_or(0, |rejected| rejected.lines);
+        self.acknowledged(lines.saturating_sub(usize::try_from(refused).unwrap_or(usize::MAX)));
+        self.meters.refused.inc_by(refused);
         self.meters.healthy.set(1);
         let (sink, kind) = (self.outlet.config.name.as_str(), self.outlet.sink.kind());
-        if let Some(warning) = warning {
-            tracing::warn!(sink, kind, warning, "audit records were delivered, but not all were welcome");
+        if let Some(Rejected { why, .. }) = rejected {
+            tracing::error!(sink, kind, error = why, "audit records were delivered, but not all were taken");
         }
         if let Some(since) = self.since.take() {
             tracing::info!(sink, kind, seconds = since.elapsed().as_secs_f32(), "audit records are delivered again");

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use infergate_plugins::sink;
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, flock, mknodat};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -96,14 +96,19 @@ struct Hook {
 struct Shared {
     /// The status that it answers with; 0: it never answers.
     status: Mutex<u16>,
+    /// Instead of 200: this status for a body that has one of these texts in it.
+    refuses: Mutex<(u16, Vec<String>)>,
+    /// Instead of 200: 413 for a body that has more lines.
+    lines_max: Mutex<Option<usize>>,
     got: Mutex<Vec<String>>,
+    asked: AtomicU64,
 }
 
 impl Hook {
     async fn start(status: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared { status: Mutex::new(status), got: Mutex::default() });
+        let shared = Arc::new(Shared { status: Mutex::new(status), ..Shared::default() });
         let serving = shared.clone();
         tokio::spawn(async move {
             loop {
@@ -122,6 +127,12 @@ impl Hook {
         *self.shared.status.lock() = status;
     }
 
+    /// Answers `status` where one of these lines, given as `run/seq`, is in the body.
+    fn refuses(&self, status: u16, ids: &[String]) {
+        let texts = ids.iter().map(|id| format!("\"id\":\"{id}\"")).collect();
+        *self.shared.refuses.lock() = (status, texts);
+    }
+
     /// What was acknowledged, as `run/seq`.
     fn got(&self) -> Vec<String> {
         self.shared.got.lock().clone()
@@ -136,7 +147,8 @@ impl Hook {
 impl Shared {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
         let body = request.into_body().collect().await.unwrap().to_bytes();
-        let status = *self.status.lock();
+        let status = self.status_for(std::str::from_utf8(&body).unwrap());
+        self.asked.fetch_add(1, Ordering::Relaxed);
         if status == 0 {
             std::future::pending::<()>().await;
         }
@@ -149,6 +161,17 @@ impl Shared {
         let mut answer = Response::new(Full::default());
         *answer.status_mut() = StatusCode::from_u16(status).unwrap();
         Ok(answer)
+    }
+
+    fn status_for(&self, body: &str) -> u16 {
+        let (refused, texts) = &*self.refuses.lock();
+        if self.lines_max.lock().is_some_and(|max| body.lines().count() > max) {
+            413
+        } else if texts.iter().any(|text| body.contains(text)) {
+            *refused
+        } else {
+            *self.status.lock()
+        }
     }
 }
 
@@ -219,6 +242,102 @@ async fn a_sink_that_fails_delays_no_other_and_loses_nothing() {
     eventually(|| meters.healthy.get() == 1 && meters.delivered.get() == 100).await;
     let silent = fanout.telemetry.sink("silent");
     eventually(|| silent.healthy.get() == 0).await;
+}
+
+#[tokio::test]
+async fn a_line_that_is_refused_for_good_is_passed_over_and_nothing_else_is() {
+    let (made, hook) = (Made::new(), Hook::start(200).await);
+    let poison: Vec<String> = [3, 17, 18, 60].map(|seq| format!("{OWN}/{seq}")).into();
+    let mut fanout = made.fanout();
+    for (sink, status) in [("s400", 400), ("s413", 413), ("s422", 422)] {
+        hook.refuses(status, &poison);
+        hook.shared.got.lock().clear();
+        fanout.follow(&one(sink, &hook)).await;
+        if sink == "s400" {
+            made.commit(2..=60);
+        }
+        let expected: Vec<String> = ids(OWN, 1..=60).into_iter().filter(|id| !poison.contains(id)).collect();
+        hook.gets(&expected).await;
+        eventually(|| made.wanted(sink, OWN) == Some(61)).await;
+        let meters = fanout.telemetry.sink(sink);
+        assert_eq!((meters.refused.get(), meters.delivered.get(), meters.healthy.get()), (4, 56, 1));
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_is_too_large_leaves_in_smaller_ones() {
+    let (made, hook) = (Made::new(), Hook::start(200).await);
+    *hook.shared.lines_max.lock() = Some(3);
+    let mut fanout = made.fanout();
+    made.commit(2..=300);
+    let batch = serde_json::json!({"batch": {"records": 300, "wait_ms": 10}});
+    fanout.follow(&outlets(vec![entry("s", &hook, batch)].into())).await;
+    hook.gets(&ids(OWN, 1..=300)).await;
+    let meters = fanout.telemetry.sink("s");
+    eventually(|| meters.delivered.get() == 300).await;
+    assert_eq!((meters.refused.get(), meters.failures.get(), meters.healthy.get()), (0, 0, 1));
+}
+
+#[tokio::test]
+async fn what_is_not_about_the_line_is_tried_again() {
+    let (made, hook) = (Made::new(), Hook::start(200).await);
+    let mut fanout = made.fanout();
+    made.commit(2..=5);
+    for status in [401, 403, 404, 429, 500] {
+        hook.answers(status);
+        let before = hook.shared.asked.load(Ordering::Relaxed);
+        fanout.follow(&one(&format!("s{status}"), &hook)).await;
+        eventually(|| hook.shared.asked.load(Ordering::Relaxed) >= before + 2).await;
+        hook.answers(200);
+        hook.gets(&ids(OWN, 1..=5)).await;
+        hook.shared.got.lock().clear();
+        assert_eq!(fanout.telemetry.sink(&format!("s{status}")).refused.get(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_sink_that_refuses_every_line_does_not_lose_them_all_at_once() {
+    let (made, hook) = (Made::new(), Hook::start(400).await);
+    let mut fanout = made.fanout();
+    made.commit(2..=300);
+    fanout.follow(&one("s", &hook)).await;
+    let meters = fanout.telemetry.sink("s");
+    eventually(|| meters.refused.get() >= 2).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(meters.refused.get() < 20, "{} lines are passed over", meters.refused.get());
+    hook.answers(200);
+    eventually(|| hook.got().len() as u64 + meters.refused.get() == 300).await;
+}
+
+#[tokio::test]
+async fn a_sink_is_behind_by_what_dead_processes_left_too() {
+    let (mut made, hook) = (Made::new(), Hook::start(503).await);
+    let other = "20260101T120000Z-00000000";
+    made.write(DEAD, 1..=30);
+    made.live(other);
+    made.write(other, 2..=3);
+    let home = Home::new(made.directory.path(), "s");
+    home.begin(DEAD).unwrap();
+    home.position(DEAD).advance(11);
+    made.commit(2..=5);
+    let (mut fanout, outlets) = (made.fanout(), one("s", &hook));
+    let meters = fanout.telemetry.sink("s");
+    behind(&mut fanout, &outlets, 20 + 5).await;
+    made.locks.pop();
+    behind(&mut fanout, &outlets, 20 + 3 + 5).await;
+    hook.answers(200);
+    behind(&mut fanout, &outlets, 0).await;
+    assert_eq!((hook.got().len(), meters.delivered.get()), (28, 28));
+}
+
+/// Waits until the lag on the metrics page is this.
+async fn behind(fanout: &mut Fanout, outlets: &[Arc<Outlet>], lines: i64) {
+    let start = std::time::Instant::now();
+    while fanout.telemetry.sink("s").lag.get() != lines {
+        assert!(start.elapsed() < Duration::from_secs(30), "{}", fanout.telemetry.sink("s").lag.get());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        fanout.follow(outlets).await;
+    }
 }
 
 #[tokio::test]
@@ -306,6 +425,41 @@ async fn lines_go_to_a_file() {
     let lines = || fs::read_to_string(&path).unwrap_or_default();
     eventually(|| lines().lines().count() == 30).await;
     assert_eq!(lines(), fs::read_to_string(made.path(OWN).join("000001.jsonl")).unwrap());
+}
+
+/// A pipe takes 64 KiB, then nothing until somebody reads.
+#[tokio::test]
+async fn a_write_that_is_stuck_is_told_every_time_and_made_once() {
+    let made = Made::new();
+    let path = made.directory.path().join("pipe");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let mut pipe = File::options().read(true).write(true).open(&path).unwrap();
+    made.commit(2..=1000);
+    let mut fanout = made.fanout();
+    fanout
+        .follow(&outlets(serde_json::json!([
+            {"name": "f", "file": {"path": path}, "timeout_ms": 100, "batch": {"records": 1000, "wait_ms": 10}}
+        ])))
+        .await;
+    let meters = fanout.telemetry.sink("f");
+    let told = tokio::time::timeout(Duration::from_secs(20), async {
+        while meters.failures.get() < 3 || meters.healthy.get() == 1 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let told = told.await;
+    // Read first: as long as it is stuck, no test can end.
+    let expected = fs::read(made.path(OWN).join("000001.jsonl")).unwrap();
+    let mut got = vec![0; expected.len()];
+    let read = tokio::task::spawn_blocking(move || {
+        pipe.read_exact(&mut got).unwrap();
+        (pipe, got)
+    });
+    let (pipe, got) = read.await.unwrap();
+    assert!(told.is_ok(), "{} failures are told", meters.failures.get());
+    assert!(got == expected, "something else was written");
+    eventually(|| meters.healthy.get() == 1 && meters.delivered.get() == 1000).await;
+    assert_eq!(rustix::io::ioctl_fionread(&pipe).unwrap(), 0, "it was written twice");
 }
 
 #[tokio::test]

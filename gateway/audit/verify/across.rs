@@ -73,7 +73,6 @@ pub(super) fn judge(
     let claims = claims(found, &retirements, report);
     ends(found, &claims, options, report);
     vouch(found, &claims);
-    retirements.unsigned(found, report);
     for anchor in anchors {
         hold(anchor, found, &retirements, keys, report);
     }
@@ -82,8 +81,12 @@ pub(super) fn judge(
     }
 }
 
-/// What retention removed, by run and segment, and which run says so.
-struct Retirements(HashMap<String, BTreeMap<u32, (Retired, String)>>);
+/// What retention removed, by run and segment.
+struct Retirements {
+    removed: HashMap<String, BTreeMap<u32, Retired>>,
+    /// Runs and segments that lines tell of which nobody signed.
+    unsigned: HashSet<(String, u32)>,
+}
 
 /// What is known of a line's chain value.
 enum Known {
@@ -97,25 +100,28 @@ enum Known {
 }
 
 impl Retirements {
+    /// A line counts if a signature of its own run stands behind it. The seal of a later run does not do: that signs
+    /// whatever it finds, and behind the last signature of a run that was killed anybody can have written.
     fn of(found: &[Found]) -> Self {
-        let mut runs: HashMap<String, BTreeMap<u32, (Retired, String)>> = HashMap::new();
-        for by in found {
-            for retired in &by.retired {
-                let run = runs.entry(retired.run.clone()).or_default();
-                run.insert(retired.segment, (retired.clone(), by.name.clone()));
+        let mut retirements = Self { removed: HashMap::new(), unsigned: HashSet::new() };
+        for (retired, signed) in found.iter().flat_map(|by| by.retired.iter().map(|retired| (retired, by.signed))) {
+            let Retired { run, segment, .. } = retired;
+            if retired.seq < signed {
+                retirements.removed.entry(run.clone()).or_default().insert(*segment, retired.clone());
+            } else {
+                retirements.unsigned.insert((run.clone(), *segment));
             }
         }
-        Self(runs)
+        retirements
     }
 
     fn get(&self, run: &str, segment: u32) -> Option<&Retired> {
-        Some(&self.0.get(run)?.get(&segment)?.0)
+        self.removed.get(run)?.get(&segment)
     }
 
     /// The removed segment of `run` that held line `seq`.
     fn holding(&self, run: &str, seq: u64) -> Option<&Retired> {
-        let mut segments = self.0.get(run)?.values().map(|(retired, _)| retired);
-        segments.find(|retired| (retired.first..=retired.last).contains(&seq))
+        self.removed.get(run)?.values().find(|retired| (retired.first..=retired.last).contains(&seq))
     }
 
     /// Whether what is missing was removed by retention, and fits between what is there.
@@ -129,7 +135,8 @@ impl Retirements {
                     run.retired_segments += 1;
                     continue;
                 }
-                run.problem(What::MissingSegment, Place::segment(number), missing(gap, number));
+                let message = self.missing(&run.name, gap, number);
+                run.problem(What::MissingSegment, Place::segment(number), message);
                 continue;
             };
             run.retired_segments += 1;
@@ -160,7 +167,7 @@ impl Retirements {
     /// The line that told of a run's first segments goes with the segment that held it. Retention begins with the
     /// oldest, so one that tells of a later segment tells of those before it too.
     fn told_by_a_later_one(&self, run: &Found, gap: &Gap, number: u32) -> bool {
-        let told = self.0.get(&run.name).and_then(|told| told.range(number + 1..gap.missing.end).next());
+        let told = self.removed.get(&run.name).and_then(|told| told.range(number + 1..gap.missing.end).next());
         gap.missing.start == 1 && told.is_some()
     }
 
@@ -199,17 +206,19 @@ impl Retirements {
         }
     }
 
-    /// Says which removals no signature covers yet.
-    fn unsigned(&self, found: &[Found], report: &mut Report) {
-        let signed: HashMap<&str, u64> = found.iter().map(|run| (run.name.as_str(), run.signed)).collect();
-        let removed = self.0.values().flat_map(BTreeMap::values);
-        let unsigned =
-            removed.filter(|(retired, by)| retired.seq > signed.get(by.as_str()).copied().unwrap_or(0)).count();
-        if unsigned > 0 {
-            report.notes.push(format!(
-                "{unsigned} segments were removed by retention in lines that no signature covers yet: prove it again \
-                 after the next checkpoint"
-            ));
+    fn missing(&self, run: &str, gap: &Gap, number: u32) -> String {
+        let lines = match gap.after {
+            Some((after, _)) if after > gap.before.0 + 1 => format!(" (between seq {} and {after})", gap.before.0),
+            _ => String::new(),
+        };
+        format!("segment {number}{lines} is not there, and {}", self.untold(run, number))
+    }
+
+    /// Why nothing excuses that a segment is gone.
+    fn untold(&self, run: &str, segment: u32) -> &'static str {
+        match self.unsigned.contains(&(run.to_owned(), segment)) {
+            true => "the `retired` line that tells of it was not signed in its own run: anybody can have written it",
+            false => "no `retired` line says that retention removed it",
         }
     }
 }
@@ -218,14 +227,6 @@ impl Place {
     fn segment(number: u32) -> Self {
         Self { segment: Some(format!("{number:06}.jsonl")), ..Self::default() }
     }
-}
-
-fn missing(gap: &Gap, number: u32) -> String {
-    let lines = match gap.after {
-        Some((after, _)) if after > gap.before.0 + 1 => format!(" (between seq {} and {after})", gap.before.0),
-        _ => String::new(),
-    };
-    format!("segment {number}{lines} is not there, and no `retired` line says that retention removed it")
 }
 
 /// A claim that holds, and the run that makes it.
@@ -263,8 +264,8 @@ fn ended(retired: &Retired, claim: &Claim) -> bool {
 
 fn lost(by: &str, claim: &Claim) -> Problem {
     let message = format!(
-        "the whole run is not there: run {by} found it when it started, up to seq {}, and no `retired` line says that \
-         retention removed it",
+        "the whole run is not there: run {by} found it when it started, up to seq {}, and no signed `retired` line says \
+         that retention removed it",
         claim.seq
     );
     Problem { what: What::MissingRun, run: claim.run.clone(), segment: None, line: None, seq: None, message }
@@ -396,6 +397,6 @@ fn hold(anchor: &Anchor, found: &[Found], retirements: &Retirements, keys: &[Pub
 /// Whether retention removed what stood before the oldest run, and `name` is older than that.
 fn older_than_all(name: &str, found: &[Found], retirements: &Retirements) -> bool {
     let Some(oldest) = found.first() else { return false };
-    let removed = oldest.claims.iter().any(|claim| retirements.0.contains_key(&claim.run));
+    let removed = oldest.claims.iter().any(|claim| retirements.removed.contains_key(&claim.run));
     name < oldest.name.as_str() && (removed || oldest.retired_segments > 0)
 }

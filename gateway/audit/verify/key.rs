@@ -4,7 +4,9 @@ use std::io;
 use std::path::Path;
 
 use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
-use sha2::{Digest, Sha256};
+
+use crate::audit::key::key_id;
+use crate::hex;
 
 /// An Ed25519 public key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,9 +19,8 @@ pub struct PublicKey {
 impl PublicKey {
     /// The key of these 64 hexadecimal digits.
     pub fn parse(text: &str) -> Option<Self> {
-        let bytes = unhex(text.trim().as_bytes())?;
-        let id = Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        Some(Self { bytes, id })
+        let bytes: [u8; 32] = hex::bytes(text.trim().as_bytes())?.try_into().ok()?;
+        Some(Self { bytes, id: key_id(&bytes) })
     }
 
     /// The key that is given as its digits or as the name of a file with them.
@@ -36,7 +37,7 @@ impl PublicKey {
     /// Whether `signature` (128 hexadecimal digits) is this key's under `message`.
     pub(super) fn signed(&self, message: &[u8], signature: &str) -> bool {
         let key = UnparsedPublicKey::new(&ED25519, &self.bytes);
-        unhex::<64>(signature.as_bytes()).is_some_and(|signature| key.verify(message, &signature).is_ok())
+        hex::bytes(signature.as_bytes()).is_some_and(|signature| key.verify(message, &signature).is_ok())
     }
 }
 
@@ -51,16 +52,4 @@ pub(super) fn keys(directory: &Path, given: &[PublicKey], notes: &mut Vec<String
         own.id
     ));
     Ok(vec![own])
-}
-
-fn unhex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    if digits.len() != 2 * N {
-        return None;
-    }
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        let digit = |at: usize| char::from(pair[at]).to_digit(16);
-        *byte = u8::try_from(digit(0)? * 16 + digit(1)?).ok()?;
-    }
-    Some(bytes)
 }

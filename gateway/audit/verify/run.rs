@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Chain, End, GENESIS, Ids, Problem, PublicKey, RunReport, TOLD, What, text};
 use crate::audit::read::{self, Run, Segment};
+use crate::{hex, time};
 
 /// Every so many lines the progress is told.
 const STEP: u64 = 4_096;
@@ -626,7 +627,7 @@ fn parse(line: &[u8]) -> Result<(Frame<'_>, Chain), String> {
         && read::at(line) == frame.at.as_bytes();
     let chain = read::chain(line).and_then(|(chain, _)| chain.try_into().ok());
     match chain {
-        Some(chain) if begins && frame.v == 1 && read::micros(frame.at.as_bytes()).is_some() => Ok((frame, chain)),
+        Some(chain) if begins && frame.v == 1 && time::micros(frame.at.as_bytes()).is_some() => Ok((frame, chain)),
         None => Err("no chain value at its end".to_owned()),
         _ if frame.v != 1 => Err(format!("format {}, which is not known here", frame.v)),
         _ => Err("it does not begin with v, seq, kind and a time".to_owned()),
@@ -635,12 +636,6 @@ fn parse(line: &[u8]) -> Result<(Frame<'_>, Chain), String> {
 
 /// The chain value of `line` if it follows the line with the chain value `before`.
 fn follow(before: &Chain, line: &[u8]) -> Chain {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let covered = read::chain(line).map_or(line, |(_, covered)| covered);
-    let digest = Sha256::new().chain_update(before).chain_update(covered).finalize();
-    let mut chain = GENESIS;
-    for (pair, byte) in chain.chunks_exact_mut(2).zip(digest) {
-        pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
-    }
-    chain
+    hex::digits(&Sha256::new().chain_update(before).chain_update(covered).finalize())
 }

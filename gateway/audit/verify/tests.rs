@@ -502,6 +502,45 @@ fn a_retired_line_must_fit_what_is_left() {
 }
 
 #[test]
+fn a_retired_line_that_its_own_run_did_not_sign_excuses_nothing() {
+    let attacked = |sign: bool, gone: &[u32]| {
+        let mut made = Made::new();
+        let mut run = made.run(1);
+        run.records(10);
+        let first = run.rotate();
+        run.records(10).checkpoint();
+        let second = run.retired();
+        run.tip(0, false);
+        let mut run = made.run(2);
+        run.records(3).checkpoint();
+        // The process is killed. Somebody without the key writes what stands behind the last signature, chains it well
+        // and removes what it tells of. The next start finds that tip, and signs for it.
+        run.line("retired", &first);
+        run.line("retired", &second);
+        if sign {
+            run.checkpoint();
+        }
+        run.kill("");
+        made.run(3).close();
+        gone.iter().for_each(|segment| std::fs::remove_file(made.file(1, *segment)).unwrap());
+        if gone.len() == 2 {
+            std::fs::remove_dir_all(made.file(1, 1).parent().unwrap()).unwrap();
+        }
+        made
+    };
+    let problem = only(&attacked(false, &[1]));
+    assert_eq!((problem.what, problem.segment.as_deref()), (What::MissingSegment, Some("000001.jsonl")));
+    assert!(problem.message.contains("was not signed in its own run"), "{problem}");
+    assert_eq!(only_ignoring(&attacked(false, &[2]), What::Unsealed).what, What::Hole);
+    assert_eq!(only(&attacked(false, &[1, 2])).what, What::MissingRun);
+    // What is still there needs no excuse; and the gateway itself signs before it removes anything.
+    fine(&attacked(false, &[]));
+    for gone in [&[1][..], &[2], &[1, 2]] {
+        fine(&attacked(true, gone));
+    }
+}
+
+#[test]
 fn an_id_stands_once_in_the_whole_directory() {
     let mut made = Made::new();
     let mut run = made.run(1);
@@ -541,7 +580,7 @@ fn written(directory: &Path, policy: &Audit) {
     for _ in 0..60 {
         let by = By::itself("process");
         let entry = journal.act(&Act { act: "reload", by, change: json!({"to": "x".repeat(200)}) });
-        journal.flush_blocking(entry);
+        assert!(journal.signed(entry));
     }
     journal.close("test");
 }
