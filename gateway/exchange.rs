@@ -24,9 +24,9 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
 use crate::relay::{Downstream, Tally};
 use crate::surface::{Surface, UNKNOWN};
-use crate::usage::{Meter, Usage};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
+use crate::usage::{Meter, Usage};
 
 /// How long the end of an answer waits for its record to be on disk.
 const DURABLE: Duration = Duration::from_secs(30);
@@ -359,7 +359,9 @@ impl Exchange {
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
         let whole = self.ending.outcome == Outcome::Ok;
         let told = self.tally.usage(whole);
-        let Some((bill, book)) = self.bill.as_ref().zip(self.policy.prices.as_ref()) else { return (told, None, false) };
+        let Some((bill, book)) = self.bill.as_ref().zip(self.policy.prices.as_ref()) else {
+            return (told, None, false);
+        };
         let (usage, cost) = bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole });
         let priced = |nanousd| Cost { nanousd, prices: &book.version };
         (usage, cost.flatten().map(priced), cost == Some(None))

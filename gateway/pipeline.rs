@@ -20,10 +20,10 @@ use crate::house::House;
 use crate::identity;
 use crate::local;
 use crate::money::{self, bill::Bill};
-use crate::policy::{Passthrough, Route, Stage};
 use crate::policy::file::{OnDisconnect, OnError, Priority};
-use crate::refusal::{Code, Refusal};
+use crate::policy::{Passthrough, Route, Stage};
 use crate::pool::Upstream;
+use crate::refusal::{Code, Refusal};
 use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Waiting};
 use crate::scan::{self, Edit, Field, Scan};
 use crate::state::Lease;
@@ -361,7 +361,8 @@ async fn relay(
     downstream.hold_last(exchange.is_durable() && !is_events);
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
-    let (target, cut) = (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark())));
+    let (target, cut) =
+        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark())));
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);

@@ -18,9 +18,9 @@ use infergate_plugins::authenticator::Authenticator;
 use infergate_plugins::{provider, sink};
 use sha2::{Digest, Sha256};
 
+pub use self::authenticators::authenticators;
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
-pub use self::authenticators::authenticators;
 pub use self::tenants::{Tenant, Tenants};
 use crate::money::book::Book;
 use crate::pool::origin::Origin;
@@ -101,7 +101,15 @@ pub struct Route {
 impl Route {
     fn new(stages: Vec<Stage>, priority: Option<file::Priority>, model: file::Model) -> Arc<Self> {
         let pools: Vec<&str> = stages.iter().map(|stage| &*stage.pool.name).collect();
-        Arc::new(Self { verdict: pools.join(", ").into(), rule: model.name.as_str().into(), stages, priority, model, meters: Meters::default(), spent: SpentMeters::default() })
+        Arc::new(Self {
+            verdict: pools.join(", ").into(),
+            rule: model.name.as_str().into(),
+            stages,
+            priority,
+            model,
+            meters: Meters::default(),
+            spent: SpentMeters::default(),
+        })
     }
 
     /// How a request that asks for `asked` came to this entry.

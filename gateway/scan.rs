@@ -236,7 +236,10 @@ mod tests {
         for (came, goes) in [
             (r#"{"stream": true , "n":1}"#, r#"{"stream": true,"stream_options":{"include_usage":true} , "n":1}"#),
             (r#"{"stream":true,"stream_options":null}"#, r#"{"stream":true,"stream_options":{"include_usage":true}}"#),
-            (r#"{"stream_options": { },"stream":true}"#, r#"{"stream_options": {"include_usage":true },"stream":true}"#),
+            (
+                r#"{"stream_options": { },"stream":true}"#,
+                r#"{"stream_options": {"include_usage":true },"stream":true}"#,
+            ),
             (
                 r#"{"stream":true,"stream_options":{"x":[1]}}"#,
                 r#"{"stream":true,"stream_options":{"include_usage":true,"x":[1]}}"#,

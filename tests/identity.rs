@@ -217,7 +217,10 @@ async fn a_tenant_gets_its_models_and_surfaces_and_no_others() {
         "passthrough: [{path: '/files/*', pool: p}]\n",
         &asks_for(&[&top, &low, &none, &free], tenants),
     )
-    .replace("- {name: m, pool: p}", "- {name: m, pool: p, rename: m, aliases: [alias]}\n  - {name: secret, pool: p, rename: m}");
+    .replace(
+        "- {name: m, pool: p}",
+        "- {name: m, pool: p, rename: m, aliases: [alias]}\n  - {name: secret, pool: p, rename: m}",
+    );
     let gateway = start(&text, "").await;
     let cases = [
         (&top, CHAT, "m", 200, ""),

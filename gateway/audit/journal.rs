@@ -22,11 +22,11 @@ use tokio::sync::watch;
 
 use super::capture::Store;
 use super::json;
-use super::{keep, private};
 use super::key::SigningKey;
 use super::read;
 use super::record::Record;
 use super::tip::{self, Tip};
+use super::{keep, private};
 use crate::hex;
 use crate::policy::file::Audit;
 use crate::telemetry::{JournalMeters, Telemetry};

@@ -9,9 +9,9 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 
-use super::{capture, fanout, private};
 use super::journal::Journal;
 use super::read::{self, Run, Segment};
+use super::{capture, fanout, private};
 use crate::policy::file::Audit;
 
 /// Records are so alike that zstd's fastest level makes them smaller (13 to 1) than its usual one (11 to 1), at half the

@@ -15,8 +15,8 @@ pub mod wire;
 
 pub use gateway::{Gateway, free_port};
 pub use http::{Answer, Client, events, raw};
-pub use journal::Journal;
 pub use infergate::simulate::{Engine, Options, Outcome, Simulated};
+pub use journal::Journal;
 pub use load::Load;
 pub use process::Process;
 
