@@ -1,6 +1,6 @@
 //! The audit journal: one record for every request, and the proof that nobody changed any.
 //!
-//! [`record`] says what is in a record, [`journal`] writes it, [`keep`] compresses and retires, [`read`], [`search`],
+//! [`record`] says what is in a record, [`journal`] writes it, `keep` compresses and retires, [`read`], [`search`],
 //! [`verify`] and [`story`] are for those who look at it later, [`fanout`] carries it to other systems.
 
 pub mod capture;

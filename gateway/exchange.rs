@@ -166,7 +166,8 @@ impl Exchange {
     /// Begins to keep its text, if the policy wants that and the disk keeps up.
     pub fn capture(&mut self, body: &[u8]) {
         let takes = || self.journal.as_ref().is_some_and(|journal| journal.takes_captures());
-        self.tally.capture = Capture::begin(&self.policy.audit.capture, body).filter(|_| takes());
+        let tenant = self.who.as_ref().map(|who| &*who.tenant.name);
+        self.tally.capture = Capture::begin(&self.policy.audit.capture, tenant, body).filter(|_| takes());
     }
 
     /// Whether its record can be kept, where there is a journal.

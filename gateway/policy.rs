@@ -306,6 +306,7 @@ impl<'a> Compiler<'a> {
         let models = self.models(&file, &pools);
         let authenticators = self.authenticators(&file);
         let tenants = self.tenants(&file, &models);
+        self.captured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
         self.requests(&file.requests);

@@ -27,6 +27,7 @@ audit:
     - {{name: disk, file: {{path: records.jsonl}}}}
     - {{name: nowhere, webhook: {{url: 'http://127.0.0.1:9/'}}}}
 telemetry: {{traces: {{endpoint: 'http://127.0.0.1:9', share: 1}}}}
+prices: {{list: [{{models: [m], pool: good, input: 1, output: 4}}]}}
 models:
   - {{name: m, pool: good}}
   - {{name: breaks, pool: bad}}

@@ -52,10 +52,11 @@ pub struct Captured {
 }
 
 impl Capture {
-    /// Begins with the request's `body`, if the policy wants this one.
-    pub fn begin(policy: &file::Capture, body: &[u8]) -> Option<Box<Self>> {
-        let wanted = policy.text == file::CaptureText::Full && (policy.share >= 1.0 || fastrand::f64() < policy.share);
-        if !wanted {
+    /// Begins with the `body` of a request of `tenant`, if the policy wants this one.
+    pub fn begin(policy: &file::Capture, tenant: Option<&str>, body: &[u8]) -> Option<Box<Self>> {
+        let named = |tenants: &Vec<String>| tenants.iter().any(|named| Some(named.as_str()) == tenant);
+        let drawn = || policy.share >= 1.0 || fastrand::f64() < policy.share;
+        if policy.text == file::CaptureText::None || !policy.tenants.as_ref().is_none_or(named) || !drawn() {
             return None;
         }
         let max = usize::try_from(policy.bytes_max).unwrap_or(usize::MAX);
@@ -184,18 +185,25 @@ mod tests {
     use super::*;
 
     fn policy(share: f64) -> file::Capture {
-        file::Capture { text: file::CaptureText::Full, share, bytes_max: 8, keep_days: None }
+        file::Capture { text: file::CaptureText::Full, tenants: None, share, bytes_max: 8, keep_days: None }
     }
 
     #[test]
     fn nothing_is_captured_unless_the_policy_asks() {
-        assert!(Capture::begin(&file::Capture::default(), b"canary").is_none());
-        assert!(Capture::begin(&policy(0.0), b"canary").is_none());
+        assert!(Capture::begin(&file::Capture::default(), None, b"canary").is_none());
+        assert!(Capture::begin(&policy(0.0), None, b"canary").is_none());
+    }
+
+    #[test]
+    fn only_the_tenants_that_are_named_are_captured() {
+        let policy = file::Capture { tenants: Some(vec!["research".to_owned()]), ..policy(1.0) };
+        let captured = |tenant| Capture::begin(&policy, tenant, b"canary").is_some();
+        assert_eq!([captured(Some("research")), captured(Some("legal")), captured(None)], [true, false, false]);
     }
 
     #[test]
     fn a_capture_is_bounded_and_its_record_proves_it() {
-        let mut capture = Capture::begin(&policy(1.0), b"question").unwrap();
+        let mut capture = Capture::begin(&policy(1.0), None, b"question").unwrap();
         capture.answer(b"a\xff");
         assert!(!capture.mark().cut);
         capture.answer(b"nswer is too long");
@@ -209,7 +217,7 @@ mod tests {
     fn a_capture_is_found_by_its_id() {
         let directory = tempfile::tempdir().unwrap();
         let mut store = Store::new(directory.path(), "run");
-        let capture = Capture::begin(&policy(1.0), b"question").unwrap();
+        let capture = Capture::begin(&policy(1.0), None, b"question").unwrap();
         let (one, other) = (Id::new(), Id::new());
         for id in [&one, &other] {
             store.append(&capture.line(id), &file::Audit::default()).unwrap();

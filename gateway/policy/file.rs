@@ -522,11 +522,13 @@ impl Default for Audit {
 }
 
 /// Which requests' text is kept. It lies in files of its own beside the journal; the record holds its SHA-256.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Capture {
     /// `none`: no prompt and no answer is ever kept. `full`: both bodies, as they came and went.
     pub text: CaptureText,
+    /// The tenants whose text is kept. Absent: everybody's.
+    pub tenants: Option<Vec<String>>,
     /// The share of requests, 1 for all.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub share: f64,
@@ -540,7 +542,7 @@ pub struct Capture {
 
 impl Default for Capture {
     fn default() -> Self {
-        Self { text: CaptureText::None, share: 1.0, bytes_max: 65_536, keep_days: Some(30) }
+        Self { text: CaptureText::None, tenants: None, share: 1.0, bytes_max: 65_536, keep_days: Some(30) }
     }
 }
 

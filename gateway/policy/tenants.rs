@@ -83,6 +83,17 @@ impl Compiler<'_> {
         built.map(|tenant| (tenant.name.clone(), tenant)).collect()
     }
 
+    /// The tenants whose text is captured.
+    pub(super) fn captured_tenants(&mut self, file: &file::File) {
+        for (index, name) in file.audit.capture.tenants.iter().flatten().enumerate() {
+            if !file.tenants.contains_key(name) {
+                let hint = nearest(name, file.tenants.keys().map(String::as_str));
+                let message = format!("no tenant is named {name}{hint}");
+                self.wrong(&format!("audit.capture.tenants[{index}]"), message);
+            }
+        }
+    }
+
     fn tenant(&mut self, name: &str, tenant: &file::Tenant, file: &file::File, models: &Models) {
         let path = format!("tenants.{name}");
         if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
@@ -199,6 +210,14 @@ mod tests {
         assert!(may("t", None) && may("t", Some("llama-3")) && !may("t", Some("gpt-4")));
         assert!(!may("t", Some("else")), "the upstream would get this name");
         assert!(may("u", Some("else")));
+    }
+
+    #[test]
+    fn a_tenant_whose_text_is_captured_is_there() {
+        let told =
+            problems(&format!("{POOLS}tenants: {{legal: {{}}}}\naudit: {{capture: {{tenants: [legal, legl]}}}}\n"));
+        assert_eq!(told.len(), 1);
+        assert!(told[0].contains("audit.capture.tenants[1]: no tenant is named legl; did you mean legal?"), "{told:?}");
     }
 
     #[test]
