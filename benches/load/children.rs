@@ -31,13 +31,17 @@ impl Evidence {
         }
     }
 
-    /// What the policy says of it.
+    /// What the policy says of it. Unpacked, a segment is so large that a case never finishes one.
     fn extra(self, upstream: SocketAddr) -> String {
-        match self {
-            Self::Off => String::new(),
-            Self::On => format!("telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n"),
-            Self::Packed => format!("audit: {{segment_bytes: 4194304}}\n{}", Self::On.extra(upstream)),
-        }
+        let segment_bytes = match self {
+            Self::Off => return String::new(),
+            Self::On => 4_u64 << 30,
+            Self::Packed => 4 << 20,
+        };
+        format!(
+            "audit: {{segment_bytes: {segment_bytes}}}\n\
+             telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n"
+        )
     }
 
     /// The policy the gateway runs with: every model of the load goes to the fake server.
