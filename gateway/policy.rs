@@ -241,12 +241,7 @@ fn compile_in(directory: Option<&Path>, text: &str, world: &World<'_>) -> Result
 /// Reads `text` and nothing that it names.
 pub fn parse(text: &str) -> Result<(Document, File), Problems> {
     let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
-    let problems = document.against(&schema());
-    if !problems.is_empty() {
-        return Err(Problems::in_order(problems));
-    }
-    let file = serde_json::from_value(document.value.clone())
-        .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
+    let file = document.read().map_err(Problems::in_order)?;
     Ok((document, file))
 }
 

@@ -258,12 +258,8 @@ impl Settings {
         if document.value.is_null() {
             return Ok(Self::default());
         }
-        let mut problems = document.against(&schemars::schema_for!(Self));
-        if !problems.is_empty() {
-            return Err(Problems::in_order(problems));
-        }
-        let settings: Self = serde_json::from_value(document.value.clone())
-            .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
+        let settings: Self = document.read().map_err(Problems::in_order)?;
+        let mut problems = Vec::new();
         settings.check(&document, &mut problems);
         if problems.is_empty() { Ok(settings) } else { Err(Problems::in_order(problems)) }
     }

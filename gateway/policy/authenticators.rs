@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use infergate_plugins::authenticator::{self, Authenticator, Named, keys};
-use serde_json::from_value;
 use sha2::Digest;
 
 use super::problem::{Document, nearest};
@@ -78,12 +77,7 @@ fn listed(text: &str, name: String) -> Result<keys::Listed, Vec<String>> {
     if document.value.is_null() {
         return Ok(keys::Listed { entries: Vec::new(), at: Box::new(|_| String::new()) });
     }
-    let problems = document.against(&schemars::schema_for!(Vec<keys::Entry>));
-    if !problems.is_empty() {
-        return Err(lines(problems));
-    }
-    let entries = from_value(document.value.clone());
-    let entries = entries.map_err(|error| lines(vec![document.problem("", error.to_string())]))?;
+    let entries = document.read().map_err(lines)?;
     let at = move |path: &str| format!("{name}:{}", document.problem(path, ""));
     Ok(keys::Listed { entries, at: Box::new(at) })
 }

@@ -89,12 +89,7 @@ pub fn schema() -> schemars::Schema {
 /// Reads a file of prices: its document and its list, or all in which it is not what its schema says.
 pub fn read(text: &str) -> Result<(Document, PriceFile), Problems> {
     let document = Document::parse(text).map_err(|problem| Problems(vec![problem]))?;
-    let problems = document.against(&schema());
-    if !problems.is_empty() {
-        return Err(Problems::in_order(problems));
-    }
-    let file = serde_json::from_value(document.value.clone())
-        .map_err(|error| Problems(vec![document.problem("", error.to_string())]))?;
+    let file = document.read().map_err(Problems::in_order)?;
     Ok((document, file))
 }
 

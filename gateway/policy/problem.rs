@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use schemars::Schema;
+use schemars::{JsonSchema, Schema};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_saphyr::granit_parser::{Event, Parser};
 
@@ -66,8 +67,17 @@ impl Document {
         Problem { place: self.places.get(around).copied(), path: path.to_owned(), message: message.into() }
     }
 
+    /// The document as a `T`, or everything in which it is not what the schema of `T` says.
+    pub fn read<T: DeserializeOwned + JsonSchema>(&self) -> Result<T, Vec<Problem>> {
+        let problems = self.against(&schemars::schema_for!(T));
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        serde_json::from_value(self.value.clone()).map_err(|error| vec![self.problem("", error.to_string())])
+    }
+
     /// Everything in which the document is not what `schema` says, each thing once.
-    pub fn against(&self, schema: &Schema) -> Vec<Problem> {
+    fn against(&self, schema: &Schema) -> Vec<Problem> {
         let mut check = Check { document: self, root: schema.as_value(), problems: Vec::new() };
         check.value("", &self.value, schema.as_value());
         check.problems
