@@ -169,6 +169,7 @@ fn record<'a>(trace: Trace, decisions: &'a [Decision], attempts: &'a [Attempt], 
         usage,
         cost: None,
         unpriced: false,
+        limits: None,
         bytes: BodyBytes { request: 1024, answer: 587 },
         capture: None,
         times: Times {

@@ -17,6 +17,8 @@ use self::access::{Access, Denied, Need, by_a_strangers_name};
 use crate::audit::journal::By;
 use crate::audit::read;
 use crate::house::House;
+use crate::limits::standing::Standing;
+use crate::limits::{Limit, millis};
 use crate::logging::Levels;
 use crate::policy::reload::{Reloaded, reload};
 use crate::pool::breaker::State as BreakerState;
@@ -51,6 +53,7 @@ const PATHS: &[Entry] = &[
     ("/metrics", Method::GET, Need::Metrics, "metrics in OpenMetrics' text format"),
     ("/admin/policy", Method::GET, VIEWER, "the policy in force, and what was wrong with the newest file"),
     ("/admin/upstreams", Method::GET, VIEWER, "every endpoint: health, breaker, requests in flight"),
+    ("/admin/v1/limits", Method::GET, VIEWER, "every limit: what is used of it, what is reserved, and for whom"),
     ("/admin/reload", Method::POST, OPERATOR, "reads policy, secrets and certificates again"),
     ("/admin/v1/requests/{id}", Method::GET, VIEWER, "the record of a request, by the x-request-id of its answer"),
     (
@@ -134,6 +137,7 @@ impl Admin {
             "/metrics" => self.metrics(),
             "/admin/policy" => json_answer(StatusCode::OK, &self.policy_status()),
             "/admin/upstreams" => json_answer(StatusCode::OK, &self.upstreams()),
+            "/admin/v1/limits" => json_answer(StatusCode::OK, &limits(&self.house)),
             "/admin/v1/requests/{id}" => self.record(request.uri().path().rsplit('/').next().unwrap_or_default()).await,
             "/admin/v1/breaker" => self.breaker(query, by),
             "/admin/v1/log" if *method == Method::GET => self.log(),
@@ -224,10 +228,23 @@ impl Admin {
             .map(|pool| (pool.name.to_string(), pool.state.queue.in_flight(), pool.state.queue.waiting()))
             .collect();
         self.house.telemetry.levels(&pools, &self.levels(), self.house.state.bodies.used());
+        self.limit_levels();
         let mut answer = text(StatusCode::OK, self.house.telemetry.text());
         let kind = http::HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         answer.headers_mut().insert(CONTENT_TYPE, kind);
         answer
+    }
+
+    /// The limits that count for all together: the others would be a series for everybody.
+    fn limit_levels(&self) {
+        let (policy, now) = (self.house.policy.get(), millis(SystemTime::now()));
+        let together = policy.all_limits().filter(|limit| limit.each.is_empty());
+        let left = together.map(|limit| {
+            let standing = self.house.state.limits.standings(limit, now, 1).into_iter().next();
+            (&*limit.name, limit.max, standing.map_or(limit.max, |(_, standing, _)| standing.free))
+        });
+        let limits = &self.house.state.limits;
+        self.house.telemetry.limit_levels(left, limits.held(), limits.len());
     }
 
     fn levels(&self) -> Vec<EndpointLevel> {
@@ -287,6 +304,29 @@ impl Admin {
             }
         }
     }
+}
+
+/// Every limit with its levels, the fullest first.
+fn limits(house: &House) -> Value {
+    const MOST: usize = 100;
+    let (policy, now) = (house.policy.get(), millis(SystemTime::now()));
+    let entry = |limit: &Arc<Limit>| {
+        let level = |(whose, standing, held): (Box<str>, Standing, u64)| {
+            let whose = (!whose.is_empty()).then_some(whose);
+            json!({"for": whose, "left": standing.free, "reserved": held, "ends_in_s": ends_in(&standing)})
+        };
+        let levels = house.state.limits.standings(limit, now, MOST);
+        let levels: Vec<Value> = levels.into_iter().map(level).collect();
+        json!({"limit": &*limit.name, "unit": limit.unit, "max": limit.max, "levels": levels})
+    };
+    let held = house.state.limits.held();
+    json!({"limits": policy.all_limits().map(entry).collect::<Vec<_>>(), "reserved": held})
+}
+
+/// When the span ends that is counted now, if it does.
+fn ends_in(standing: &Standing) -> Option<u64> {
+    const AGES: u64 = 10 * 366 * 86_400;
+    Some(standing.rest.as_secs()).filter(|seconds| *seconds < AGES)
 }
 
 fn breaker_level(endpoint: &Endpoint, now: Instant) -> i64 {

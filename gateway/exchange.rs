@@ -10,13 +10,16 @@ use infergate_plugins::authenticator::Mark;
 use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
 use crate::audit::record::{
-    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, Models, Moment, Outcome, Peer,
-    PolicyMark, Record, Text, Times, Trace, clip,
+    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, LimitList, Models, Moment,
+    Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::house::House;
 use crate::identity::Who;
+use crate::limits::admit::prompt_tokens;
+use crate::limits::standing::Standing;
+use crate::limits::{Used, millis};
 use crate::money::NanoUsd;
-use crate::money::bill::{Bill, Cost, End as Whole};
+use crate::money::bill::{self, Bill, Cost, End as Whole};
 use crate::policy::file::{Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
@@ -26,7 +29,7 @@ use crate::relay::{Downstream, Tally};
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
-use crate::usage::{Meter, Usage};
+use crate::usage::{Meter, Source, Usage};
 
 /// How long the end of an answer waits for its record to be on disk.
 const DURABLE: Duration = Duration::from_secs(30);
@@ -56,6 +59,10 @@ pub struct Exchange {
     pub body_bytes: u64,
     /// Its place in a distributed trace.
     pub trace: Option<Trace>,
+    /// The model that answers in place of the one that was asked for.
+    pub substitute: Option<Arc<str>>,
+    /// How the limits stood of which one had too little left.
+    pub short: Option<Box<[Standing]>>,
     /// What went to the client, and what it tells.
     pub tally: Tally,
     /// What it comes to, where the policy has prices and a model has begun to answer.
@@ -134,6 +141,8 @@ impl Exchange {
             body_bytes: 0,
             trace: policy.traces.as_ref().map(|traces| traces.place(Context::of(&head.headers))),
             policy,
+            substitute: None,
+            short: None,
             tally: Tally::default(),
             bill: None,
             caller: Caller {
@@ -151,6 +160,23 @@ impl Exchange {
             tracer: house.tracer.clone(),
             _in_flight: InFlight::enter(&house.telemetry),
         }
+    }
+
+    /// The model's name as policy has it after all: the substitute's, or what the client asked for.
+    pub fn named(&self) -> Option<&str> {
+        self.substitute.as_deref().or(self.asked.as_deref())
+    }
+
+    /// How the limits stood that hold for it.
+    pub fn standings(&self) -> &[Standing] {
+        let reserved = || self.tally.reservation.as_ref().map(|reservation| &*reservation.standings);
+        self.short.as_deref().or_else(reserved).unwrap_or_default()
+    }
+
+    /// Another model answers than the one that was asked for.
+    pub fn serve_instead(&mut self, route: Arc<Route>, name: Arc<str>) {
+        self.route = Some(route);
+        self.substitute = Some(name);
     }
 
     /// What the client itself calls it, if that can stand in a header of ours.
@@ -256,6 +282,31 @@ impl Exchange {
         };
     }
 
+    /// The answer was ended where nothing more may be used.
+    pub fn limit_cut(&mut self) {
+        self.telemetry.limit_cut();
+        self.decide("limit", "output", "cut", "the answer has all that is left");
+        self.ending.outcome = Outcome::LimitCut;
+    }
+
+    /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
+    pub fn settle(&mut self) {
+        let Some(mut reservation) = self.tally.reservation.take() else { return };
+        let (usage, cost, _) = self.spent();
+        let cached = bill::cached(self.surface.operation);
+        let used = Used {
+            asked: !self.attempts.is_empty(),
+            input: prompt_tokens(&usage, cached),
+            output: usage.output_tokens.unwrap_or_default(),
+            nanousd: cost.map_or(0, |cost| cost.nanousd.0),
+        };
+        if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
+            route.density.learn(reservation.text_bytes, used.input);
+        }
+        reservation.settle(&used, millis(SystemTime::now()));
+        self.tally.reservation = Some(reservation);
+    }
+
     /// The answer was given to its end.
     pub fn completed(&mut self) {
         let failed = self.ending.status.is_some_and(|status| status >= 500) && !self.surface.is_local();
@@ -329,6 +380,7 @@ impl Exchange {
             usage,
             cost,
             unpriced,
+            limits: self.tally.reservation.as_deref().map(LimitList),
             bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
             capture: self.tally.capture.as_deref().map(Capture::mark),
             times: Times {
@@ -360,10 +412,9 @@ impl Exchange {
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
         let whole = self.ending.outcome == Outcome::Ok;
         let told = self.tally.usage(whole);
-        let Some((bill, book)) = self.bill.as_ref().zip(self.policy.prices.as_ref()) else {
-            return (told, None, false);
-        };
+        let Some(bill) = &self.bill else { return (told, None, false) };
         let (usage, cost) = bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole });
+        let Some(book) = &self.policy.prices else { return (usage, None, false) };
         let priced = |nanousd| Cost { nanousd, prices: &book.version };
         (usage, cost.flatten().map(priced), cost == Some(None))
     }
@@ -372,7 +423,7 @@ impl Exchange {
         let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
         let used = self.attempts.last().and_then(|attempt| {
             let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?).or(self.asked.as_deref()).or(Some(&route.model.name))
+            stage.other_name(attempt.upstream()?).or(self.named()).or(Some(&route.model.name))
         });
         Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
     }
@@ -381,6 +432,7 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         let place = self.place.take();
+        self.settle();
         let record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
         if let Some(traces) = &self.policy.traces {

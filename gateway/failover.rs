@@ -14,6 +14,7 @@ use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::identity;
+use crate::limits::standing;
 use crate::local;
 use crate::money::bill::Bill;
 use crate::pipeline::{Planned, Stop, drain, waiting};
@@ -218,7 +219,7 @@ async fn attempt(
     picked: &Picked<'_>,
 ) -> Result<Result<Answer, Miss>, Stop> {
     let target = &picked.endpoint.target;
-    let body = body_for(planned, stage, picked.upstream);
+    let body = body_for(exchange, planned, stage, picked.upstream);
     let path = format!("{}{}", picked.upstream.path, planned.identified.path);
     exchange.attempt_begins(&stage.pool, picked, body.len());
     let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
@@ -264,15 +265,20 @@ async fn attempt(
 
 /// The name of the model that answers.
 pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> String {
-    let asked = || exchange.asked.as_deref().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
+    let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
     stage.other_name(upstream).or_else(asked).unwrap_or_default().to_owned()
 }
 
-/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another,
-/// and for the question of what a stream used where the policy wants to know and the client does not.
-fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let edit = stage.other_name(upstream).and_then(|name| planned.scan.rename_model(name));
-    let mut edits: Vec<Edit> = edit.into_iter().collect();
+/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
+/// the length of the answer where that is limited, and for the question of what a stream used where the policy wants to know and the client does not.
+fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
+    let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
+    let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
+    if let Some(max) = planned.output_max {
+        let operation = planned.identified.surface.operation;
+        let newer = upstream.provider.takes_max_completion_tokens();
+        edits.extend(planned.scan.bound_output(operation, &planned.received.body, max, newer));
+    }
     if let Some(asks) = planned.asks_for_usage(upstream) {
         edits.extend_from_slice(asks);
     }
@@ -454,6 +460,7 @@ pub fn head_for_client(
     if model.is_ascii() {
         let _ = local::set(&mut head, "x-infergate-model", model);
     }
+    standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     if exchange.policy.requests.name_upstream {
         local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
     }

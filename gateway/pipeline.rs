@@ -14,20 +14,30 @@ use http::{HeaderValue, Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::audit::record::{Ending, clip};
+use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::house::House;
 use crate::identity;
+use crate::limits;
 use crate::local;
+use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
 use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route, Stage};
-use crate::pool::Upstream;
+use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Waiting};
 use crate::scan::{self, Edit, Field, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
+
+impl Planned {
+    /// How many answers are asked for.
+    pub fn choices(&self) -> u64 {
+        self.scan.choices(&self.received.body).unwrap_or(1)
+    }
+}
 
 /// Why a request went no further.
 pub enum Stop {
@@ -76,6 +86,8 @@ pub struct Planned {
     pub usage_edits: Option<Vec<Edit>>,
     /// Whether the answer is to be a stream.
     pub streaming: bool,
+    /// The most tokens that one choice of the answer may have, where that is not for the client to say.
+    pub output_max: Option<u64>,
     /// The pools to ask.
     pub route: Arc<Route>,
     /// The class of urgency.
@@ -104,7 +116,8 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     exchange.times.body = Instant::now();
     exchange.body_bytes = received.body.len() as u64;
     exchange.capture(&received.body);
-    let planned = admit(exchange, downstream, identified, received)?;
+    let mut planned = admit(exchange, downstream, identified, received)?;
+    limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
         return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;
@@ -267,7 +280,7 @@ fn admit(
     let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
     let asks = policy.asks_for_usage && streaming && matches!(operation, Operation::Chat | Operation::Completions);
     let usage_edits = if asks { scan.ask_for_usage(&received.body) } else { None };
-    Ok(Planned { identified, scan, usage_edits, streaming, route, priority, total, received })
+    Ok(Planned { identified, scan, usage_edits, streaming, output_max: None, route, priority, total, received })
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -282,7 +295,8 @@ fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result
     }
 }
 
-fn invalid(fault: scan::Fault) -> Refusal {
+/// A body that is not what its endpoint takes.
+pub fn invalid(fault: scan::Fault) -> Refusal {
     let (code, param) = match &fault {
         scan::Fault::Malformed(..) => (Code::InvalidBody, None),
         scan::Fault::Twice(field) => (Code::DuplicateField, Some(field.name())),
@@ -319,7 +333,7 @@ async fn relay(
         total: planned.total,
         heartbeat: heartbeat(exchange),
         drain: drain(exchange),
-        holds_end: exchange.is_durable(),
+        holds_end: holds_end(exchange),
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
@@ -358,7 +372,8 @@ async fn relay(
     };
     exchange.tally.begin(planned.identified.surface.operation, reading);
     // What tells a client that it has all is the last piece; of a stream, its last event.
-    downstream.hold_last(exchange.is_durable() && !is_events);
+    downstream.hold_last(holds_end(exchange) && !is_events);
+    let ending = (planned.choices(), planned.scan.tells_usage(&planned.received.body));
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
     let (target, cut) =
@@ -366,33 +381,23 @@ async fn relay(
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);
+    account(exchange, stage, &picked, &passed);
     match passed {
-        Passed::Whole => {
-            picked.upstream.attempts.answered.inc();
-            exchange.attempt_ends(Ending::Answered, None);
-            exchange.completed();
-            if !exchange.put_on_record().await {
-                // Its record says `ok`, and may come to the disk yet: the client must not believe so.
-                downstream.abort().await;
-                return Ok(());
+        Passed::Whole => end(exchange, downstream).await,
+        Passed::Spent => {
+            let (choices, tells_usage) = ending;
+            let ending = spent(exchange, choices, tells_usage);
+            if downstream.write(ending.into()).await.is_err() {
+                return Err(Stop::Gone);
             }
-            downstream.finish().await.map_err(|_| Stop::Gone)
+            end(exchange, downstream).await
         }
-        Passed::Gone => {
-            picked.upstream.attempts.cancelled.inc();
-            exchange.attempt_ends(Ending::Cancelled, None);
-            Err(Stop::Gone)
-        }
-        Passed::Broken(Code::KeyRevoked, why) => {
-            picked.upstream.attempts.cancelled.inc();
-            exchange.attempt_ends(Ending::Cancelled, Some(why.into()));
+        Passed::Gone => Err(Stop::Gone),
+        Passed::Broken(Code::KeyRevoked, _) => {
             broken_off(exchange, downstream, identity::revoked_refusal(), is_events).await;
             Ok(())
         }
         Passed::Broken(code, why) => {
-            picked.upstream.attempts.broken.inc();
-            picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
-            exchange.attempt_ends(Ending::Broken, Some(why.clone().into()));
             let message = format!("the upstream broke off its answer: {why}");
             broken_off(exchange, downstream, Refusal::new(code, message), is_events).await;
             Ok(())
@@ -400,7 +405,50 @@ async fn relay(
     }
 }
 
-/// Opens the bill for an answer that begins, where the policy has prices.
+/// What an answer's end tells of its upstream, and of the attempt.
+fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: &Passed) {
+    let attempts = &picked.upstream.attempts;
+    let (counter, ending, why) = match passed {
+        Passed::Whole => (&attempts.answered, Ending::Answered, None),
+        Passed::Gone => (&attempts.cancelled, Ending::Cancelled, None),
+        Passed::Spent => (&attempts.cancelled, Ending::Cancelled, Some("nothing more may be used".into())),
+        Passed::Broken(Code::KeyRevoked, why) => (&attempts.cancelled, Ending::Cancelled, Some(why.clone().into())),
+        Passed::Broken(_, why) => {
+            picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
+            (&attempts.broken, Ending::Broken, Some(why.clone().into()))
+        }
+    };
+    counter.inc();
+    exchange.attempt_ends(ending, why);
+    match passed {
+        Passed::Whole => exchange.completed(),
+        Passed::Spent => exchange.limit_cut(),
+        Passed::Gone | Passed::Broken(..) => {}
+    }
+}
+
+/// The end of an answer: what was not used is given back first, so that whoever has read it all may ask again.
+async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(), Stop> {
+    exchange.settle();
+    if !exchange.put_on_record().await {
+        // Its record says `ok`, and may come to the disk yet: the client must not believe so.
+        downstream.abort().await;
+        return Ok(());
+    }
+    downstream.finish().await.map_err(|_| Stop::Gone)
+}
+
+/// The events that end a stream where nothing more may be used.
+fn spent(exchange: &Exchange, choices: u64, tells_usage: bool) -> String {
+    let (opening, last) = exchange.tally.begun();
+    let usage = exchange.tally.usage(false);
+    let tokens = (usage.input_tokens.unwrap_or_default(), usage.output_tokens.unwrap_or_default());
+    let operation = exchange.surface.operation;
+    let begun = ending::Begun { operation, opening, last, choices, tokens, tells_usage };
+    ending::events(&begun, ending::Why::Length)
+}
+
+/// Opens the bill for an answer that begins, where the policy has prices or limits.
 fn bill(
     exchange: &Exchange,
     planned: &Planned,
@@ -409,14 +457,21 @@ fn bill(
     model: &str,
     status: StatusCode,
 ) -> Option<Bill> {
-    let (book, surface) = (exchange.policy.prices.as_ref()?, planned.identified.surface);
-    if !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
+    let (book, surface) = (exchange.policy.prices.as_ref(), planned.identified.surface);
+    let counts = book.is_some() || exchange.tally.reservation.is_some();
+    if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
         return None;
     }
-    let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
+    let find = |book: &Book| book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
+    let price = book.and_then(find);
     let body = &planned.received.body;
     let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
     Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
+}
+
+/// Whether something must be done before a client may know that its answer is complete.
+fn holds_end(exchange: &Exchange) -> bool {
+    exchange.is_durable() || exchange.tally.reservation.is_some()
 }
 
 /// How often a silent stream gets a sign of life.
@@ -446,6 +501,7 @@ async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: R
     exchange.refused(&refusal);
     tracing::debug!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "refused");
     let body = refusal.body(exchange.surface.dialect, exchange.id.as_str());
+    exchange.settle();
     exchange.tally.bytes = body.len() as u64;
     // A refusal says nothing that would need the record's backing.
     let _ = exchange.put_on_record().await;
@@ -470,6 +526,7 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
     if refusal.code == Code::MethodNotAllowed {
         set("allow", exchange.surface.method.to_string())?;
     }
+    limits::standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     Ok(head)
 }
 
@@ -477,6 +534,7 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
 /// connection that breaks off, so that nobody takes it for whole.
 async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
     exchange.refused(&refusal);
+    exchange.settle();
     let _ = exchange.put_on_record().await;
     tracing::warn!(id = %exchange.id, code = refusal.code.name(), message = %refusal.message, "an answer broke off");
     if !is_events {

@@ -2,6 +2,7 @@
 
 mod authenticators;
 pub mod file;
+mod limits;
 pub mod prices;
 pub mod problem;
 pub mod reload;
@@ -21,7 +22,9 @@ use sha2::{Digest, Sha256};
 pub use self::authenticators::authenticators;
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
-pub use self::tenants::{Tenant, Tenants};
+pub use self::tenants::{Pattern, Tenant, Tenants};
+use crate::limits::Limit;
+use crate::limits::density::Density;
 use crate::money::book::Book;
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
@@ -45,12 +48,16 @@ pub struct Policy {
     pub authenticators: Option<Vec<Arc<dyn Authenticator>>>,
     /// Who pays.
     pub tenants: Tenants,
+    /// How much may be used, whoever asks.
+    pub limits: Vec<Arc<Limit>>,
     /// The pools, by name.
     pub pools: BTreeMap<String, Arc<Pool>>,
     /// Paths that pass through unread.
     pub passthrough: Vec<Passthrough>,
     /// The header by which clients name a class of urgency.
     pub priority_header: Option<HeaderName>,
+    /// The header by which clients name the end user.
+    pub user_header: Option<HeaderName>,
     /// The classes of urgency.
     pub priorities: BTreeMap<String, file::Priority>,
     /// The files whose secrets or keys are in it.
@@ -92,6 +99,8 @@ pub struct Route {
     pub rule: Arc<str>,
     /// The pools' names in order, for records.
     pub verdict: Arc<str>,
+    /// How many tokens it makes of a byte.
+    pub density: Arc<Density>,
     /// The handles of its metrics.
     pub meters: Meters,
     /// The handles of what it costs.
@@ -99,7 +108,12 @@ pub struct Route {
 }
 
 impl Route {
-    fn new(stages: Vec<Stage>, priority: Option<file::Priority>, model: file::Model) -> Arc<Self> {
+    fn new(
+        stages: Vec<Stage>,
+        priority: Option<file::Priority>,
+        model: file::Model,
+        density: Arc<Density>,
+    ) -> Arc<Self> {
         let pools: Vec<&str> = stages.iter().map(|stage| &*stage.pool.name).collect();
         Arc::new(Self {
             verdict: pools.join(", ").into(),
@@ -107,6 +121,7 @@ impl Route {
             stages,
             priority,
             model,
+            density,
             meters: Meters::default(),
             spent: SpentMeters::default(),
         })
@@ -301,6 +316,8 @@ impl<'a> Compiler<'a> {
         let models = self.models(&file, &pools);
         let authenticators = self.authenticators(&file);
         let tenants = self.tenants(&file, &models);
+        let limits = self.limits("limits", None, &file.limits, &file, &models);
+        self.limits_are_told_apart(&file, &limits, &tenants);
         self.captured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
@@ -313,9 +330,11 @@ impl<'a> Compiler<'a> {
             hash: format!("{:x}", self.secrets.clone().finalize()),
             revision: 0,
             priority_header: file.requests.priority_header.as_deref().and_then(|name| name.parse().ok()),
+            user_header: file.requests.user_header.as_deref().and_then(|name| name.parse().ok()),
             requests: file.requests,
             authenticators,
             tenants,
+            limits,
             pools,
             passthrough,
             priorities: file.priorities,
@@ -337,10 +356,11 @@ impl<'a> Compiler<'a> {
                 );
             }
         }
-        if let Some(name) = &requests.priority_header
-            && name.parse::<HeaderName>().is_err()
-        {
-            self.wrong("requests.priority_header", format!("{name} is no header name"));
+        let headers = [("priority_header", &requests.priority_header), ("user_header", &requests.user_header)];
+        for (key, name) in headers {
+            if let Some(name) = name.as_ref().filter(|name| name.parse::<HeaderName>().is_err()) {
+                self.wrong(&format!("requests.{key}"), format!("{name} is no header name"));
+            }
         }
     }
 
@@ -533,7 +553,7 @@ impl<'a> Compiler<'a> {
                 found
             }
         };
-        complete.then(|| Route::new(stages, priority, model.clone()))
+        complete.then(|| Route::new(stages, priority, model.clone(), self.world.state.density(&model.name)))
     }
 
     fn passthrough(
@@ -566,7 +586,8 @@ impl<'a> Compiler<'a> {
             description: None,
         };
         let stages = vec![Stage { pool, rename: None, on: Vec::new() }];
-        let route = Route::new(stages, None, model);
+        let density = self.world.state.density(&model.name);
+        let route = Route::new(stages, None, model, density);
         Some(Passthrough { path: entry.path.clone(), methods, websocket: entry.websocket, route })
     }
 
@@ -610,9 +631,11 @@ impl Policy {
             requests: file::Requests::default(),
             authenticators: None,
             tenants: Tenants::default(),
+            limits: Vec::new(),
             pools: BTreeMap::new(),
             passthrough: Vec::new(),
             priority_header: None,
+            user_header: None,
             priorities: BTreeMap::new(),
             secret_files: Vec::new(),
             audit: file::Audit::default(),
@@ -622,6 +645,13 @@ impl Policy {
             traces: None,
             models: Models::default(),
         }
+    }
+
+    /// Every limit once: everybody's, then the tenants'.
+    pub fn all_limits(&self) -> impl Iterator<Item = &Arc<Limit>> {
+        let mut seen = std::collections::HashSet::new();
+        let all = self.limits.iter().chain(self.tenants.values().flat_map(|tenant| &tenant.limits));
+        all.filter(move |limit| seen.insert(limit.name.clone()))
     }
 
     /// Where the model `asked` is served: by its name, by the longest pattern, or by the default.

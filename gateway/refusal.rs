@@ -40,6 +40,14 @@ pub enum Code {
     SurfaceNotAllowed,
     /// The caller's key was revoked while the answer was on its way.
     KeyRevoked,
+    /// A limit has too little left; it will have more.
+    RateLimitExceeded,
+    /// A budget is spent.
+    InsufficientQuota,
+    /// The request alone needs more than a limit ever has.
+    RequestExceedsLimit,
+    /// A limit on money holds, and the model has no price.
+    ModelUnpriced,
     /// The path is nobody's.
     NotFound,
     /// The path exists, the method does not.
@@ -91,6 +99,10 @@ pub const CODES: &[Code] = &[
     Code::ModelNotAllowed,
     Code::SurfaceNotAllowed,
     Code::KeyRevoked,
+    Code::RateLimitExceeded,
+    Code::InsufficientQuota,
+    Code::RequestExceedsLimit,
+    Code::ModelUnpriced,
     Code::NotFound,
     Code::MethodNotAllowed,
     Code::ModelNotFound,
@@ -124,6 +136,10 @@ impl Code {
             Self::ModelNotAllowed => "model_not_allowed",
             Self::SurfaceNotAllowed => "surface_not_allowed",
             Self::KeyRevoked => "key_revoked",
+            Self::RateLimitExceeded => "rate_limit_exceeded",
+            Self::InsufficientQuota => "insufficient_quota",
+            Self::RequestExceedsLimit => "request_exceeds_limit",
+            Self::ModelUnpriced => "model_unpriced",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::ModelNotFound => "model_not_found",
@@ -154,7 +170,10 @@ impl Code {
                 StatusCode::BAD_REQUEST
             }
             Self::InvalidApiKey | Self::KeyRevoked => StatusCode::UNAUTHORIZED,
-            Self::ModelNotAllowed | Self::SurfaceNotAllowed => StatusCode::FORBIDDEN,
+            Self::ModelNotAllowed | Self::SurfaceNotAllowed | Self::ModelUnpriced => StatusCode::FORBIDDEN,
+            Self::RateLimitExceeded | Self::InsufficientQuota | Self::RequestExceedsLimit => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::NotFound | Self::ModelNotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -174,7 +193,8 @@ impl Code {
 
     /// Whether the same request may succeed later; becomes `x-should-retry`, which the official SDKs obey.
     pub const fn retryable(self) -> bool {
-        !matches!(self.status().as_u16(), 400..=407 | 413 | 500)
+        !matches!(self, Self::InsufficientQuota | Self::RequestExceedsLimit)
+            && !matches!(self.status().as_u16(), 400..=407 | 413 | 500)
     }
 }
 
@@ -239,6 +259,8 @@ impl Refusal {
 
     fn openai_type(&self) -> &'static str {
         match self.code.status().as_u16() {
+            429 if self.code == Code::InsufficientQuota => "insufficient_quota",
+            429 => "rate_limit_error",
             400..=499 => "invalid_request_error",
             503 => "service_unavailable_error",
             _ => "upstream_error",
@@ -252,6 +274,7 @@ impl Refusal {
             403 => "permission_error",
             404 => "not_found_error",
             413 => "request_too_large",
+            429 => "rate_limit_error",
             400..=499 => "invalid_request_error",
             503 => "overloaded_error",
             _ => "api_error",
@@ -277,7 +300,8 @@ mod tests {
     #[test]
     fn sdks_retry_what_may_heal_and_nothing_else() {
         for code in CODES {
-            let healable = code.status().as_u16() >= 501 || code.status().as_u16() == 408;
+            let healable =
+                code.status().as_u16() >= 501 || matches!(code, Code::RequestTimeout | Code::RateLimitExceeded);
             assert_eq!(code.retryable(), healable, "{code:?}");
         }
     }

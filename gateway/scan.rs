@@ -5,6 +5,7 @@
 
 mod json;
 mod multipart;
+mod output;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -32,9 +33,13 @@ pub enum Field {
     N,
     /// The end user, as the application names them.
     User,
+    /// How many answers are made, of which the best are told.
+    BestOf,
+    /// Where TGI keeps what bounds an answer.
+    Parameters,
 }
 
-const FIELDS: [(&str, Field); 8] = [
+const FIELDS: [(&str, Field); 10] = [
     ("model", Field::Model),
     ("stream", Field::Stream),
     ("stream_options", Field::StreamOptions),
@@ -43,6 +48,8 @@ const FIELDS: [(&str, Field); 8] = [
     ("max_output_tokens", Field::MaxOutputTokens),
     ("n", Field::N),
     ("user", Field::User),
+    ("best_of", Field::BestOf),
+    ("parameters", Field::Parameters),
 ];
 
 impl Field {
@@ -160,6 +167,12 @@ impl Scan {
         let continuous = named("continuous_usage_stats").into_iter();
         edits.extend(continuous.map(|(_, value)| Edit { span: value.clone(), text: "false".to_owned() }));
         Some(edits)
+    }
+
+    /// Whether a chat's stream tells its usage because the client asked.
+    pub fn tells_usage(&self, body: &[u8]) -> bool {
+        let members = self.span(Field::StreamOptions).and_then(|span| json::members(body, span)).unwrap_or_default();
+        members.iter().any(|(name, value)| name == "include_usage" && body.get(value.clone()) == Some(b"true"))
     }
 
     fn value<'a>(&self, field: Field, body: &'a [u8]) -> Option<&'a [u8]> {

@@ -5,10 +5,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use dashmap::DashMap;
 
+use crate::limits::density::Density;
+use crate::limits::{self, Levels};
 use crate::pool::PoolState;
 use crate::pool::origin::{Origin, OriginState};
 use crate::pool::queue::Queue;
@@ -20,6 +22,9 @@ use crate::telemetry::Telemetry;
 pub struct State {
     origins: DashMap<Origin, Arc<OriginState>>,
     pools: DashMap<String, Arc<PoolState>>,
+    densities: DashMap<String, Arc<Density>>,
+    /// What limits have counted.
+    pub limits: Levels,
     /// Bytes of bodies that are held now.
     pub bodies: Arc<ByteBudget>,
     /// Set while the process is at its memory ceiling.
@@ -32,6 +37,8 @@ impl State {
         Self {
             origins: DashMap::new(),
             pools: DashMap::new(),
+            densities: DashMap::new(),
+            limits: Levels::default(),
             bodies: Arc::new(ByteBudget::new(body_bytes_max)),
             shedding: AtomicBool::new(false),
         }
@@ -53,10 +60,17 @@ impl State {
         self.pools.entry(name.to_owned()).or_insert_with(|| Arc::new(fresh())).clone()
     }
 
+    /// What has been learned of a model's tokens.
+    pub fn density(&self, model: &str) -> Arc<Density> {
+        self.densities.entry(model.to_owned()).or_default().clone()
+    }
+
     /// Forgets the levels that neither a policy nor a request holds any more.
     pub fn sweep(&self) {
         self.origins.retain(|_, state| Arc::strong_count(state) > 1);
         self.pools.retain(|_, state| Arc::strong_count(state) > 1);
+        self.densities.retain(|_, density| Arc::strong_count(density) > 1);
+        self.limits.sweep(limits::millis(SystemTime::now()));
     }
 
     /// How many origins and pools are known.

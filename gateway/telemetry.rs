@@ -4,6 +4,7 @@
 
 mod evidence;
 mod genai;
+mod limits;
 pub mod names;
 mod process;
 mod spent;
@@ -26,6 +27,8 @@ use self::evidence::Sinks;
 pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
 use self::genai::GenAi;
 pub use self::genai::Meters;
+pub use self::limits::LimitMeters;
+use self::limits::Limits;
 use self::process::Process;
 pub use self::process::Runtimes;
 use self::spent::Spent;
@@ -117,6 +120,7 @@ pub struct Telemetry {
     genai: GenAi,
     sinks: Sinks,
     spent: Spent,
+    limits: Limits,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
@@ -240,6 +244,7 @@ impl Telemetry {
             traces: TraceMeters::new(registry),
             sinks: Sinks::new(registry),
             spent: Spent::new(registry),
+            limits: Limits::new(registry),
             runtimes,
             genai,
             registry: Mutex::default(),
@@ -332,6 +337,21 @@ impl Telemetry {
     /// The metrics of one sink, to be kept with it.
     pub fn sink(&self, name: &str) -> SinkMeters {
         self.sinks.of(name)
+    }
+
+    /// The metrics of one limit, to be kept with it.
+    pub fn limit(&self, name: &str) -> LimitMeters {
+        self.limits.of(name)
+    }
+
+    /// Puts the levels of limits into the gauges.
+    pub fn limit_levels<'a>(&self, left: impl Iterator<Item = (&'a str, u64, u64)>, reserved: u64, levels: usize) {
+        self.limits.levels(left, reserved, levels);
+    }
+
+    /// A stream was ended where nothing was left.
+    pub fn limit_cut(&self) {
+        self.limits.cut();
     }
 
     /// A sink left the policy.

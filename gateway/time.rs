@@ -23,6 +23,12 @@ impl Stamp {
         put(&mut text[20..26], since.subsec_micros().into());
         text
     }
+
+    /// Its text without fractions of a second.
+    pub fn seconds(self) -> String {
+        let spelt = self.spelt();
+        format!("{}Z", std::str::from_utf8(&spelt[..19]).unwrap_or_default())
+    }
 }
 
 /// The lowest digits of a number, as many as there is room for.

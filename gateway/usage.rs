@@ -147,7 +147,7 @@ impl Source {
 const REPORT_MAX: usize = 16 << 10;
 
 /// Reads one answer's usage. Small until an answer says what it used.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Meter {
     dialect: Dialect,
     events: bool,
@@ -285,6 +285,12 @@ impl Meter {
         let complete = self.finds.as_ref().is_some_and(|finds| finds.judged(self.depths()).1);
         let source = if complete || usage.is_unknown() { usage.source } else { Source::Partial };
         Usage { source, ..usage }
+    }
+
+    /// How many events of a stream carried a part of the answer so far, or how many tokens it says that it has.
+    pub fn counted(&self) -> u64 {
+        let told = self.finds.as_ref().and_then(|finds| finds.reported).and_then(|usage| usage.output_tokens);
+        self.tally.counted.max(told.unwrap_or_default())
     }
 
     /// Whether events need not be counted any more.
@@ -517,7 +523,7 @@ impl Dialect {
 }
 
 /// What was found so far.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Finds {
     /// What the stream's events before this one reported.
     reported: Option<Usage>,

@@ -33,6 +33,11 @@ pub trait Provider: Debug + Send + Sync {
         false
     }
 
+    /// Whether a chat of this server is bounded by `max_completion_tokens` rather than `max_tokens`.
+    fn takes_max_completion_tokens(&self) -> bool {
+        false
+    }
+
     /// The path of its health check.
     fn health_path(&self) -> &'static str {
         "/health"

@@ -12,6 +12,7 @@ mod failure;
 mod fuzz;
 mod identity;
 mod lifecycle;
+mod limits;
 mod logs;
 mod metrics;
 mod money;

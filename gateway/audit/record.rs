@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::capture::Mark;
 use crate::hex;
+use crate::limits::{Reservation, Settled};
 use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
@@ -74,6 +75,10 @@ pub struct Record<'a> {
     /// Whether it used something that has no price, where the policy has prices.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unpriced: bool,
+    /// What it reserved of each limit that holds for it, and what it used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<Settled<'_>>>")]
+    pub limits: Option<LimitList<'a>>,
     /// Bytes of bodies.
     pub bytes: BodyBytes,
     /// What was captured of its text, if the policy asked for that.
@@ -90,6 +95,16 @@ pub struct Record<'a> {
     /// When it began and ended.
     #[serde(skip)]
     pub moment: Moment,
+}
+
+/// What became of the limits that hold for a request.
+#[derive(Clone, Copy, Debug)]
+pub struct LimitList<'a>(pub &'a Reservation);
+
+impl Serialize for LimitList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.settled())
+    }
 }
 
 /// A record as it stands in the journal: the frame of its line, and the record.

@@ -98,12 +98,12 @@ impl Bill {
 }
 
 /// How the answers to an operation count what the prompt cache had.
-fn cached(operation: Operation) -> Cached {
+pub fn cached(operation: Operation) -> Cached {
     if operation == Operation::Messages { Cached::Beside } else { Cached::Within }
 }
 
 /// Whether an operation reads a text of the request's as tokens, and whether it writes one.
-fn work(operation: Operation) -> (bool, bool) {
+pub fn work(operation: Operation) -> (bool, bool) {
     match operation {
         Operation::Chat | Operation::Completions | Operation::Responses | Operation::Messages | Operation::Generate => {
             (true, true)
@@ -119,7 +119,7 @@ fn work(operation: Operation) -> (bool, bool) {
 }
 
 /// How much of a body may be text: images and sound in it are no text.
-fn text_bytes(body: &[u8]) -> u64 {
+pub fn text_bytes(body: &[u8]) -> u64 {
     static ENCODED: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(";base64,"));
     let (mut text, mut rest) = (body.len(), body);
     while let Some(at) = ENCODED.find(rest) {

@@ -9,7 +9,9 @@ use infergate_plugins::{authenticator, sink};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::limits::Each;
 use crate::money::file::Prices;
+use crate::money::usd::Usd;
 use crate::secret::SecretSource;
 
 /// What the gateway does with every request. Reloaded under traffic: save the file, send SIGHUP, or
@@ -28,6 +30,9 @@ pub struct File {
     /// Who pays, by name, and what they may use.
     #[serde(default)]
     pub tenants: BTreeMap<String, Tenant>,
+    /// How much may be used, whoever asks. Those of a tenant stand with it.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
     /// The models that clients may name, and where each is served.
     #[serde(default)]
     pub models: Vec<Model>,
@@ -74,6 +79,92 @@ pub struct Tenant {
     /// The endpoints that it may use: paths of the gateway's own table, such as `/v1/chat/completions`, or of
     /// `passthrough`. Absent: all. The list of models and the health of the gateway need not be among them.
     pub surfaces: Option<Vec<String>>,
+    /// How much it and all below it may use together, or each of them. Those above it must allow it too.
+    pub limits: Vec<Limit>,
+    /// The most tokens that one answer may have, for each of its choices. The lowest of it and those above it counts.
+    #[schemars(range(min = 1))]
+    pub output_tokens_max: Option<u64>,
+}
+
+/// How much of one thing may be used over one time. It has exactly one of `requests`, `input_tokens`,
+/// `output_tokens`, `tokens`, `usd` and `concurrency`; 0 allows nothing.
+///
+/// What a request may use at most is reserved before an upstream is asked: the prompt's tokens, estimated from its
+/// bytes as the model's upstreams have counted so far, and the answer's, which are bounded in the request's body where
+/// it asks for more than is left. What it does not use is given back at its end.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limit {
+    /// Its name in records, metrics and messages. Absent: what it says, as `tokens/1m`.
+    #[schemars(length(min = 1, max = 128))]
+    pub name: Option<String>,
+    /// What it counts apart, each combination for itself. Absent: all together.
+    pub each: Vec<Each>,
+    /// The models that it holds for, by the names of their entries; one `*` stands for any text. Absent: all.
+    pub models: Option<Vec<String>>,
+    /// The endpoints that it holds for, such as `/v1/chat/completions`. Absent: all.
+    pub surfaces: Option<Vec<String>>,
+    /// So many requests.
+    pub requests: Option<u64>,
+    /// So many tokens of prompts.
+    pub input_tokens: Option<u64>,
+    /// So many tokens of answers.
+    pub output_tokens: Option<u64>,
+    /// So many tokens of both.
+    pub tokens: Option<u64>,
+    /// So many US dollars, by `prices`.
+    pub usd: Option<Usd>,
+    /// So many requests at one time.
+    pub concurrency: Option<u64>,
+    /// Over which time. `30s`, `1m`, `24h`, `7d`: over any such span, as near as two counters tell; no span that begins
+    /// at a multiple of its length has more. `day`, `week` (from Monday), `month`, `total`: a budget, of the calendar.
+    /// All but `concurrency` have one.
+    pub per: Option<String>,
+    /// The time zone of a calendar's window, such as `Europe/Berlin`. Absent: UTC.
+    pub zone: Option<String>,
+    /// What happens to a stream that has used up all that is left, because its upstream does not keep to the bound.
+    pub on_limit: OnLimit,
+    /// What happens to a request for whose whole answer too little is left.
+    pub on_short: OnShort,
+    /// What happens, under a limit on money, to a request whose model has no price.
+    pub on_unpriced: OnError,
+    /// What happens instead of a refusal when too little is left.
+    pub on_exhausted: Option<OnExhausted>,
+    /// Per cent of the limit at which the log and the metric `infergate_limit_warnings_total` say so.
+    pub warn_at: Vec<u8>,
+}
+
+/// What happens instead of a refusal.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OnExhausted {
+    /// Another model answers, if its own limits allow it: one of `models`.
+    #[serde(rename = "use")]
+    pub instead: Option<String>,
+    /// The request waits for room, at most so many milliseconds.
+    pub wait_ms: u64,
+}
+
+/// What happens to a stream that has used up all that is left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnLimit {
+    /// It ends as its protocol ends answers that are too long: `finish_reason: length`.
+    #[default]
+    Stop,
+    /// It goes on to its end; what it used beyond the limit is missing afterwards.
+    Finish,
+}
+
+/// What happens to a request for whose whole answer too little is left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnShort {
+    /// Its answer may have so many tokens as are left, if that is at least 16 or all that it asked for.
+    #[default]
+    Clamp,
+    /// It is refused.
+    Refuse,
 }
 
 /// One model as clients see it.
@@ -410,6 +501,12 @@ pub struct Requests {
     pub drain_ms: u64,
     /// What happens to the running requests of a key that is revoked. What the newest policy says counts.
     pub on_revoked: OnRevoked,
+    /// The tokens that an answer may have, for each of its choices, where the request does not say and a limit on
+    /// tokens or money holds: they are reserved, and written into the request.
+    #[schemars(range(min = 1))]
+    pub output_tokens: u64,
+    /// The header that names the end user, for limits that count each. Absent: the body's `user` does.
+    pub user_header: Option<String>,
     /// How long a client may take to accept a piece of the answer, in milliseconds.
     #[schemars(range(min = 1))]
     pub write_ms: u64,
@@ -433,6 +530,8 @@ impl Default for Requests {
             on_disconnect: OnDisconnect::Cancel,
             drain_ms: 60_000,
             on_revoked: OnRevoked::Finish,
+            output_tokens: 4096,
+            user_header: None,
             write_ms: 60_000,
             priority_header: None,
             name_upstream: true,
@@ -578,10 +677,11 @@ pub enum MeterUsage {
 }
 
 /// What happens when a check or a record that the policy asks for cannot be made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnError {
     /// The request is refused.
+    #[default]
     Deny,
     /// The request goes on without it.
     Allow,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::problem::nearest;
 use super::{Compiler, Models, Route, file, fits};
+use crate::limits::Limit;
 use crate::surface;
 
 /// One tenant, with all that those above it say.
@@ -16,6 +17,10 @@ pub struct Tenant {
     models: Vec<Vec<Pattern>>,
     /// The same for paths.
     surfaces: Vec<HashSet<String>>,
+    /// Its limits and those of them above it: all hold.
+    pub limits: Vec<Arc<Limit>>,
+    /// The most tokens that an answer may have.
+    pub output_tokens_max: Option<u64>,
 }
 
 /// All tenants by name.
@@ -23,20 +28,24 @@ pub type Tenants = HashMap<Arc<str>, Arc<Tenant>>;
 
 /// A name, or what stands before and behind its star.
 #[derive(Debug)]
-enum Pattern {
+pub enum Pattern {
+    /// This name.
     Exact(String),
+    /// Any that begins and ends so.
     Star(String, String),
 }
 
 impl Pattern {
-    fn new(text: &str) -> Self {
+    /// Reads a name in which one star may stand.
+    pub fn new(text: &str) -> Self {
         match text.split_once('*') {
             Some((before, behind)) => Self::Star(before.to_owned(), behind.to_owned()),
             None => Self::Exact(text.to_owned()),
         }
     }
 
-    fn takes(&self, name: &str) -> bool {
+    /// Whether `name` fits it.
+    pub fn takes(&self, name: &str) -> bool {
         match self {
             Self::Exact(exact) => exact == name,
             Self::Star(before, behind) => fits(name, before, behind),
@@ -75,11 +84,14 @@ fn has(list: &[Pattern], name: &str) -> bool {
 
 impl Compiler<'_> {
     pub(super) fn tenants(&mut self, file: &file::File, models: &Models) -> Tenants {
+        let mut limits = HashMap::new();
         for (name, tenant) in &file.tenants {
             self.tenant(name, tenant, file, models);
+            let path = format!("tenants.{name}.limits");
+            limits.insert(name.as_str(), self.limits(&path, Some(name), &tenant.limits, file, models));
         }
         let names: Vec<&String> = file.tenants.keys().collect();
-        let built = names.into_iter().map(|name| Arc::new(built(name, &file.tenants)));
+        let built = names.into_iter().map(|name| Arc::new(built(name, &file.tenants, &limits)));
         built.map(|tenant| (tenant.name.clone(), tenant)).collect()
     }
 
@@ -115,7 +127,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn listed_model(&mut self, path: &str, name: &str, file: &file::File, models: &Models) {
+    pub(super) fn listed_model(&mut self, path: &str, name: &str, file: &file::File, models: &Models) {
         if name.matches('*').count() > 1 {
             return self.wrong(path, format!("{name}: only one * is understood"));
         }
@@ -128,7 +140,7 @@ impl Compiler<'_> {
         }
     }
 
-    fn listed_surface(&mut self, path: &str, surface: &str, file: &file::File) {
+    pub(super) fn listed_surface(&mut self, path: &str, surface: &str, file: &file::File) {
         let passing = file.passthrough.iter().map(|entry| entry.path.as_str());
         let mut known = surface::TABLE.iter().map(|row| row.path).chain(passing.clone());
         if !known.any(|known| known == surface) {
@@ -139,26 +151,29 @@ impl Compiler<'_> {
 }
 
 /// `name` and those above it, itself first; `None` if it stands above itself.
-fn line<'a>(name: &'a str, tenants: &'a BTreeMap<String, file::Tenant>) -> Option<Vec<&'a file::Tenant>> {
+fn line<'a>(name: &'a str, tenants: &'a BTreeMap<String, file::Tenant>) -> Option<Vec<(&'a str, &'a file::Tenant)>> {
     let mut line = Vec::new();
     let mut next = Some(name);
-    while let Some(tenant) = next.and_then(|name| tenants.get(name)) {
+    while let Some((name, tenant)) = next.and_then(|name| Some((name, tenants.get(name)?))) {
         if line.len() == tenants.len() {
             return None;
         }
-        line.push(tenant);
+        line.push((name, tenant));
         next = tenant.parent.as_deref();
     }
     Some(line)
 }
 
-fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>) -> Tenant {
+fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<&str, Vec<Arc<Limit>>>) -> Tenant {
     let line = line(name, tenants).unwrap_or_default();
     let patterns = |list: &Vec<String>| list.iter().map(|text| Pattern::new(text)).collect();
+    let surfaces = |tenant: &file::Tenant| Some(tenant.surfaces.as_ref()?.iter().cloned().collect());
     Tenant {
         name: name.into(),
-        models: line.iter().filter_map(|tenant| tenant.models.as_ref().map(patterns)).collect(),
-        surfaces: line.iter().filter_map(|tenant| Some(tenant.surfaces.as_ref()?.iter().cloned().collect())).collect(),
+        models: line.iter().filter_map(|(_, tenant)| tenant.models.as_ref().map(patterns)).collect(),
+        surfaces: line.iter().filter_map(|(_, tenant)| surfaces(tenant)).collect(),
+        limits: line.iter().filter_map(|(name, _)| limits.get(name)).flatten().cloned().collect(),
+        output_tokens_max: line.iter().filter_map(|(_, tenant)| tenant.output_tokens_max).min(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::future::pending;
 use std::pin::{Pin, pin};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use futures_now::now;
@@ -15,6 +15,9 @@ use super::hide::Hide;
 use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
+use crate::ending;
+use crate::limits::{self, Reservation};
+use crate::money::Cached;
 use crate::refusal::Code;
 use crate::usage::{Meter, Usage};
 
@@ -30,6 +33,8 @@ pub enum Passed {
     Gone,
     /// The upstream broke off: why. The client still waits for an ending.
     Broken(Code, String),
+    /// Nothing more may be used. The client still waits for an ending.
+    Spent,
 }
 
 /// What holds while an answer is passed on.
@@ -54,8 +59,11 @@ pub struct Tally {
     pub bytes: u64,
     /// Its text, where that is to be kept.
     pub capture: Option<Box<Capture>>,
+    /// What it may use of its limits.
+    pub reservation: Option<Box<Reservation>>,
     meter: Option<Meter>,
     hide: Hide,
+    line: Option<Box<Line>>,
 }
 
 /// What is to be made of an answer besides passing it on.
@@ -72,6 +80,7 @@ pub struct Reading {
 impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
+        self.line = self.line.take().filter(|_| reading.events);
         let meter = Meter::new(operation, reading.events);
         self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
@@ -83,21 +92,83 @@ impl Tally {
         self.meter.as_ref().map(usage).unwrap_or_default()
     }
 
-    /// Reads the first piece; returns what of it the client gets.
-    fn first(&mut self, piece: Bytes) -> Bytes {
+    /// An answer may use what has been reserved. Where that is to hold while it comes, its tokens are counted.
+    /// `beside` events of it have no token.
+    pub fn reserve(&mut self, reservation: Box<Reservation>, cached: Cached, beside: u64) {
+        self.line = reservation.stops().then(|| Box::new(Line::new(reservation.output, cached, beside)));
+        self.reservation = Some(reservation);
+    }
+
+    /// What the end of a stream must know of its beginning: its first events, and the last ones that have passed.
+    pub fn begun(&self) -> (&[u8], &[u8]) {
+        self.line.as_ref().map_or((&[], &[]), |line| (&line.opening, &line.last))
+    }
+
+    /// Reads the first piece; returns what of it the client gets, and whether the answer may go on.
+    fn first(&mut self, piece: Bytes) -> (Bytes, bool) {
+        if self.line.is_some() {
+            let mut pieces = BytesMut::from(piece);
+            let goes_on = self.next(&mut pieces);
+            return (pieces.freeze(), goes_on);
+        }
         self.read(&piece);
         let piece = self.hide.out_of_first(piece);
         self.count(&piece);
-        piece
+        (piece, true)
     }
 
-    /// Reads more of the answer and leaves in it what the client gets.
-    fn next(&mut self, pieces: &mut BytesMut) {
-        self.read(pieces);
+    /// Reads more of the answer and leaves in it what the client gets. Returns whether the answer may go on.
+    fn next(&mut self, pieces: &mut BytesMut) -> bool {
+        let goes_on = match self.line.take() {
+            None => {
+                self.read(pieces);
+                true
+            }
+            Some(mut line) => {
+                let passes = self.read_to(&mut line, pieces);
+                let goes_on = passes == pieces.len();
+                pieces.truncate(passes);
+                line.passed(pieces);
+                self.line = Some(line);
+                goes_on
+            }
+        };
         if self.hide != Hide::Nothing {
             self.hide.out_of(pieces);
         }
         self.count(pieces);
+        goes_on
+    }
+
+    /// Reads whole events as long as their tokens are paid for; returns how far that is.
+    fn read_to(&mut self, line: &mut Line, pieces: &[u8]) -> usize {
+        let counted = self.meter.as_ref().map_or(0, Meter::counted);
+        if counted + pieces.len() as u64 / EVENT_MIN < line.output + line.beside {
+            self.read(pieces);
+            return pieces.len();
+        }
+        let mut from = 0;
+        for end in ending::ends(pieces).chain([pieces.len()]).filter(|end| *end > 0) {
+            if end > from && !self.reads_paid(line, &pieces[from..end]) {
+                return from;
+            }
+            from = end;
+        }
+        pieces.len()
+    }
+
+    /// Reads one event, if its token is paid for or can be. A look ahead tells, so that what does not pass is not
+    /// counted either.
+    fn reads_paid(&mut self, line: &mut Line, event: &[u8]) -> bool {
+        let Some(meter) = &self.meter else { return true };
+        let mut ahead = meter.clone();
+        ahead.push(event);
+        let counted = ahead.counted();
+        let paid = counted <= line.output + line.beside || line.extend(self.reservation.as_deref_mut(), counted);
+        if paid {
+            self.meter = Some(ahead);
+        }
+        paid
     }
 
     fn read(&mut self, piece: &[u8]) {
@@ -111,6 +182,52 @@ impl Tally {
         if let Some(capture) = &mut self.capture {
             capture.answer(piece);
         }
+    }
+}
+
+/// The least that an event with a token has: `data: {}` and two line ends.
+const EVENT_MIN: u64 = 10;
+
+/// How far a stream may go.
+#[derive(Debug)]
+struct Line {
+    /// Tokens that are paid for.
+    output: u64,
+    /// Events without a token that are counted with them.
+    beside: u64,
+    cached: Cached,
+    /// The first events.
+    opening: Bytes,
+    /// The last events that passed.
+    last: Bytes,
+}
+
+impl Line {
+    /// The most of an event that is kept for the end's sake.
+    const KEPT: usize = 64 << 10;
+
+    fn new(output: u64, cached: Cached, beside: u64) -> Self {
+        Self { output, beside, cached, opening: Bytes::new(), last: Bytes::new() }
+    }
+
+    /// Takes more of the limits. Returns whether there was enough left.
+    fn extend(&mut self, reservation: Option<&mut Reservation>, counted: u64) -> bool {
+        let Some(reservation) = reservation else { return true };
+        let extended =
+            reservation.extend(counted.saturating_sub(self.beside), self.cached, limits::millis(SystemTime::now()));
+        self.output = reservation.output.max(self.output);
+        extended
+    }
+
+    fn passed(&mut self, pieces: &[u8]) {
+        if pieces.is_empty() || pieces.len() > Self::KEPT {
+            return;
+        }
+        let kept = Bytes::copy_from_slice(pieces);
+        if self.opening.is_empty() {
+            self.opening = kept.clone();
+        }
+        self.last = kept;
     }
 }
 
@@ -128,11 +245,12 @@ pub async fn pass_on(
     let Rest { first, mut body, .. } = answer;
     // Nothing follows: the head is the whole answer.
     let is_bare = first.is_empty();
-    let first = tally.first(first);
+    let (first, goes_on) = tally.first(first);
     hold_end(downstream, &pace, &first);
     // A client may have left before the first piece came.
     let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, is_bare, first).await };
     let passed = match written {
+        Ok(()) if !goes_on => Err(Stop::Spent),
         Ok(()) => pieces(downstream, tally, &mut body, &pace, cut).await,
         Err(Gone) => Err(Stop::Gone),
     };
@@ -150,6 +268,8 @@ pub async fn pass_on(
             }
             Passed::Broken(code, why)
         }
+        Err(Stop::Spent) if downstream.is_mute() => Passed::Gone,
+        Err(Stop::Spent) => Passed::Spent,
         Ok(()) if downstream.is_mute() => Passed::Gone,
         Ok(()) => Passed::Whole,
     };
@@ -169,6 +289,7 @@ fn hold_end(downstream: &mut Downstream, pace: &Pace, piece: &[u8]) {
 enum Stop {
     Gone,
     Broken(Code, String),
+    Spent,
 }
 
 impl From<Gone> for Stop {
@@ -213,10 +334,13 @@ async fn pieces(
                 clock.heard();
                 gather(body, &mut out);
                 if !out.is_empty() {
-                    tally.next(&mut out);
+                    let goes_on = tally.next(&mut out);
                     hold_end(downstream, pace, &out);
                     downstream.write(out.split().freeze()).await?;
                     clock.said();
+                    if !goes_on {
+                        return Err(Stop::Spent);
+                    }
                 }
             }
             gone = downstream.departed() => return Err(gone.into()),

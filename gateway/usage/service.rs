@@ -9,7 +9,7 @@ use memchr::memchr3;
 use super::ServiceTier;
 
 /// Looks for one key at one depth, across pieces.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Service {
     /// The last word so far.
     pub(super) found: Option<ServiceTier>,

@@ -25,6 +25,10 @@ impl Provider for Azure {
         OPENAI.takes_stream_options()
     }
 
+    fn takes_max_completion_tokens(&self) -> bool {
+        true
+    }
+
     fn health_path(&self) -> &'static str {
         OPENAI.health_path()
     }

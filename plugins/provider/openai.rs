@@ -45,6 +45,10 @@ impl Provider for OpenAi {
         true
     }
 
+    fn takes_max_completion_tokens(&self) -> bool {
+        self.kind == "openai"
+    }
+
     fn health_path(&self) -> &'static str {
         self.health_path
     }

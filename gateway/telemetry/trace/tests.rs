@@ -169,6 +169,7 @@ fn record(attempts: &[Attempt]) -> Record<'_> {
         usage: Default::default(),
         cost: None,
         unpriced: false,
+        limits: None,
         bytes: BodyBytes::default(),
         capture: None,
         times: Times { first: Some(1_500_000), ended: 2_000_000, own: 50, ..Times::default() },

@@ -1,0 +1,576 @@
+//! Limits: how much of what, over which time, for whom. What a request may use at most is reserved before an upstream
+//! is asked, all limits at once or none; what it did not use is given back when it is over, whatever way it ends.
+
+pub mod admit;
+pub mod density;
+pub mod level;
+pub mod standing;
+pub mod window;
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use dashmap::DashMap;
+use schemars::JsonSchema;
+use serde::Serialize;
+use smallvec::SmallVec;
+
+use self::level::{Count, Level, Terms};
+use self::standing::Standing;
+use self::window::Window;
+use crate::money::{Cached, Price};
+use crate::policy::Pattern;
+use crate::policy::file::OnLimit;
+use crate::telemetry::LimitMeters;
+use crate::usage::Usage;
+
+/// One limit of a policy.
+#[derive(Debug)]
+pub struct Limit {
+    /// Its name, one of a kind in the policy.
+    pub name: Arc<str>,
+    /// What it counts.
+    pub unit: Unit,
+    /// The most of it: requests, tokens, nano-dollars, places.
+    pub max: u64,
+    /// Over which time.
+    pub window: Window,
+    /// What it counts apart.
+    pub each: Vec<Each>,
+    /// The models that it holds for; all, if there is no list.
+    pub models: Option<Vec<Pattern>>,
+    /// The endpoints that it holds for; all, if there is no list.
+    pub surfaces: Option<HashSet<String>>,
+    /// Whether an answer ends where no more may be used.
+    pub on_limit: OnLimit,
+    /// Whether a request may have less of an answer than it asks for.
+    pub clamps: bool,
+    /// Whether a request whose price nobody knows passes a limit on money.
+    pub passes_unpriced: bool,
+    /// What is done instead of a refusal.
+    pub exhausted: Exhausted,
+    /// Per cent of it at which somebody is told, ascending.
+    pub warn_at: Vec<u8>,
+    /// The level, where it counts for all together.
+    pub level: Option<Arc<Level>>,
+    /// Where the levels are that it counts apart.
+    pub apart: u128,
+    /// Its metrics.
+    pub meters: LimitMeters,
+}
+
+/// What a limit counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unit {
+    /// Requests that an upstream was asked for.
+    Requests,
+    /// Tokens of prompts.
+    InputTokens,
+    /// Tokens of answers.
+    OutputTokens,
+    /// Both.
+    Tokens,
+    /// Nano-dollars (10⁻⁹ US dollars).
+    Nanousd,
+    /// Requests at one time.
+    Concurrency,
+}
+
+/// What a limit counts apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Each {
+    /// The caller's own tenant.
+    Tenant,
+    /// Whoever asks: a key, the subject of a token.
+    Key,
+    /// The policy's entry for the model.
+    Model,
+    /// The endpoint.
+    Surface,
+    /// The end user as the application names them, in the body's `user` or in a header.
+    User,
+}
+
+/// What is done when a limit has nothing left.
+#[derive(Clone, Debug, Default)]
+pub struct Exhausted {
+    /// The model that answers instead.
+    pub instead: Option<Arc<str>>,
+    /// How long a request may wait for room.
+    pub wait: Duration,
+}
+
+/// A request, as far as limits count it.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted<'a> {
+    /// Who pays.
+    pub tenant: Option<&'a str>,
+    /// Who asks.
+    pub key: Option<&'a str>,
+    /// The policy's entry for the model.
+    pub model: &'a str,
+    /// The endpoint.
+    pub surface: &'a str,
+    /// The end user, if one is named.
+    pub user: Option<&'a str>,
+    /// Tokens of the prompt, at most.
+    pub input: u64,
+    /// Tokens of the answer that are asked for: of all choices together.
+    pub output: u64,
+    /// What it costs at most. None: nobody knows.
+    pub cost: Costs<'a>,
+    /// Now, in milliseconds since 1970.
+    pub now: u64,
+}
+
+/// What a request may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Costs<'a> {
+    /// The prices of those who may answer; the dearest counts. Empty: nobody knows.
+    pub prices: &'a [Arc<Price>],
+    /// How its dialect counts cached tokens.
+    pub cached: Cached,
+    /// What it uses besides text.
+    pub besides: Usage,
+}
+
+impl Costs<'_> {
+    fn of(&self, input: u64, output: u64) -> u64 {
+        let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), ..self.besides };
+        let dearest = self.prices.iter().filter_map(|price| price.cost(&usage, self.cached)).max();
+        dearest.map_or(0, |cost| cost.0)
+    }
+}
+
+/// What one request has of one limit.
+#[derive(Debug)]
+struct Hold {
+    limit: Arc<Limit>,
+    level: Arc<Level>,
+    /// When the span began in which it was taken.
+    from: u64,
+    reserved: u64,
+    settled: Option<u64>,
+}
+
+/// What one request has of all limits. Dropped unsettled, it used nothing.
+#[derive(Debug, Default)]
+pub struct Reservation {
+    holds: SmallVec<[Hold; 4]>,
+    /// How the limits stood when it had been made.
+    pub standings: SmallVec<[Standing; 4]>,
+    /// Tokens of the prompt, at most.
+    pub input: u64,
+    /// Tokens of the answer that are paid for.
+    pub output: u64,
+    /// Bytes of text of the request.
+    pub text_bytes: u64,
+    prices: SmallVec<[Arc<Price>; 2]>,
+}
+
+/// What a request used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Used {
+    /// Whether an upstream was asked.
+    pub asked: bool,
+    /// Tokens of the prompt, cached ones included.
+    pub input: u64,
+    /// Tokens of the answer.
+    pub output: u64,
+    /// What it cost, in nano-dollars.
+    pub nanousd: u64,
+}
+
+/// What became of one limit, for the record.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+pub struct Settled<'a> {
+    /// The limit's name.
+    pub limit: &'a str,
+    /// What it counts.
+    pub unit: Unit,
+    /// What the request could have used at most.
+    pub reserved: u64,
+    /// What it used; more than was reserved is an overshoot.
+    pub used: u64,
+}
+
+/// Why nothing was reserved.
+#[derive(Clone, Debug)]
+pub struct Short {
+    /// The limit that has not enough left.
+    pub limit: Arc<Limit>,
+    /// What is left of it.
+    pub free: u64,
+    /// What would have been needed at least.
+    pub needed: u64,
+    /// When that is free again; `None`: never.
+    pub wait: Option<Duration>,
+    /// How all limits stand.
+    pub standings: Box<[Standing]>,
+}
+
+/// What there is to be had.
+pub enum Outcome {
+    /// All that was asked for, or as much of the answer as is payable.
+    Reserved(Box<Reservation>),
+    /// Too little.
+    Short(Short),
+    /// A limit on money, and nobody knows what the model costs.
+    Unpriced(Arc<Limit>),
+}
+
+/// The levels of limits that count apart: whoever is counted has one while it says anything.
+#[derive(Debug, Default)]
+pub struct Levels {
+    levels: DashMap<u128, Arc<Level>>,
+    hashers: (RandomState, RandomState),
+}
+
+/// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
+const LEVELS_MAX: usize = 200_000;
+
+impl Levels {
+    /// The level of a limit that counts for all together, old or new.
+    pub fn named(&self, limit: &str, levels: &str) -> Arc<Level> {
+        self.level(self.key(0, &[levels]), limit, "")
+    }
+
+    /// Where a limit's levels are that it counts apart.
+    pub fn apart(&self, levels: &str) -> u128 {
+        self.key(1, &[levels])
+    }
+
+    fn key(&self, seed: u128, parts: &[&str]) -> u128 {
+        let one = self.hashers.0.hash_one((seed, parts));
+        let other = self.hashers.1.hash_one((seed, parts));
+        u128::from(one) << 64 | u128::from(other)
+    }
+
+    fn level(&self, key: u128, limit: &str, whose: &str) -> Arc<Level> {
+        if let Some(level) = self.levels.get(&key) {
+            return level.clone();
+        }
+        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(limit, whose))).clone()
+    }
+
+    /// The level that `limit` counts `request` on.
+    fn of(&self, limit: &Limit, request: &Counted<'_>) -> Arc<Level> {
+        if let Some(level) = &limit.level {
+            return level.clone();
+        }
+        let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
+        let key = self.key(limit.apart, &parts);
+        if self.levels.len() >= LEVELS_MAX && !self.levels.contains_key(&key) {
+            return self.level(limit.apart, &limit.name, "others");
+        }
+        let known = self.levels.get(&key).map(|level| level.clone());
+        known.unwrap_or_else(|| self.level(key, &limit.name, &parts.join(" ")))
+    }
+
+    /// Forgets the levels that say nothing.
+    pub fn sweep(&self, now: u64) {
+        self.levels.retain(|_, level| Arc::strong_count(level) > 1 || !level.is_idle(now));
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.levels.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.levels.is_empty()
+    }
+
+    /// How the levels of `limit` stand, the fullest first, `most` of them.
+    pub fn standings(&self, limit: &Limit, now: u64, most: usize) -> Vec<(Box<str>, Standing, u64)> {
+        let of_it = self.levels.iter().filter(|level| *level.limit == *limit.name);
+        let mut standings: Vec<_> = of_it
+            .map(|level| {
+                let mut count = level.count();
+                count.roll(&limit.terms(now));
+                (level.whose.clone(), Standing::of(limit, &count, now), count.held())
+            })
+            .collect();
+        standings.sort_by_key(|(_, standing, _)| standing.free);
+        standings.truncate(most);
+        standings
+    }
+
+    /// What all requests together have reserved and not settled.
+    pub fn held(&self) -> u64 {
+        self.levels.iter().map(|level| level.count().held()).sum()
+    }
+
+    /// Reserves what `request` may use of all of `limits`: everything, or nothing.
+    pub fn reserve<'a>(&self, limits: impl Iterator<Item = &'a Arc<Limit>>, request: &Counted<'_>) -> Option<Outcome> {
+        let mut holds: SmallVec<[Hold; 4]> = SmallVec::new();
+        for limit in limits.filter(|limit| limit.holds_for(request)) {
+            let level = self.of(limit, request);
+            if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
+                return Some(Outcome::Unpriced(limit.clone()));
+            }
+            holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, settled: None });
+        }
+        (!holds.is_empty()).then(|| reserved(holds, request))
+    }
+}
+
+impl Each {
+    fn of<'a>(self, request: &Counted<'a>) -> &'a str {
+        match self {
+            Self::Tenant => request.tenant.unwrap_or_default(),
+            Self::Key => request.key.unwrap_or_default(),
+            Self::Model => request.model,
+            Self::Surface => request.surface,
+            // Whoever names nobody shares one level with all who do so.
+            Self::User => request.user.unwrap_or_default(),
+        }
+    }
+}
+
+impl Unit {
+    /// Its word in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Requests => "requests",
+            Self::InputTokens => "input tokens",
+            Self::OutputTokens => "output tokens",
+            Self::Tokens => "tokens",
+            Self::Nanousd => "dollars",
+            Self::Concurrency => "requests at one time",
+        }
+    }
+
+    /// An amount of it, as people read it.
+    pub fn spelt(self, amount: u64) -> String {
+        match self {
+            Self::Nanousd => format!("${}", crate::money::NanoUsd(amount)),
+            _ => format!("{amount} {}", self.name()),
+        }
+    }
+
+    /// Whether a longer answer needs more of it.
+    fn grows(self) -> bool {
+        matches!(self, Self::OutputTokens | Self::Tokens | Self::Nanousd)
+    }
+}
+
+impl Limit {
+    /// Whether it is a budget: what is spent of it is gone for a while, and asking again soon is no use.
+    pub fn is_budget(&self) -> bool {
+        self.window.is_calendar() && self.unit != Unit::Concurrency
+    }
+
+    fn holds_for(&self, request: &Counted<'_>) -> bool {
+        self.models.as_ref().is_none_or(|list| list.iter().any(|pattern| pattern.takes(request.model)))
+            && self.surfaces.as_ref().is_none_or(|list| list.contains(request.surface))
+    }
+
+    fn terms(&self, now: u64) -> Terms<'_> {
+        Terms { max: self.max, window: &self.window, now }
+    }
+
+    /// How much of it a request needs whose answer has so many tokens.
+    fn needs(&self, request: &Counted<'_>, output: u64) -> u64 {
+        match self.unit {
+            Unit::Requests | Unit::Concurrency => 1,
+            Unit::InputTokens => request.input,
+            Unit::OutputTokens => output,
+            Unit::Tokens => request.input.saturating_add(output),
+            Unit::Nanousd => request.cost.of(request.input, output),
+        }
+    }
+
+    /// How much of it was used.
+    fn used(&self, used: &Used) -> u64 {
+        match self.unit {
+            Unit::Requests => u64::from(used.asked),
+            Unit::Concurrency => 0,
+            Unit::InputTokens => used.input,
+            Unit::OutputTokens => used.output,
+            Unit::Tokens => used.input.saturating_add(used.output),
+            Unit::Nanousd => used.nanousd,
+        }
+    }
+
+    /// The longest answer, up to `wanted` tokens, that costs no more than `free`.
+    fn payable(&self, request: &Counted<'_>, wanted: u64, free: u64) -> Option<u64> {
+        if self.needs(request, wanted) <= free {
+            return Some(wanted);
+        }
+        if !self.unit.grows() || !self.clamps || self.needs(request, 1) > free {
+            return None;
+        }
+        let (mut can, mut cannot) = (1, wanted);
+        while cannot - can > 1 {
+            let middle = can + (cannot - can) / 2;
+            if self.needs(request, middle) <= free { can = middle } else { cannot = middle }
+        }
+        Some(can)
+    }
+}
+
+/// Whether an answer that short helps anybody.
+fn is_worth_it(payable: u64, wanted: u64) -> bool {
+    const LEAST: u64 = 16;
+    payable >= wanted.min(LEAST)
+}
+
+/// All levels are held while they are looked at, so that two requests never take the same rest, and a request that is
+/// refused by one limit never makes another be refused by the next.
+fn reserved(mut holds: SmallVec<[Hold; 4]>, request: &Counted<'_>) -> Outcome {
+    // In one order everywhere: nobody waits in a circle.
+    holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
+    let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
+    let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
+    let (mut output, mut short) = (request.output, None);
+    for (hold, count) in holds.iter().zip(counts.iter_mut()) {
+        let terms = hold.limit.terms(request.now);
+        count.roll(&terms);
+        let payable = hold.limit.payable(request, request.output, count.free(&terms));
+        match payable.filter(|payable| is_worth_it(*payable, request.output)) {
+            Some(payable) => output = output.min(payable),
+            None => short = Some(shorter(short, hold, count, request)),
+        }
+    }
+    let standing = |hold: &Hold, count: &Count| Standing::of(&hold.limit, count, request.now);
+    if let Some(mut short) = short {
+        short.standings = holds.iter().zip(&counts).map(|(hold, count)| standing(hold, count)).collect();
+        return Outcome::Short(short);
+    }
+    for (hold, count) in holds.iter_mut().zip(counts.iter_mut()) {
+        hold.reserved = hold.limit.needs(request, output);
+        hold.from = count.take(hold.reserved);
+    }
+    let standings = holds.iter().zip(&counts).map(|(hold, count)| standing(hold, count)).collect();
+    drop(counts);
+    let prices = request.cost.prices.iter().cloned().collect();
+    let reservation = Reservation { holds, standings, input: request.input, output, text_bytes: 0, prices };
+    Outcome::Reserved(Box::new(reservation))
+}
+
+/// Of two limits that have too little, a budget says more than a rate, and the longer wait more than the shorter.
+fn shorter(other: Option<Short>, hold: &Hold, count: &Count, request: &Counted<'_>) -> Short {
+    let terms = hold.limit.terms(request.now);
+    let needed = hold.limit.needs(request, if hold.limit.clamps { request.output.min(1) } else { request.output });
+    let short = Short {
+        limit: hold.limit.clone(),
+        free: count.free(&terms),
+        needed,
+        wait: count.wait(&terms, needed),
+        standings: Box::default(),
+    };
+    let weight = |short: &Short| (short.limit.is_budget(), short.wait.unwrap_or(Duration::MAX));
+    match other {
+        Some(other) if weight(&other) >= weight(&short) => other,
+        _ => short,
+    }
+}
+
+impl Reservation {
+    /// What is known of each limit: what was reserved, and what was used as far as that is settled.
+    pub fn settled(&self) -> impl Iterator<Item = Settled<'_>> {
+        self.holds.iter().map(|hold| Settled {
+            limit: &hold.limit.name,
+            unit: hold.limit.unit,
+            reserved: hold.reserved,
+            used: hold.settled.unwrap_or_default(),
+        })
+    }
+
+    /// Whether any limit counts how long the answer is.
+    pub fn bounds_output(&self) -> bool {
+        self.holds.iter().any(|hold| hold.limit.unit.grows())
+    }
+
+    /// The answer was bounded to less than was asked for.
+    pub fn clamped(&self) {
+        let bounding = self.holds.iter().filter(|hold| hold.limit.unit.grows());
+        for hold in bounding {
+            hold.limit.meters.clamped.inc();
+        }
+    }
+
+    /// Whether answers end where no more may be used, as far as any limit counts them.
+    pub fn stops(&self) -> bool {
+        self.holds.iter().any(|hold| hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop)
+    }
+
+    /// An answer has `output` tokens already: takes what it needs beyond what was reserved, and some more. Returns
+    /// whether it may go on.
+    pub fn extend(&mut self, output: u64, cached: Cached, now: u64) -> bool {
+        const AHEAD: u64 = 16;
+        let wanted = output.saturating_add(AHEAD);
+        let costs = Costs { prices: &self.prices, cached, besides: Usage::default() };
+        let input = self.input;
+        let counted = Counted::of_tokens(input, wanted, costs, now);
+        let grows = |hold: &Hold| hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
+        let mut holds: SmallVec<[&mut Hold; 4]> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
+        let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
+        // They are in their one order since they were reserved.
+        let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
+        let more = |hold: &Hold| hold.limit.needs(&counted, wanted).saturating_sub(hold.reserved);
+        let fits = holds.iter().zip(counts.iter_mut()).all(|(hold, count)| {
+            let terms = hold.limit.terms(now);
+            count.roll(&terms);
+            count.free(&terms) >= more(hold)
+        });
+        if !fits {
+            return false;
+        }
+        for (hold, count) in holds.iter_mut().zip(counts.iter_mut()) {
+            let more = more(hold);
+            // What belongs to a span that is over stays there; the rest is taken now.
+            count.grow(hold.from, more);
+            hold.reserved += more;
+        }
+        self.output = wanted;
+        true
+    }
+
+    /// The request is over: what it did not use is given back, what it used beyond is taken.
+    pub fn settle(&mut self, used: &Used, now: u64) {
+        for hold in self.holds.iter_mut().filter(|hold| hold.settled.is_none()) {
+            let amount = hold.limit.used(used);
+            hold.settled = Some(amount);
+            hold.limit.meters.overshot.inc_by(amount.saturating_sub(hold.reserved));
+            let mut count = hold.level.count();
+            count.settle(hold.from, hold.reserved, amount);
+            let terms = hold.limit.terms(now);
+            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
+                hold.limit.warned(&hold.level.whose, passed);
+            }
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.settle(&Used::default(), 0);
+    }
+}
+
+impl<'a> Counted<'a> {
+    /// One whose tokens alone matter.
+    fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
+        Self { tenant: None, key: None, model: "", surface: "", user: None, input, output, cost, now }
+    }
+}
+
+impl Limit {
+    /// A threshold was passed: somebody is told.
+    fn warned(&self, whose: &str, passed: u8) {
+        self.meters.warned.inc();
+        tracing::warn!(limit = %self.name, whose, "{passed} % of {} are used", self.unit.spelt(self.max));
+    }
+}
+
+/// A time of the day as limits count it.
+pub fn millis(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,282 @@
+//! The level of one limit for one of those it counts apart: what was taken in this span of time and in the last.
+//!
+//! A rolling window is two counters: what the span before had counts by the share of it that the window still covers
+//! (the sliding window counter that Cloudflare described in "How we built rate limiting capable of scaling to millions
+//! of domains"). A bucket that leaks (GCRA) needs one number less, but after a pause it lets twice the limit through in
+//! one minute of the clock; here no aligned span ever has more than the limit.
+
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use super::window::{Span, Window};
+
+/// What is taken, shared by all requests that it counts.
+#[derive(Debug, Default)]
+pub struct Level {
+    /// The limit's name.
+    pub limit: Box<str>,
+    /// For whom it counts, for reports; empty where it counts for all.
+    pub whose: Box<str>,
+    count: Mutex<Count>,
+}
+
+/// What was taken.
+#[derive(Clone, Debug, Default)]
+pub struct Count {
+    span: Span,
+    /// In this span: what was used, and what is reserved.
+    taken: u64,
+    /// The same in the span before.
+    before: u64,
+    before_from: Option<u64>,
+    /// Reserved and not settled.
+    held: u64,
+    /// The threshold, in per cent, that was told last.
+    warned: u8,
+}
+
+/// What one limit allows, at one time.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    /// The most.
+    pub max: u64,
+    /// Over which time.
+    pub window: &'a Window,
+    /// Now, in milliseconds since 1970.
+    pub now: u64,
+}
+
+impl Level {
+    /// Nothing is taken yet.
+    pub fn new(limit: &str, whose: &str) -> Self {
+        Self { limit: limit.into(), whose: whose.into(), count: Mutex::default() }
+    }
+
+    /// The count, for whoever holds it.
+    pub fn count(&self) -> MutexGuard<'_, Count> {
+        self.count.lock()
+    }
+
+    /// Whether it says nothing that a new one would not.
+    pub fn is_idle(&self, now: u64) -> bool {
+        let count = self.count.lock();
+        count.held == 0 && (count.taken == 0 || now >= count.span.to.saturating_add(count.span.length()))
+    }
+}
+
+impl Count {
+    /// Goes on to the span that is now. A clock that went back changes nothing.
+    pub fn roll(&mut self, terms: &Terms<'_>) {
+        if terms.now < self.span.to {
+            return;
+        }
+        let span = terms.window.span(terms.now);
+        let follows = self.span.to == span.from;
+        self.before_from = follows.then_some(self.span.from);
+        self.before = if follows { self.taken } else { 0 };
+        self.span = span;
+        self.taken = 0;
+        self.warned = 0;
+    }
+
+    /// What counts now.
+    pub fn used(&self, terms: &Terms<'_>) -> u64 {
+        if terms.window.is_calendar() {
+            return self.taken;
+        }
+        let rest = self.span.to.saturating_sub(terms.now).min(self.span.length());
+        self.taken.saturating_add(share(self.before, rest, self.span.length()))
+    }
+
+    /// What may still be taken.
+    pub fn free(&self, terms: &Terms<'_>) -> u64 {
+        terms.max.saturating_sub(self.used(terms))
+    }
+
+    /// Takes `amount`, whether it is free or not; returns in which span.
+    pub fn take(&mut self, amount: u64) -> u64 {
+        self.taken = self.taken.saturating_add(amount);
+        self.held = self.held.saturating_add(amount);
+        self.span.from
+    }
+
+    /// Takes `more` in the span that began at `from`, if that is not long over.
+    pub fn grow(&mut self, from: u64, more: u64) {
+        self.held = self.held.saturating_add(more);
+        if from == self.span.from {
+            self.taken = self.taken.saturating_add(more);
+        } else if Some(from) == self.before_from {
+            self.before = self.before.saturating_add(more);
+        }
+    }
+
+    /// Of what was taken in the span that began at `from`, so much was used.
+    pub fn settle(&mut self, from: u64, reserved: u64, used: u64) {
+        self.held = self.held.saturating_sub(reserved);
+        let corrected = |taken: u64| taken.saturating_sub(reserved).saturating_add(used);
+        if from == self.span.from {
+            self.taken = corrected(self.taken);
+        } else if Some(from) == self.before_from {
+            self.before = corrected(self.before);
+        }
+    }
+
+    /// Sets what had been used before the process started.
+    pub fn restore(&mut self, terms: &Terms<'_>, used: u64) {
+        self.roll(terms);
+        self.taken = self.taken.saturating_add(used);
+    }
+
+    /// What is reserved and not settled.
+    pub fn held(&self) -> u64 {
+        self.held
+    }
+
+    /// How long until `amount` is free; `None` if it never is.
+    pub fn wait(&self, terms: &Terms<'_>, amount: u64) -> Option<Duration> {
+        let room = terms.max.checked_sub(amount)?;
+        match terms.window {
+            Window::Total => None,
+            Window::Calendar(..) => Some(self.span.rest(terms.now)),
+            Window::Rolling(length) => {
+                let now = terms.now.clamp(self.span.from, self.span.to);
+                let millis = match room.checked_sub(self.taken) {
+                    // Still in this span: until the last one weighs little enough.
+                    Some(room) => self.span.to.saturating_sub(now).saturating_sub(span_for(self.before, room, *length)),
+                    None => self.span.to - now + (length - span_for(self.taken, room, *length)),
+                };
+                Some(Duration::from_millis(millis.max(1)))
+            }
+        }
+    }
+
+    /// How long this span still lasts.
+    pub fn rest(&self, now: u64) -> Duration {
+        self.span.rest(now)
+    }
+
+    /// The highest of `thresholds` (per cent of the limit, ascending) that was passed and not told in this span yet.
+    pub fn warns(&mut self, terms: &Terms<'_>, thresholds: &[u8]) -> Option<u8> {
+        let used = u128::from(self.used(terms)) * 100;
+        let passed = thresholds.iter().rev().find(|at| used >= u128::from(**at) * u128::from(terms.max)).copied()?;
+        (passed > self.warned).then(|| {
+            self.warned = passed;
+            passed
+        })
+    }
+}
+
+/// `amount` × `rest` / `length`, rounded up.
+fn share(amount: u64, rest: u64, length: u64) -> u64 {
+    (u128::from(amount) * u128::from(rest)).div_ceil(u128::from(length.max(1))) as u64
+}
+
+/// The longest rest of a span at which `amount` still weighs at most `room`.
+fn span_for(amount: u64, room: u64, length: u64) -> u64 {
+    if amount == 0 {
+        length
+    } else {
+        (u128::from(room) * u128::from(length) / u128::from(amount)).min(length.into()) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Window = Window::Rolling(60_000);
+
+    fn terms(max: u64, now: u64) -> Terms<'static> {
+        Terms { max, window: &MINUTE, now }
+    }
+
+    /// Takes `amount` if it is free.
+    fn admit(count: &mut Count, terms: &Terms<'_>, amount: u64) -> Option<u64> {
+        count.roll(terms);
+        (count.free(terms) >= amount).then(|| count.take(amount))
+    }
+
+    #[test]
+    fn no_aligned_minute_has_more_than_the_limit_whatever_comes() {
+        for seed in 0..200 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let (max, mut count, mut now) = (random.u64(1..1000), Count::default(), random.u64(0..120_000));
+            let mut minutes = std::collections::BTreeMap::<u64, u64>::new();
+            for _ in 0..2_000 {
+                now += random.u64(0..1_000);
+                let amount = random.u64(1..=max.div_ceil(4));
+                let terms = terms(max, now);
+                if let Some(from) = admit(&mut count, &terms, amount) {
+                    let used = random.u64(0..=amount);
+                    count.settle(from, amount, used);
+                    *minutes.entry(now / 60_000).or_default() += used;
+                }
+            }
+            assert!(minutes.values().all(|used| *used <= max), "seed {seed}: {minutes:?} above {max}");
+            assert_eq!(count.held(), 0);
+        }
+    }
+
+    #[test]
+    fn a_steady_rate_below_the_limit_is_never_refused() {
+        let mut count = Count::default();
+        for now in (0..3_600_000).step_by(1_000) {
+            assert!(admit(&mut count, &terms(61, now), 1).is_some(), "at {now}");
+        }
+    }
+
+    #[test]
+    fn a_wait_is_long_enough_and_hardly_too_long() {
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let (max, mut count, mut now) = (random.u64(1..100), Count::default(), 0);
+            for _ in 0..50 {
+                now += random.u64(0..20_000);
+                admit(&mut count, &terms(max, now), random.u64(1..=max));
+            }
+            let (at, amount) = (terms(max, now), random.u64(1..=max));
+            count.roll(&at);
+            if count.free(&at) >= amount {
+                continue;
+            }
+            let wait = count.wait(&at, amount).unwrap().as_millis() as u64;
+            let then = |after: u64| {
+                let (mut count, terms) = (count.clone(), terms(max, now + after));
+                count.roll(&terms);
+                count.free(&terms) >= amount
+            };
+            assert!(then(wait), "seed {seed}: not after {wait}");
+            assert!(wait < 2 || !then(wait - 2), "seed {seed}: before {wait}");
+        }
+    }
+
+    #[test]
+    fn what_was_reserved_before_the_span_ended_is_settled_there() {
+        let mut count = Count::default();
+        let from = admit(&mut count, &terms(100, 59_000), 80).unwrap();
+        count.roll(&terms(100, 60_000));
+        assert_eq!(count.used(&terms(100, 60_000)), 80);
+        count.settle(from, 80, 10);
+        assert_eq!((count.used(&terms(100, 60_000)), count.held()), (10, 0));
+    }
+
+    #[test]
+    fn a_limit_of_nothing_has_nothing_free() {
+        let (mut count, none) = (Count::default(), terms(0, 1));
+        count.roll(&none);
+        assert_eq!((count.free(&none), count.wait(&none, 1)), (0, None));
+    }
+
+    #[test]
+    fn each_threshold_is_told_once_in_a_span() {
+        let mut count = Count::default();
+        let at = |now| terms(100, now);
+        let mut told = Vec::new();
+        for now in 0..100 {
+            admit(&mut count, &at(now), 1);
+            told.extend(count.warns(&at(now), &[50, 80, 100]));
+        }
+        assert_eq!(told, [50, 80, 100]);
+    }
+}
