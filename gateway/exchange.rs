@@ -13,6 +13,7 @@ use crate::audit::record::{
     Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, LimitList, Models, Moment,
     Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
+use crate::guard::{Blocked, Guard};
 use crate::house::House;
 use crate::identity::Who;
 use crate::limits::admit::prompt_tokens;
@@ -278,6 +279,7 @@ impl Exchange {
             | Code::AnswerTimeout
             | Code::BetweenTokensTimeout
             | Code::TotalTimeout => Outcome::Timeout,
+            Code::ContentFilter | Code::ContentUnread => Outcome::Blocked,
             _ => Outcome::Refused,
         };
     }
@@ -287,6 +289,14 @@ impl Exchange {
         self.telemetry.limit_cut();
         self.decide("limit", "output", "cut", "the answer has all that is left");
         self.ending.outcome = Outcome::LimitCut;
+    }
+
+    /// The answer was ended before what a guardrail found.
+    pub fn blocked(&mut self, blocked: &Blocked) {
+        let (Blocked::By(rule) | Blocked::Unread(rule)) = blocked;
+        self.decide("guard", rule, "block", blocked.why());
+        self.ending.code = Some(blocked.code());
+        self.ending.outcome = Outcome::Blocked;
     }
 
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
@@ -380,6 +390,7 @@ impl Exchange {
             usage,
             cost,
             unpriced,
+            guardrails: self.tally.guard.as_deref().map(Guard::judged),
             limits: self.tally.reservation.as_deref().map(LimitList),
             bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
             capture: self.tally.capture.as_deref().map(Capture::mark),
@@ -433,6 +444,9 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         let place = self.place.take();
         self.settle();
+        if let Some(guard) = &self.tally.guard {
+            guard.counted();
+        }
         let record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
         if let Some(traces) = &self.policy.traces {

@@ -274,6 +274,7 @@ pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Stri
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
     let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
+    edits.extend_from_slice(&planned.guard_edits);
     if let Some(max) = planned.output_max {
         let operation = planned.identified.surface.operation;
         let newer = upstream.provider.takes_max_completion_tokens();

@@ -17,6 +17,7 @@ use crate::audit::record::{Ending, clip};
 use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
+use crate::guard::{self, Blocked, Guard};
 use crate::house::House;
 use crate::identity;
 use crate::limits;
@@ -27,7 +28,7 @@ use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route, Stage};
 use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Waiting};
+use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Rest, Waiting, WholeFault};
 use crate::scan::{self, Edit, Field, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
@@ -86,6 +87,8 @@ pub struct Planned {
     pub usage_edits: Option<Vec<Edit>>,
     /// Whether the answer is to be a stream.
     pub streaming: bool,
+    /// What guardrails change in the body.
+    pub guard_edits: Vec<Edit>,
     /// The most tokens that one choice of the answer may have, where that is not for the client to say.
     pub output_max: Option<u64>,
     /// The pools to ask.
@@ -118,6 +121,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     exchange.capture(&received.body);
     let mut planned = admit(exchange, downstream, identified, received)?;
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
+    judge(exchange, &mut planned).await?;
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
         return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;
@@ -280,7 +284,46 @@ fn admit(
     let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
     let asks = policy.asks_for_usage && streaming && matches!(operation, Operation::Chat | Operation::Completions);
     let usage_edits = if asks { scan.ask_for_usage(&received.body) } else { None };
-    Ok(Planned { identified, scan, usage_edits, streaming, output_max: None, route, priority, total, received })
+    Ok(Planned {
+        identified,
+        scan,
+        usage_edits,
+        streaming,
+        guard_edits: Vec::new(),
+        output_max: None,
+        route,
+        priority,
+        total,
+        received,
+    })
+}
+
+/// Lets the guardrails read the prompt. A long one is read beside the threads that carry requests.
+async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Refusal> {
+    let Some(rails) = exchange.policy.guardrails.clone() else { return Ok(()) };
+    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
+    if planned.identified.passthrough.is_some() {
+        // The policy says that it is meant to pass unread.
+        return Ok(());
+    }
+    if operation == Operation::Realtime
+        && let Some(rule) = rails.insists(true).or_else(|| rails.insists(false))
+    {
+        return Err(Blocked::Unread(rule.clone()).refusal("a WebSocket"));
+    }
+    let tokens = exchange.tally.reservation.as_ref().map(|reservation| reservation.input);
+    let judged = if body.len() > guard::BESIDE {
+        let judging = tokio::task::spawn_blocking(move || Guard::prompt(rails, operation, &body, tokens)).await;
+        judging.map_err(|_| Refusal::new(Code::Internal, "a guardrail broke"))?
+    } else {
+        Guard::prompt(rails, operation, &body, tokens)
+    };
+    exchange.tally.guard = Some(Box::new(judged.guard));
+    planned.guard_edits = judged.edits;
+    let Some(blocked) = judged.blocked else { return Ok(()) };
+    let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
+    exchange.decide("guard", rule, "block", blocked.why());
+    Err(blocked.refusal("the prompt"))
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -349,8 +392,20 @@ async fn relay(
         answer.discard(&house.connections, &picked.endpoint.target).await;
         return Err(Refusal::new(Code::UpstreamInvalid, message).into());
     }
-    let (head, answer) = answer.split();
+    let (mut head, mut answer) = answer.split();
     let status = head.status.as_u16();
+    let operation = planned.identified.surface.operation;
+    let guards =
+        head.status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
+    if guards && !is_events {
+        let whole = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await;
+        if let Err(stop) = whole.map_err(unread).and_then(|()| judged(exchange, operation, &mut head, &mut answer)) {
+            answer.discard(&house.connections, &picked.endpoint.target).await;
+            picked.upstream.attempts.answered.inc();
+            exchange.attempt_ends(Ending::Answered, None);
+            return Err(stop);
+        }
+    }
     let model = failover::model_at(exchange, stage, picked.upstream);
     exchange.bill = bill(exchange, &planned, stage, picked.upstream, &model, head.status);
     let whole_costs = answer.whole(&head).and_then(|body| exchange.costs(body));
@@ -358,7 +413,11 @@ async fn relay(
         None
     } else {
         let upstream = picked.upstream;
+        let flagged = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged());
         let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, &model)?;
+        if let Some(flagged) = flagged {
+            local::set(&mut head, "x-infergate-guardrails", flagged)?;
+        }
         if let Some(cost) = whole_costs {
             local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
         }
@@ -384,9 +443,9 @@ async fn relay(
     account(exchange, stage, &picked, &passed);
     match passed {
         Passed::Whole => end(exchange, downstream).await,
-        Passed::Spent => {
-            let (choices, tells_usage) = ending;
-            let ending = spent(exchange, choices, tells_usage);
+        Passed::Spent | Passed::Blocked(_) => {
+            let why = if passed == Passed::Spent { ending::Why::Length } else { ending::Why::Filtered };
+            let ending = early(exchange, ending, why);
             if downstream.write(ending.into()).await.is_err() {
                 return Err(Stop::Gone);
             }
@@ -412,6 +471,7 @@ fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: 
         Passed::Whole => (&attempts.answered, Ending::Answered, None),
         Passed::Gone => (&attempts.cancelled, Ending::Cancelled, None),
         Passed::Spent => (&attempts.cancelled, Ending::Cancelled, Some("nothing more may be used".into())),
+        Passed::Blocked(_) => (&attempts.cancelled, Ending::Cancelled, Some("a guardrail ended it".into())),
         Passed::Broken(Code::KeyRevoked, why) => (&attempts.cancelled, Ending::Cancelled, Some(why.clone().into())),
         Passed::Broken(_, why) => {
             picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
@@ -423,6 +483,7 @@ fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: 
     match passed {
         Passed::Whole => exchange.completed(),
         Passed::Spent => exchange.limit_cut(),
+        Passed::Blocked(blocked) => exchange.blocked(blocked),
         Passed::Gone | Passed::Broken(..) => {}
     }
 }
@@ -438,14 +499,42 @@ async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(),
     downstream.finish().await.map_err(|_| Stop::Gone)
 }
 
-/// The events that end a stream where nothing more may be used.
-fn spent(exchange: &Exchange, choices: u64, tells_usage: bool) -> String {
+/// What the guardrails say of an answer that is here as a whole.
+fn judged(exchange: &mut Exchange, operation: Operation, head: &mut AnswerHead, answer: &mut Rest) -> Result<(), Stop> {
+    let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
+    match guard.whole(operation, answer.body()) {
+        Ok(body) => {
+            answer.replace(head, body);
+            Ok(())
+        }
+        Err(blocked) => {
+            let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
+            exchange.decide("guard", rule, "block", blocked.why());
+            Err(blocked.refusal("the answer").into())
+        }
+    }
+}
+
+/// An answer that did not come as a whole.
+fn unread(fault: WholeFault) -> Stop {
+    match fault {
+        WholeFault::Gone => Stop::Gone,
+        WholeFault::Broken(code, why) => Refusal::new(code, format!("the upstream broke off its answer: {why}")).into(),
+        WholeFault::TooLong => {
+            let message = "the answer is too long to be read by the guardrails, which must read it as a whole";
+            Refusal::new(Code::ContentUnread, message).into()
+        }
+    }
+}
+
+/// The events that end a stream before its upstream does.
+fn early(exchange: &Exchange, (choices, tells_usage): (u64, bool), why: ending::Why) -> String {
     let (opening, last) = exchange.tally.begun();
     let usage = exchange.tally.usage(false);
     let tokens = (usage.input_tokens.unwrap_or_default(), usage.output_tokens.unwrap_or_default());
     let operation = exchange.surface.operation;
     let begun = ending::Begun { operation, opening, last, choices, tokens, tells_usage };
-    ending::events(&begun, ending::Why::Length)
+    ending::events(&begun, why)
 }
 
 /// Opens the bill for an answer that begins, where the policy has prices or limits.

@@ -2,6 +2,7 @@
 
 mod authenticators;
 pub mod file;
+mod guardrails;
 mod limits;
 pub mod prices;
 pub mod problem;
@@ -23,6 +24,7 @@ pub use self::authenticators::authenticators;
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
 pub use self::tenants::{Pattern, Tenant, Tenants};
+use crate::guard::Rails;
 use crate::limits::Limit;
 use crate::limits::density::Density;
 use crate::money::book::Book;
@@ -50,6 +52,8 @@ pub struct Policy {
     pub tenants: Tenants,
     /// How much may be used, whoever asks.
     pub limits: Vec<Arc<Limit>>,
+    /// What texts may pass.
+    pub guardrails: Option<Arc<Rails>>,
     /// The pools, by name.
     pub pools: BTreeMap<String, Arc<Pool>>,
     /// Paths that pass through unread.
@@ -318,6 +322,7 @@ impl<'a> Compiler<'a> {
         let tenants = self.tenants(&file, &models);
         let limits = self.limits("limits", None, &file.limits, &file, &models);
         self.limits_are_told_apart(&file, &limits, &tenants);
+        let guardrails = self.guardrails(&file);
         self.captured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
@@ -335,6 +340,7 @@ impl<'a> Compiler<'a> {
             authenticators,
             tenants,
             limits,
+            guardrails,
             pools,
             passthrough,
             priorities: file.priorities,
@@ -632,6 +638,7 @@ impl Policy {
             authenticators: None,
             tenants: Tenants::default(),
             limits: Vec::new(),
+            guardrails: None,
             pools: BTreeMap::new(),
             passthrough: Vec::new(),
             priority_header: None,

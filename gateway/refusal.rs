@@ -48,6 +48,10 @@ pub enum Code {
     RequestExceedsLimit,
     /// A limit on money holds, and the model has no price.
     ModelUnpriced,
+    /// A guardrail found something in the prompt or in the answer.
+    ContentFilter,
+    /// A guardrail must read what it cannot read.
+    ContentUnread,
     /// The path is nobody's.
     NotFound,
     /// The path exists, the method does not.
@@ -103,6 +107,8 @@ pub const CODES: &[Code] = &[
     Code::InsufficientQuota,
     Code::RequestExceedsLimit,
     Code::ModelUnpriced,
+    Code::ContentFilter,
+    Code::ContentUnread,
     Code::NotFound,
     Code::MethodNotAllowed,
     Code::ModelNotFound,
@@ -140,6 +146,8 @@ impl Code {
             Self::InsufficientQuota => "insufficient_quota",
             Self::RequestExceedsLimit => "request_exceeds_limit",
             Self::ModelUnpriced => "model_unpriced",
+            Self::ContentFilter => "content_filter",
+            Self::ContentUnread => "content_unread",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::ModelNotFound => "model_not_found",
@@ -166,9 +174,12 @@ impl Code {
     /// The HTTP status.
     pub const fn status(self) -> StatusCode {
         match self {
-            Self::BadRequest | Self::InvalidBody | Self::DuplicateField | Self::UpgradeUnsupported => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::BadRequest
+            | Self::InvalidBody
+            | Self::DuplicateField
+            | Self::UpgradeUnsupported
+            | Self::ContentFilter
+            | Self::ContentUnread => StatusCode::BAD_REQUEST,
             Self::InvalidApiKey | Self::KeyRevoked => StatusCode::UNAUTHORIZED,
             Self::ModelNotAllowed | Self::SurfaceNotAllowed | Self::ModelUnpriced => StatusCode::FORBIDDEN,
             Self::RateLimitExceeded | Self::InsufficientQuota | Self::RequestExceedsLimit => {

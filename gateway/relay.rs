@@ -27,10 +27,10 @@ use pingora::server::ShutdownWatch;
 use crate::house::House;
 use crate::pipeline;
 
-pub use attempt::{Answer, Failure, Order, ask, fetch};
+pub use attempt::{Answer, Failure, Order, Rest, ask, fetch};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
-pub use stream::{Pace, Passed, Reading, Tally, pass_on};
+pub use stream::{Pace, Passed, Reading, Tally, WholeFault, pass_on, whole};
 pub use upgrade::{Tunnelled, carry, tunnel};
 pub use waiting::{Interrupted, Waiting};
 

@@ -4,6 +4,7 @@
 
 mod evidence;
 mod genai;
+mod guards;
 mod limits;
 pub mod names;
 mod process;
@@ -27,6 +28,8 @@ use self::evidence::Sinks;
 pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
 use self::genai::GenAi;
 pub use self::genai::Meters;
+pub use self::guards::GuardMeters;
+use self::guards::Guards;
 pub use self::limits::LimitMeters;
 use self::limits::Limits;
 use self::process::Process;
@@ -121,6 +124,7 @@ pub struct Telemetry {
     sinks: Sinks,
     spent: Spent,
     limits: Limits,
+    guards: Guards,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
@@ -245,6 +249,7 @@ impl Telemetry {
             sinks: Sinks::new(registry),
             spent: Spent::new(registry),
             limits: Limits::new(registry),
+            guards: Guards::new(registry),
             runtimes,
             genai,
             registry: Mutex::default(),
@@ -337,6 +342,11 @@ impl Telemetry {
     /// The metrics of one sink, to be kept with it.
     pub fn sink(&self, name: &str) -> SinkMeters {
         self.sinks.of(name)
+    }
+
+    /// The metrics of one guardrail, to be kept with it.
+    pub fn guardrail(&self, name: &str) -> GuardMeters {
+        self.guards.of(name)
     }
 
     /// The metrics of one limit, to be kept with it.

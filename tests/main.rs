@@ -10,6 +10,7 @@ mod edge;
 mod evidence;
 mod failure;
 mod fuzz;
+mod guardrails;
 mod identity;
 mod lifecycle;
 mod limits;

@@ -330,6 +330,7 @@ mod tests {
                 usage: Usage { input_tokens: Some(0), source: Source::Upstream, ..Usage::default() },
                 cost: Some(Cost { nanousd: NanoUsd(1_234), prices: "0123456789ab" }),
                 unpriced: false,
+                guardrails: None,
                 limits: None,
                 bytes: BodyBytes { request: 1_234_567_890, answer: 0 },
                 capture: Some(Mark { request: sum.clone(), answer: sum, cut: false }),

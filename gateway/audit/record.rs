@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::capture::Mark;
+use crate::guard::{JudgedList, JudgedRecord};
 use crate::hex;
 use crate::limits::{Reservation, Settled};
 use crate::money::bill::Cost;
@@ -75,6 +76,10 @@ pub struct Record<'a> {
     /// Whether it used something that has no price, where the policy has prices.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unpriced: bool,
+    /// What became of each guardrail that looks at its prompt or its answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<JudgedRecord<'_>>>")]
+    pub guardrails: Option<JudgedList<'a>>,
     /// What it reserved of each limit that holds for it, and what it used.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<Vec<Settled<'_>>>")]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use infergate_plugins::{authenticator, sink};
+use infergate_plugins::{authenticator, guardrail, sink};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -33,6 +33,13 @@ pub struct File {
     /// How much may be used, whoever asks. Those of a tenant stand with it.
     #[serde(default)]
     pub limits: Vec<Limit>,
+    /// What texts may pass, in prompts and in answers, and how they are changed. All rules read everything that they
+    /// are asked to; where several find something, the strictest verdict counts.
+    #[serde(default)]
+    pub guardrails: Vec<guardrail::Config>,
+    /// The secret that hashes are made with that stand in place of what was found (`redact: hash`).
+    #[serde(default)]
+    pub guardrail_key: Option<SecretSource>,
     /// The models that clients may name, and where each is served.
     #[serde(default)]
     pub models: Vec<Model>,
@@ -478,6 +485,9 @@ pub struct Passthrough {
     /// Whether WebSockets may be opened on it.
     #[serde(default)]
     pub websocket: bool,
+    /// Whether it is meant to pass unread although `guardrails` must read everything.
+    #[serde(default)]
+    pub unguarded: bool,
 }
 
 /// What holds for every request.

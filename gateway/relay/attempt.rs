@@ -111,6 +111,25 @@ pub struct Rest {
 }
 
 impl Rest {
+    /// What is here of the body.
+    pub fn body(&self) -> Bytes {
+        self.first.clone()
+    }
+
+    /// Puts another body in the place of one that is here as a whole.
+    pub fn replace(&mut self, head: &mut AnswerHead, body: Bytes) {
+        if head.headers.contains_key(CONTENT_LENGTH) && body.len() != self.first.len() {
+            // A number is always a valid header.
+            let _ = head.insert_header(CONTENT_LENGTH, body.len().to_string());
+        }
+        self.first = body;
+    }
+
+    /// Lets an answer go that is not passed on.
+    pub async fn discard(self, connections: &Connections, target: &Target) {
+        self.body.release(connections, target).await;
+    }
+
     /// The whole body, if it has come and `head` says so.
     pub fn whole(&self, head: &AnswerHead) -> Option<&Bytes> {
         let length: usize = head.headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()?;

@@ -16,6 +16,7 @@ use super::waiting::HEARTBEAT;
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
 use crate::ending;
+use crate::guard::{Blocked, Guard};
 use crate::limits::{self, Reservation};
 use crate::money::Cached;
 use crate::refusal::Code;
@@ -35,6 +36,8 @@ pub enum Passed {
     Broken(Code, String),
     /// Nothing more may be used. The client still waits for an ending.
     Spent,
+    /// What comes next does not pass. The client still waits for an ending.
+    Blocked(Blocked),
 }
 
 /// What holds while an answer is passed on.
@@ -59,11 +62,14 @@ pub struct Tally {
     pub bytes: u64,
     /// Its text, where that is to be kept.
     pub capture: Option<Box<Capture>>,
+    /// What its text has to pass.
+    pub guard: Option<Box<Guard>>,
     /// What it may use of its limits.
     pub reservation: Option<Box<Reservation>>,
     meter: Option<Meter>,
     hide: Hide,
     line: Option<Box<Line>>,
+    edge: Option<Box<Edge>>,
 }
 
 /// What is to be made of an answer besides passing it on.
@@ -81,6 +87,7 @@ impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
         self.line = self.line.take().filter(|_| reading.events);
+        self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
         self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
@@ -101,12 +108,12 @@ impl Tally {
 
     /// What the end of a stream must know of its beginning: its first events, and the last ones that have passed.
     pub fn begun(&self) -> (&[u8], &[u8]) {
-        self.line.as_ref().map_or((&[], &[]), |line| (&line.opening, &line.last))
+        self.edge.as_ref().map_or((&[], &[]), |edge| (&edge.opening, &edge.last))
     }
 
     /// Reads the first piece; returns what of it the client gets, and whether the answer may go on.
-    fn first(&mut self, piece: Bytes) -> (Bytes, bool) {
-        if self.line.is_some() {
+    fn first(&mut self, piece: Bytes) -> (Bytes, Result<(), Stop>) {
+        if self.edge.is_some() {
             let mut pieces = BytesMut::from(piece);
             let goes_on = self.next(&mut pieces);
             return (pieces.freeze(), goes_on);
@@ -114,29 +121,45 @@ impl Tally {
         self.read(&piece);
         let piece = self.hide.out_of_first(piece);
         self.count(&piece);
-        (piece, true)
+        (piece, Ok(()))
     }
 
     /// Reads more of the answer and leaves in it what the client gets. Returns whether the answer may go on.
-    fn next(&mut self, pieces: &mut BytesMut) -> bool {
-        let goes_on = match self.line.take() {
-            None => {
-                self.read(pieces);
-                true
-            }
-            Some(mut line) => {
-                let passes = self.read_to(&mut line, pieces);
-                let goes_on = passes == pieces.len();
-                pieces.truncate(passes);
-                line.passed(pieces);
-                self.line = Some(line);
-                goes_on
-            }
-        };
+    fn next(&mut self, pieces: &mut BytesMut) -> Result<(), Stop> {
+        let goes_on = self.read_paid(pieces);
         if self.hide != Hide::Nothing {
             self.hide.out_of(pieces);
         }
+        let Some(edge) = &mut self.edge else {
+            self.count(pieces);
+            return goes_on;
+        };
+        edge.began(pieces);
+        let passes = self.guard.as_mut().map_or(Ok(()), |guard| guard.events(pieces));
+        edge.passed(pieces);
         self.count(pieces);
+        passes.map_err(Stop::Blocked).and(goes_on)
+    }
+
+    /// What the guardrails held back of a stream that is at its end.
+    fn rest(&mut self) -> (Bytes, Result<(), Stop>) {
+        let (Some(guard), Some(edge)) = (&mut self.guard, &mut self.edge) else { return (Bytes::new(), Ok(())) };
+        let (pieces, passes) = guard.rest();
+        edge.passed(&pieces);
+        self.count(&pieces);
+        (pieces.freeze(), passes.map_err(Stop::Blocked))
+    }
+
+    /// Reads as much as is paid for, and leaves no more.
+    fn read_paid(&mut self, pieces: &mut BytesMut) -> Result<(), Stop> {
+        let Some(mut line) = self.line.take() else {
+            self.read(pieces);
+            return Ok(());
+        };
+        let passes = self.read_to(&mut line, pieces);
+        self.line = Some(line);
+        let goes_on = if passes == pieces.len() { Ok(()) } else { Err(Stop::Spent) };
+        pieces.truncate(passes);
         goes_on
     }
 
@@ -196,18 +219,37 @@ struct Line {
     /// Events without a token that are counted with them.
     beside: u64,
     cached: Cached,
+}
+
+/// What the early end of a stream must know of it.
+#[derive(Debug, Default)]
+struct Edge {
     /// The first events.
     opening: Bytes,
     /// The last events that passed.
     last: Bytes,
 }
 
-impl Line {
-    /// The most of an event that is kept for the end's sake.
+impl Edge {
+    /// The most of events that is kept.
     const KEPT: usize = 64 << 10;
 
+    fn began(&mut self, pieces: &[u8]) {
+        if self.opening.is_empty() && pieces.len() <= Self::KEPT {
+            self.opening = Bytes::copy_from_slice(pieces);
+        }
+    }
+
+    fn passed(&mut self, pieces: &[u8]) {
+        if !pieces.is_empty() && pieces.len() <= Self::KEPT {
+            self.last = Bytes::copy_from_slice(pieces);
+        }
+    }
+}
+
+impl Line {
     fn new(output: u64, cached: Cached, beside: u64) -> Self {
-        Self { output, beside, cached, opening: Bytes::new(), last: Bytes::new() }
+        Self { output, beside, cached }
     }
 
     /// Takes more of the limits. Returns whether there was enough left.
@@ -217,17 +259,6 @@ impl Line {
             reservation.extend(counted.saturating_sub(self.beside), self.cached, limits::millis(SystemTime::now()));
         self.output = reservation.output.max(self.output);
         extended
-    }
-
-    fn passed(&mut self, pieces: &[u8]) {
-        if pieces.is_empty() || pieces.len() > Self::KEPT {
-            return;
-        }
-        let kept = Bytes::copy_from_slice(pieces);
-        if self.opening.is_empty() {
-            self.opening = kept.clone();
-        }
-        self.last = kept;
     }
 }
 
@@ -250,10 +281,13 @@ pub async fn pass_on(
     // A client may have left before the first piece came.
     let written = if downstream.is_mute() { Err(Gone) } else { begin(downstream, head, is_bare, first).await };
     let passed = match written {
-        Ok(()) if !goes_on => Err(Stop::Spent),
-        Ok(()) => pieces(downstream, tally, &mut body, &pace, cut).await,
+        Ok(()) => match goes_on {
+            Ok(()) => pieces(downstream, tally, &mut body, &pace, cut).await,
+            stopped => stopped,
+        },
         Err(Gone) => Err(Stop::Gone),
     };
+    let passed = flushed(downstream, tally, passed).await;
     let passed = match passed {
         Err(Stop::Gone) => {
             if let Some(longest) = pace.drain {
@@ -268,13 +302,58 @@ pub async fn pass_on(
             }
             Passed::Broken(code, why)
         }
-        Err(Stop::Spent) if downstream.is_mute() => Passed::Gone,
+        Err(Stop::Spent | Stop::Blocked(_)) if downstream.is_mute() => Passed::Gone,
         Err(Stop::Spent) => Passed::Spent,
+        Err(Stop::Blocked(blocked)) => Passed::Blocked(blocked),
         Ok(()) if downstream.is_mute() => Passed::Gone,
         Ok(()) => Passed::Whole,
     };
     body.release(connections, target).await;
     passed
+}
+
+/// What guardrails held back leaves, or not, before the end, whatever the end is.
+async fn flushed(downstream: &mut Downstream, tally: &mut Tally, passed: Result<(), Stop>) -> Result<(), Stop> {
+    if matches!(passed, Err(Stop::Gone | Stop::Blocked(_))) {
+        return passed;
+    }
+    let (rest, passes) = tally.rest();
+    if !rest.is_empty() {
+        downstream.write(rest).await?;
+    }
+    passes.and(passed)
+}
+
+/// Why an answer is not here as a whole.
+#[derive(Debug)]
+pub enum WholeFault {
+    /// The client left.
+    Gone,
+    /// The upstream broke off.
+    Broken(Code, String),
+    /// It is longer than may be held.
+    TooLong,
+}
+
+/// Reads an answer that is no stream to its end, `most` bytes of it, and keeps it.
+pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, most: usize) -> Result<(), WholeFault> {
+    let mut read = BytesMut::from(&*answer.first);
+    while !answer.body.ended {
+        let limit = pace.total.min(Instant::now() + pace.between);
+        tokio::select! {
+            next = answer.body.next(&mut read) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
+            _ = downstream.departed() => return Err(WholeFault::Gone),
+            () = sleep_until(limit.into()) => {
+                let why = "the next piece of the answer did not come in time".to_owned();
+                return Err(WholeFault::Broken(Code::BetweenTokensTimeout, why));
+            }
+        }
+        if read.len() > most {
+            return Err(WholeFault::TooLong);
+        }
+    }
+    answer.first = read.freeze();
+    Ok(())
 }
 
 /// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.
@@ -290,6 +369,7 @@ enum Stop {
     Gone,
     Broken(Code, String),
     Spent,
+    Blocked(Blocked),
 }
 
 impl From<Gone> for Stop {
@@ -335,12 +415,12 @@ async fn pieces(
                 gather(body, &mut out);
                 if !out.is_empty() {
                     let goes_on = tally.next(&mut out);
-                    hold_end(downstream, pace, &out);
-                    downstream.write(out.split().freeze()).await?;
-                    clock.said();
-                    if !goes_on {
-                        return Err(Stop::Spent);
+                    if !out.is_empty() {
+                        hold_end(downstream, pace, &out);
+                        downstream.write(out.split().freeze()).await?;
+                        clock.said();
                     }
+                    goes_on?;
                 }
             }
             gone = downstream.departed() => return Err(gone.into()),

@@ -292,6 +292,7 @@ mod tests {
             usage,
             cost: None,
             unpriced: false,
+            guardrails: None,
             limits: None,
             capture: None,
             bytes: BodyBytes::default(),

@@ -129,11 +129,6 @@ impl Placeholders {
         self.originals.get(placeholder).map(String::as_str)
     }
 
-    /// Begins an answer's text, in which originals come back.
-    pub fn restore(&self) -> Restorer<'_> {
-        Restorer { placeholders: self, held: String::new(), base: 0 }
-    }
-
     /// Whether a placeholder begins with this.
     fn begins(&self, text: &str) -> bool {
         let next = self.originals.range::<str, _>((Bound::Included(text), Bound::Unbounded)).next();
@@ -154,22 +149,21 @@ fn looks_like_one(text: &str) -> Option<(&str, u64)> {
 
 /// Puts originals back into a text that comes in pieces. Only what may be the beginning of a placeholder that was
 /// given out is held.
-#[derive(Debug)]
-pub struct Restorer<'p> {
-    placeholders: &'p Placeholders,
+#[derive(Debug, Default)]
+pub struct Restorer {
     held: String,
     base: u64,
 }
 
-impl Restorer<'_> {
+impl Restorer {
     /// Takes the next piece. `progress` is overwritten; there are edits and what is released.
-    pub fn push(&mut self, piece: &str, progress: &mut Progress) {
+    pub fn push(&mut self, piece: &str, placeholders: &Placeholders, progress: &mut Progress) {
         progress.edits.clear();
         progress.found.clear();
         let held = std::mem::take(&mut self.held);
         let joined = if held.is_empty() { None } else { Some(held + piece) };
         let text = joined.as_deref().unwrap_or(piece);
-        let kept = self.walk(text, progress);
+        let kept = self.walk(text, placeholders, progress);
         self.base += kept as u64;
         self.held.push_str(&text[kept..]);
         progress.released = self.base;
@@ -185,7 +179,7 @@ impl Restorer<'_> {
     }
 
     /// Finds placeholders; returns where the first possible one begins that is not complete.
-    fn walk(&self, text: &str, progress: &mut Progress) -> usize {
+    fn walk(&self, text: &str, placeholders: &Placeholders, progress: &mut Progress) -> usize {
         let mut done = 0;
         for at in memchr::memchr_iter(b'<', text.as_bytes()) {
             if at < done {
@@ -193,9 +187,9 @@ impl Restorer<'_> {
             }
             let rest = &text[at..];
             match rest.bytes().take(LABEL_MAX + 22).position(|byte| byte == b'>') {
-                None if self.placeholders.begins(rest) => return at,
+                None if placeholders.begins(rest) => return at,
                 Some(end) => {
-                    let Some(original) = self.placeholders.original(&rest[..=end]) else { continue };
+                    let Some(original) = placeholders.original(&rest[..=end]) else { continue };
                     done = at + end + 1;
                     let range = self.base + at as u64..self.base + done as u64;
                     progress.edits.push(Edit { range, replacement: original.to_owned() });
@@ -259,7 +253,8 @@ mod tests {
     fn only_what_may_become_a_placeholder_waits() {
         let placeholders = people();
         let (mut restorer, mut progress) = (placeholders.restore(), Progress::default());
-        for (piece, released) in [("a <EM", 2), ("AIL", 2), ("X", 9), ("<b", 11), ("<PHONE_", 11), ("1", 11), (">", 20)] {
+        for (piece, released) in [("a <EM", 2), ("AIL", 2), ("X", 9), ("<b", 11), ("<PHONE_", 11), ("1", 11), (">", 20)]
+        {
             restorer.push(piece, &mut progress);
             assert_eq!(progress.released, released, "{piece}");
         }
@@ -276,7 +271,8 @@ mod tests {
     #[test]
     fn styles_show_nothing_of_the_original() {
         let mut none = Placeholders::default();
-        let with = |redaction| Style::new(redaction, b"key").replace("email", "ann@a.example", &mut Placeholders::default());
+        let with =
+            |redaction| Style::new(redaction, b"key").replace("email", "ann@a.example", &mut Placeholders::default());
         assert_eq!(with(Redaction::Label), "[EMAIL]");
         assert_eq!(with(Redaction::Mask), "***@*.*******");
         assert_eq!(with(Redaction::Drop), "");

@@ -52,7 +52,7 @@ pub trait Finder: Debug + Send + Sync {
 }
 
 /// A search through one text.
-pub trait Search: Send {
+pub trait Search: Send + Sync {
     /// Finds every match that starts before the place that is returned, in addition to those found before. What it says
     /// must be true for every text that begins with what it was given. With [`Window::last`] it returns the end.
     fn advance(&mut self, window: &Window<'_>, found: &mut Vec<Found>) -> u64;
@@ -244,7 +244,8 @@ impl Half {
     fn advance(&mut self, window: &Window<'_>) {
         let known = self.found.len();
         let end = window.base + window.text.len() as u64;
-        self.decided = self.searches.iter_mut().map(|search| search.advance(window, &mut self.found)).fold(end, u64::min);
+        self.decided =
+            self.searches.iter_mut().map(|search| search.advance(window, &mut self.found)).fold(end, u64::min);
         if self.found.len() > known {
             self.found.sort_by(|a, b| (a.range.start, a.rule, a.range.end).cmp(&(b.range.start, b.rule, b.range.end)));
         }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::stream::{Finder, Found, Search, Window, patient};
 use super::triggers::{Need, Triggers};
-use super::{Detector, Wrong, World};
+use super::{Detector, World, Wrong};
 
 /// Words and phrases. Upper and lower case count as equal in every alphabet that has them, one letter for one letter
 /// (so `ß` is not `SS`); accents count.

@@ -169,6 +169,7 @@ fn record(attempts: &[Attempt]) -> Record<'_> {
         usage: Default::default(),
         cost: None,
         unpriced: false,
+        guardrails: None,
         limits: None,
         bytes: BodyBytes::default(),
         capture: None,

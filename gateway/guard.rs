@@ -1,0 +1,305 @@
+//! Guardrails at work: a prompt is judged before an upstream is asked, an answer before or while it goes to the client.
+//! What they read and what they found is on record.
+
+mod channel;
+mod filter;
+mod judged;
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use infergate_plugins::guardrail::redact::Placeholders;
+use infergate_plugins::guardrail::stream::Progress;
+use infergate_plugins::guardrail::{Guardrails, Measure, Mode, OnError, Outcome, Place};
+use infergate_plugins::operation::Operation;
+
+use self::channel::Channel;
+use self::filter::Filter;
+pub use self::judged::{Judged, JudgedList, JudgedRecord};
+use crate::refusal::{Code, Refusal};
+use crate::scan::{Edit, splice};
+use crate::telemetry::GuardMeters;
+use crate::text::{self, Text};
+
+/// The guardrails of a policy, with where they count.
+#[derive(Debug)]
+pub struct Rails {
+    /// The rules.
+    pub rules: Guardrails,
+    /// The metrics of each.
+    pub meters: Vec<GuardMeters>,
+}
+
+/// Bodies above this are judged beside the threads that carry requests.
+pub const BESIDE: usize = 128 << 10;
+
+/// The longest answer in one piece that is judged: it is held until then.
+pub const WHOLE_MAX: usize = 32 << 20;
+
+/// The guardrails of one exchange.
+#[derive(Debug)]
+pub struct Guard {
+    rails: Arc<Rails>,
+    placeholders: Placeholders,
+    judged: Vec<Judged>,
+    rules: Option<Filter>,
+    restorer: Option<Filter>,
+}
+
+/// Why a text does not pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Blocked {
+    /// A rule found something.
+    By(Arc<str>),
+    /// A rule that must read it could not.
+    Unread(Arc<str>),
+}
+
+impl Blocked {
+    /// Its code on the wire.
+    pub const fn code(&self) -> Code {
+        match self {
+            Self::By(_) => Code::ContentFilter,
+            Self::Unread(_) => Code::ContentUnread,
+        }
+    }
+
+    /// Why, for the record.
+    pub const fn why(&self) -> &'static str {
+        match self {
+            Self::By(_) => "it found something",
+            Self::Unread(_) => "it must read what it cannot read",
+        }
+    }
+
+    /// What the client gets to hear of a whole request, or of a whole answer.
+    pub fn refusal(&self, what: &str) -> Refusal {
+        let message = match self {
+            Self::By(rule) => format!("{what} does not pass the guardrail {rule}"),
+            Self::Unread(rule) => format!("{what} cannot be read by the guardrail {rule}, which must read it"),
+        };
+        Refusal::new(self.code(), message)
+    }
+}
+
+impl Rails {
+    /// Whether any rule looks at prompts, or at answers.
+    pub fn looks_at(&self, prompts: bool) -> bool {
+        self.rules.rules().iter().any(|rule| rule.places.iter().any(|place| place.is_prompt() == prompts))
+    }
+
+    /// A rule that must read what nobody can read, if there is one.
+    pub fn insists(&self, prompts: bool) -> Option<&Arc<str>> {
+        let looks = |places: &[Place]| places.iter().any(|place| place.is_prompt() == prompts);
+        let insists = |rule: &&infergate_plugins::guardrail::Rule| rule.enforces() && rule.on_error == OnError::Deny;
+        self.rules.rules().iter().filter(insists).find(|rule| looks(&rule.places)).map(|rule| &rule.name)
+    }
+}
+
+/// A whole request, judged.
+#[derive(Debug)]
+pub struct Prompt {
+    /// The guardrails, as far as they have come.
+    pub guard: Guard,
+    /// What changes in the body.
+    pub edits: Vec<Edit>,
+    /// Why it goes nowhere.
+    pub blocked: Option<Blocked>,
+}
+
+impl Guard {
+    /// Judges the request `body` to `operation`. `tokens` is what is known of its length.
+    pub fn prompt(rails: Arc<Rails>, operation: Operation, body: &[u8], tokens: Option<u64>) -> Prompt {
+        let mut guard = Self::new(rails);
+        if !guard.rails.looks_at(true) {
+            return Prompt { guard, edits: Vec::new(), blocked: None };
+        }
+        let Ok(texts) = text::prompt(operation, body) else {
+            let blocked = guard.unread(true);
+            return Prompt { guard, edits: Vec::new(), blocked };
+        };
+        let blocked = guard.exceeded(body, &texts, tokens);
+        let mut edits = Vec::new();
+        let found = guard.judge(&texts, body, &mut edits);
+        guard.passed(true);
+        Prompt { guard, edits, blocked: blocked.or(found.err()) }
+    }
+
+    fn new(rails: Arc<Rails>) -> Self {
+        let judged = Judged::of(&rails.rules);
+        Self { rails, placeholders: Placeholders::default(), judged, rules: None, restorer: None }
+    }
+
+    /// An answer to `operation` begins. Returns whether anything is done about it.
+    pub fn answers(&mut self, operation: Operation) -> bool {
+        let looks = self.rails.looks_at(false);
+        self.rules = looks.then(|| Filter::of_rules(operation));
+        self.restorer = (!self.placeholders.is_empty()).then(|| Filter::of_originals(operation));
+        looks || self.restorer.is_some()
+    }
+
+    /// Judges an answer that is here as a whole; returns it as it may leave.
+    pub fn whole(&mut self, operation: Operation, body: Bytes) -> Result<Bytes, Blocked> {
+        let Ok(texts) = text::answer(operation, &body) else {
+            return self.unread(false).map_or(Ok(body), Err);
+        };
+        let mut edits = Vec::new();
+        self.judge(&texts, &body, &mut edits)?;
+        self.passed(false);
+        let body = splice(&body, &mut edits);
+        if self.placeholders.is_empty() {
+            return Ok(body);
+        }
+        let texts = text::answer(operation, &body).unwrap_or_default();
+        let mut edits = Vec::new();
+        for text in &texts {
+            let mut channel = Channel::of_originals(text.is_json);
+            let encoded = &body[text.span.clone()];
+            edits.extend(channel.whole(encoded, &mut self.placeholders).1.into_iter().map(|edit| edit.at(text)));
+        }
+        Ok(splice(&body, &mut edits))
+    }
+
+    /// Takes whole events of a stream and leaves in `events` what may leave now.
+    pub fn events(&mut self, events: &mut BytesMut) -> Result<(), Blocked> {
+        let judged = match self.rules.take() {
+            None => Ok(()),
+            Some(mut filter) => {
+                let judged = filter.take(events, self);
+                self.rules = Some(filter);
+                judged
+            }
+        };
+        if let Some(mut filter) = self.restorer.take() {
+            // Originals are the client's own: nothing is said of them.
+            let _ = filter.take(events, self);
+            self.restorer = Some(filter);
+        }
+        judged
+    }
+
+    /// The stream is at its end: what is left of it, and whether that may leave.
+    pub fn rest(&mut self) -> (BytesMut, Result<(), Blocked>) {
+        let mut events = BytesMut::new();
+        let mut judged = Ok(());
+        if let Some(mut filter) = self.rules.take() {
+            judged = filter.finish(&mut events, self);
+            if judged.is_ok() {
+                self.passed(false);
+            }
+        }
+        if let Some(mut filter) = self.restorer.take() {
+            let _ = filter.take(&mut events, self);
+            let mut last = BytesMut::new();
+            let _ = filter.finish(&mut last, self);
+            events.extend_from_slice(&last);
+        }
+        (events, judged)
+    }
+
+    /// What the rules read and found, for the record.
+    pub fn judged(&self) -> JudgedList<'_> {
+        JudgedList(&self.rails.rules, &self.judged)
+    }
+
+    /// The rules that found something and let it pass: for a header.
+    pub fn flagged(&self) -> Option<String> {
+        let rules = self.rails.rules.rules();
+        let found = self.judged.iter().filter(|judged| judged.found > 0 && judged.outcome != Outcome::Blocked);
+        let told = found.filter(|judged| rules[judged.rule].mode == Mode::Enforce);
+        let names: Vec<String> =
+            told.map(|judged| format!("{}={}", rules[judged.rule].name, judged::word(judged.outcome))).collect();
+        (!names.is_empty()).then(|| names.join(", "))
+    }
+
+    /// The exchange is over: what became of each rule is counted.
+    pub fn counted(&self) {
+        for judged in &self.judged {
+            self.rails.meters[judged.rule].count(judged.outcome);
+        }
+    }
+
+    /// Judges texts one after another; the edits are of `document`.
+    fn judge(&mut self, texts: &[Text], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
+        for text in texts {
+            self.placeholders.avoid(&String::from_utf8_lossy(&document[text.span.clone()]));
+        }
+        for text in texts {
+            let Some(scanner) = self.rails.rules.scanner(text.place).cloned() else { continue };
+            let mut channel = Channel::of_rules(&scanner, text.is_json);
+            let encoded = &document[text.span.clone()];
+            let (progress, edited) = channel.whole(encoded, &mut self.placeholders);
+            self.noted(text.place, &progress, encoded.len());
+            if let Some(rule) = progress.blocked {
+                return Err(Blocked::By(self.rails.rules.rules()[rule].name.clone()));
+            }
+            edits.extend(edited.into_iter().map(|edit| edit.at(text)));
+        }
+        Ok(())
+    }
+
+    /// What was read of a place, and what was found there.
+    fn noted(&mut self, place: Place, progress: &Progress, bytes: usize) {
+        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == place.is_prompt()) {
+            let rule = &self.rails.rules.rules()[judged.rule];
+            if rule.places.contains(&place) {
+                judged.read(bytes as u64);
+            }
+        }
+        for found in &progress.found {
+            let outcome = self.rails.rules.rules()[found.rule].outcome();
+            if let Some(judged) = self.judgement(found.rule, place.is_prompt()) {
+                judged.find(&found.label, outcome);
+            }
+        }
+    }
+
+    fn judgement(&mut self, rule: usize, prompt: bool) -> Option<&mut Judged> {
+        self.judged.iter_mut().find(|judged| judged.rule == rule && judged.prompt == prompt)
+    }
+
+    /// What is beyond the bounds of a whole prompt.
+    fn exceeded(&mut self, body: &[u8], texts: &[Text], tokens: Option<u64>) -> Option<Blocked> {
+        let bounds = self.rails.rules.rules().iter().any(|rule| rule.kind == "size");
+        if !bounds {
+            return None;
+        }
+        let measure = measure(body, texts, tokens);
+        let exceeded: Vec<(usize, &'static str)> = self.rails.rules.exceeded(&measure).collect();
+        let mut blocked = None;
+        for (rule, what) in exceeded {
+            let outcome = self.rails.rules.rules()[rule].outcome();
+            if let Some(judged) = self.judgement(rule, true) {
+                judged.find(what, outcome);
+            }
+            if outcome == Outcome::Blocked {
+                blocked.get_or_insert_with(|| Blocked::By(self.rails.rules.rules()[rule].name.clone()));
+            }
+        }
+        blocked
+    }
+
+    /// Nobody could read it: whoever must stops it.
+    fn unread(&mut self, prompt: bool) -> Option<Blocked> {
+        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == prompt) {
+            judged.outcome = judged.outcome.max(Outcome::Failed);
+        }
+        self.rails.insists(prompt).cloned().map(Blocked::Unread)
+    }
+
+    /// Everything has been read.
+    fn passed(&mut self, prompt: bool) {
+        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == prompt) {
+            if judged.outcome == Outcome::Skipped {
+                judged.outcome = Outcome::Passed;
+            }
+        }
+    }
+}
+
+/// How much a prompt has of what rules bound.
+fn measure(body: &[u8], texts: &[Text], tokens: Option<u64>) -> Measure {
+    let characters = |text: &Text| String::from_utf8_lossy(&body[text.span.clone()]).chars().count() as u64;
+    let (images, tools) = text::extras(body);
+    Measure { characters: texts.iter().map(characters).sum(), tokens, images, tools }
+}

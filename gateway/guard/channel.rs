@@ -1,0 +1,167 @@
+//! One text of an answer or a request on its way through the rules: decoded for them, edited as it is encoded.
+
+use std::sync::Arc;
+
+use infergate_plugins::guardrail::json::{Decoder, Nested};
+use infergate_plugins::guardrail::redact::{Placeholders, Restorer};
+use infergate_plugins::guardrail::stream::{Edit, Progress, Scanner, Stream};
+
+use crate::scan;
+use crate::text::Text;
+
+/// A text that comes in pieces.
+#[derive(Debug)]
+pub(super) struct Channel {
+    codec: Codec,
+    judge: Judge,
+    text: String,
+    progress: Progress,
+    /// Encoded bytes so far.
+    pub(super) end: u64,
+    /// So many of them may leave.
+    pub(super) released: u64,
+}
+
+#[derive(Debug)]
+enum Codec {
+    Text(Box<Decoder>),
+    /// JSON in a string: the arguments of a tool.
+    Document(Box<Nested>),
+}
+
+enum Judge {
+    Rules(Box<Stream>),
+    Originals(Restorer),
+}
+
+impl std::fmt::Debug for Judge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if matches!(self, Self::Rules(_)) { "Rules" } else { "Originals" })
+    }
+}
+
+/// An edit of encoded bytes, counted from the text's beginning.
+#[derive(Clone, Debug)]
+pub(super) struct Encoded(pub(super) Edit);
+
+impl Encoded {
+    /// The same in the document in which the whole text stands.
+    pub(super) fn at(self, text: &Text) -> scan::Edit {
+        let Edit { range, replacement } = self.0;
+        let place = |offset: u64| text.span.start + offset as usize;
+        scan::Edit { span: place(range.start)..place(range.end), text: replacement }
+    }
+}
+
+impl Codec {
+    fn new(is_json: bool) -> Self {
+        match is_json {
+            true => Self::Document(Box::default()),
+            false => Self::Text(Box::new(Decoder::string())),
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8], text: &mut String) {
+        match self {
+            Self::Text(decoder) => decoder.push(bytes, text),
+            Self::Document(nested) => nested.push(bytes, text),
+        }
+    }
+
+    fn finish(&mut self, text: &mut String) {
+        match self {
+            Self::Text(decoder) => decoder.finish(text),
+            Self::Document(nested) => nested.finish(text),
+        }
+    }
+
+    fn encoded(&self, decoded: u64) -> u64 {
+        match self {
+            Self::Text(decoder) => decoder.encoded(decoded),
+            Self::Document(nested) => nested.encoded(decoded),
+        }
+    }
+
+    fn edits(&self, edit: &Edit) -> Vec<Edit> {
+        match self {
+            Self::Text(decoder) => decoder.edits(edit),
+            Self::Document(nested) => nested.edits(edit),
+        }
+    }
+
+    fn forget(&mut self, decoded: u64) {
+        match self {
+            Self::Text(decoder) => decoder.forget(decoded),
+            Self::Document(nested) => nested.forget(decoded),
+        }
+    }
+}
+
+impl Channel {
+    /// One that rules judge.
+    pub(super) fn of_rules(scanner: &Arc<Scanner>, is_json: bool) -> Self {
+        Self::new(Judge::Rules(Box::new(scanner.stream())), is_json)
+    }
+
+    /// One in which originals come back.
+    pub(super) fn of_originals(is_json: bool) -> Self {
+        Self::new(Judge::Originals(Restorer::default()), is_json)
+    }
+
+    fn new(judge: Judge, is_json: bool) -> Self {
+        let (text, progress) = (String::new(), Progress::default());
+        Self { codec: Codec::new(is_json), judge, text, progress, end: 0, released: 0 }
+    }
+
+    /// Takes the next encoded bytes; returns what is known now, and the edits of encoded bytes that are new.
+    pub(super) fn push(&mut self, encoded: &[u8], placeholders: &mut Placeholders) -> (&Progress, Vec<Encoded>) {
+        self.text.clear();
+        self.codec.push(encoded, &mut self.text);
+        self.end += encoded.len() as u64;
+        match &mut self.judge {
+            Judge::Rules(stream) => stream.push(&self.text, placeholders, &mut self.progress),
+            Judge::Originals(restorer) => restorer.push(&self.text, placeholders, &mut self.progress),
+        }
+        let edits = self.edited();
+        self.released = self.codec.encoded(self.progress.released);
+        self.codec.forget(self.progress.released);
+        (&self.progress, edits)
+    }
+
+    /// The text is at its end.
+    pub(super) fn finish(&mut self, placeholders: &mut Placeholders) -> (Progress, Vec<Encoded>) {
+        self.text.clear();
+        self.codec.finish(&mut self.text);
+        let mut first = Progress::default();
+        match &mut self.judge {
+            Judge::Rules(stream) => {
+                stream.push(&self.text, placeholders, &mut first);
+                stream.finish(placeholders, &mut self.progress);
+            }
+            Judge::Originals(restorer) => {
+                restorer.push(&self.text, placeholders, &mut first);
+                restorer.finish(&mut self.progress);
+            }
+        }
+        self.progress.edits.splice(0..0, first.edits);
+        self.progress.found.splice(0..0, first.found);
+        let edits = self.edited();
+        let is_whole = self.progress.blocked.is_none();
+        self.released = if is_whole { self.end } else { self.codec.encoded(self.progress.released) };
+        (self.progress.clone(), edits)
+    }
+
+    /// The same for a text that is here at once.
+    pub(super) fn whole(&mut self, encoded: &[u8], placeholders: &mut Placeholders) -> (Progress, Vec<Encoded>) {
+        let (progress, mut edits) = self.push(encoded, placeholders);
+        let mut found = progress.found.clone();
+        let (mut progress, more) = self.finish(placeholders);
+        edits.extend(more);
+        found.append(&mut progress.found);
+        (Progress { found, ..progress }, edits)
+    }
+
+    fn edited(&self) -> Vec<Encoded> {
+        self.progress.edits.iter().flat_map(|edit| self.codec.edits(edit)).map(Encoded).collect()
+    }
+}

@@ -1,0 +1,44 @@
+//! What guardrails said, by rule.
+
+use infergate_plugins::guardrail::Outcome;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+
+/// Every outcome with its word, in the order of the enum.
+const OUTCOMES: [&str; 7] = ["passed", "flagged", "redacted", "blocked", "skipped", "failed", "timed_out"];
+
+/// The metrics.
+#[derive(Debug)]
+pub(super) struct Guards(Family<GuardLabels, Counter>);
+
+/// The handles of one rule. They live with the policy, so that a request looks nothing up.
+#[derive(Clone, Debug, Default)]
+pub struct GuardMeters([Counter; OUTCOMES.len()]);
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct GuardLabels {
+    rule: String,
+    outcome: &'static str,
+}
+
+impl Guards {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let verdicts = Family::default();
+        registry.register("guardrail_verdicts", "What became of guardrails, by rule", verdicts.clone());
+        Self(verdicts)
+    }
+
+    /// The handles of the rule `name`.
+    pub(super) fn of(&self, name: &str) -> GuardMeters {
+        GuardMeters(OUTCOMES.map(|outcome| self.0.get_or_create_owned(&GuardLabels { rule: name.to_owned(), outcome })))
+    }
+}
+
+impl GuardMeters {
+    /// One exchange was judged.
+    pub fn count(&self, outcome: Outcome) {
+        self.0[outcome as usize].inc();
+    }
+}

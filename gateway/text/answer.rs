@@ -1,0 +1,172 @@
+//! The texts of an answer that is no stream.
+
+use std::borrow::Cow;
+
+use infergate_plugins::operation::Operation;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::{Collector, Function, Place, Text, ToolCall, Unreadable, channel};
+
+/// An answer of any endpoint: each has some of these.
+#[derive(Deserialize)]
+struct Answer<'a> {
+    #[serde(borrow, default)]
+    choices: Option<Vec<Choice<'a>>>,
+    #[serde(borrow, default)]
+    output: Option<Vec<Item<'a>>>,
+    #[serde(borrow, default)]
+    content: Option<Vec<Block<'a>>>,
+    #[serde(borrow, default)]
+    generated_text: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    segments: Option<Vec<Segment<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(default)]
+    index: Option<u64>,
+    #[serde(borrow, default)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    message: Option<Spoken<'a>>,
+}
+
+/// What a model says in a chat: a message, or a part of one on a stream.
+#[derive(Deserialize)]
+pub(super) struct Spoken<'a> {
+    #[serde(borrow, default)]
+    content: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    reasoning_content: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    reasoning: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    refusal: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tool_calls: Option<Vec<ToolCall<'a>>>,
+    #[serde(borrow, default)]
+    function_call: Option<Function<'a>>,
+}
+
+/// One item of a response's output.
+#[derive(Deserialize)]
+pub(super) struct Item<'a> {
+    #[serde(borrow, default, rename = "type")]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    content: Option<Vec<Block<'a>>>,
+    #[serde(borrow, default)]
+    summary: Option<Vec<Block<'a>>>,
+    #[serde(borrow, default)]
+    arguments: Option<&'a RawValue>,
+}
+
+/// One block of a message, one part of a response's item.
+#[derive(Deserialize)]
+pub(super) struct Block<'a> {
+    #[serde(borrow, default)]
+    text: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    thinking: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    refusal: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    input: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Segment<'a> {
+    #[serde(borrow, default)]
+    text: Option<&'a RawValue>,
+}
+
+/// Whether answers to an operation have texts.
+pub(super) fn speaks(operation: Operation) -> bool {
+    use Operation::{Chat, Completions, Generate, Messages, Responses, Transcription};
+    matches!(operation, Chat | Completions | Responses | Messages | Generate | Transcription)
+}
+
+/// The texts of the whole answer `body` to `operation`.
+pub fn answer(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable> {
+    if !speaks(operation) {
+        return Ok(Vec::new());
+    }
+    let mut found = Collector::new(body);
+    // TGI may give a list of answers.
+    let is_list = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
+    let answers: Vec<Answer<'_>> =
+        if is_list { serde_json::from_slice(body)? } else { vec![serde_json::from_slice(body)?] };
+    for answer in &answers {
+        found.answer(answer);
+    }
+    Ok(found.texts)
+}
+
+impl<'a> Collector<'a> {
+    fn answer(&mut self, answer: &Answer<'a>) {
+        for (index, choice) in (0..).zip(answer.choices.iter().flatten()) {
+            let index = choice.index.unwrap_or(index);
+            self.optional(Place::AnswerContent, channel(index, 0), choice.text);
+            if let Some(message) = &choice.message {
+                self.spoken(index, message);
+            }
+        }
+        for (index, item) in (0..).zip(answer.output.iter().flatten()) {
+            self.item(index, item);
+        }
+        self.blocks(0, Place::AnswerContent, answer.content.as_deref().unwrap_or_default());
+        for text in [answer.generated_text, answer.text].into_iter().flatten() {
+            self.string(Place::AnswerContent, 0, text);
+        }
+        for segment in answer.segments.iter().flatten() {
+            self.optional(Place::AnswerContent, 0, segment.text);
+        }
+    }
+
+    pub(super) fn spoken(&mut self, index: u64, spoken: &Spoken<'a>) {
+        if let Some(content) = spoken.content {
+            // A list of parts is rare, and what cannot be read of it is no text.
+            let _ = self.parts(Place::AnswerContent, channel(index, 0), content);
+        }
+        for reasoning in [spoken.reasoning_content, spoken.reasoning].into_iter().flatten() {
+            self.string(Place::AnswerReasoning, channel(index, 0), reasoning);
+        }
+        self.optional(Place::AnswerRefusal, channel(index, 0), spoken.refusal);
+        for (at, call) in (0..).zip(spoken.tool_calls.iter().flatten()) {
+            let arguments = call.function.as_ref().and_then(|function| function.arguments);
+            self.arguments(Place::AnswerToolArguments, channel(index, call.index.unwrap_or(at)), arguments);
+        }
+        let arguments = spoken.function_call.as_ref().and_then(|function| function.arguments);
+        self.arguments(Place::AnswerToolArguments, channel(index, u64::from(u32::MAX)), arguments);
+    }
+
+    pub(super) fn item(&mut self, index: u64, item: &Item<'a>) {
+        let place = match item.kind.as_deref() {
+            Some("reasoning") => Place::AnswerReasoning,
+            _ => Place::AnswerContent,
+        };
+        for blocks in [&item.summary, &item.content].into_iter().flatten() {
+            self.blocks(index, place, blocks);
+        }
+        self.arguments(Place::AnswerToolArguments, channel(index, 0), item.arguments);
+    }
+
+    pub(super) fn blocks(&mut self, index: u64, place: Place, blocks: &[Block<'a>]) {
+        for (at, block) in (0..).zip(blocks) {
+            self.block(channel(index, at), place, block);
+        }
+    }
+
+    pub(super) fn block(&mut self, channel: u64, place: Place, block: &Block<'a>) {
+        self.optional(place, channel, block.text);
+        self.optional(Place::AnswerReasoning, channel, block.thinking);
+        self.optional(Place::AnswerRefusal, channel, block.refusal);
+        if let Some(input) = block.input {
+            self.deep(Place::AnswerToolArguments, channel, input);
+        }
+    }
+}
