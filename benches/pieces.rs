@@ -328,8 +328,12 @@ fn identities(criterion: &mut Criterion) {
     let list: Vec<_> = known.iter().map(entry).collect();
     let config = serde_json::json!([{"keys": {"pepper": {"env": "P"}, "list": list}}]);
     let configs: Vec<authenticator::Config> = serde_json::from_value(config).unwrap_or_default();
-    let mut world =
-        authenticator::World { secret: &mut |_| Ok(pepper.clone()), entries: &mut |_| Err(Vec::new()), time: |_| None };
+    let mut world = authenticator::World {
+        secret: &mut |_| Ok(pepper.clone()),
+        entries: &mut |_| Err(Vec::new()),
+        key_set: &mut |_| Err(String::new()),
+        time: |_| None,
+    };
     let built = authenticator::build(&configs, &mut world).unwrap_or_default();
     let chain: Vec<_> = built.into_iter().map(|built| built.authenticator).collect();
     let now = SystemTime::now();

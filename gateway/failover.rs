@@ -513,7 +513,7 @@ pub async fn tunnel(
                 exchange.attempt_answers(now, 101);
                 exchange.answering(now, 101);
                 exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
-                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark()));
+                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
                 let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
                 if relay::carry(*tunnel, downstream, from, to, cut).await {
                     picked.upstream.attempts.cancelled.inc();

@@ -138,7 +138,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
         return Err(refusal.retry_after(Duration::from_secs(1)).into());
     }
-    identity::identify(exchange, &head.headers, path_in_policy(exchange.surface, passthrough))?;
+    identity::identify(exchange, &downstream.credentials(), path_in_policy(exchange.surface, passthrough))?;
     if found.is_none() && passthrough.is_none() {
         let path: String = path.chars().take(200).collect();
         return Err(Refusal::new(Code::NotFound, format!("nothing is served at {path}")).into());
@@ -323,7 +323,7 @@ async fn relay(
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
-    if exchange.mark().is_some_and(|mark| identity::is_revoked(house, &exchange.policy, &mark)) {
+    if exchange.hold().is_some_and(|hold| identity::is_revoked(house, &exchange.policy, &hold)) {
         answer.discard(&house.connections, &picked.endpoint.target).await;
         picked.upstream.attempts.cancelled.inc();
         exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
@@ -362,7 +362,7 @@ async fn relay(
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
     let (target, cut) =
-        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark())));
+        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold())));
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);

@@ -646,6 +646,11 @@ impl Policy {
         Err(Refusal::new(Code::ModelNotFound, message).param("model"))
     }
 
+    /// Whether callers may be known by a certificate.
+    pub fn asks_for_certificates(&self) -> bool {
+        self.authenticators.iter().flatten().any(|authenticator| authenticator.kind() == "mtls")
+    }
+
     /// The pass-through entry for a path, if there is one.
     pub fn passthrough(&self, method: &Method, path: &str) -> Option<&Passthrough> {
         self.passthrough.iter().find(|entry| entry.methods.contains(method) && entry.fits(path))

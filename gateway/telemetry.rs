@@ -4,6 +4,7 @@
 
 mod evidence;
 mod genai;
+mod issuers;
 pub mod names;
 mod process;
 mod spent;
@@ -26,6 +27,8 @@ use self::evidence::Sinks;
 pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
 use self::genai::GenAi;
 pub use self::genai::Meters;
+pub use self::issuers::IssuerMeters;
+use self::issuers::Issuers;
 use self::process::Process;
 pub use self::process::Runtimes;
 use self::spent::Spent;
@@ -116,6 +119,7 @@ pub struct Telemetry {
     registry: Mutex<Registry>,
     genai: GenAi,
     sinks: Sinks,
+    issuers: Issuers,
     spent: Spent,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
@@ -239,6 +243,7 @@ impl Telemetry {
             journal: JournalMeters::new(registry),
             traces: TraceMeters::new(registry),
             sinks: Sinks::new(registry),
+            issuers: Issuers::new(registry),
             spent: Spent::new(registry),
             runtimes,
             genai,
@@ -337,6 +342,16 @@ impl Telemetry {
     /// A sink left the policy.
     pub fn sink_gone(&self, name: &str) {
         self.sinks.forget(name);
+    }
+
+    /// The metrics of one issuer's keys, to be kept with them.
+    pub fn issuer(&self, server: &str) -> IssuerMeters {
+        self.issuers.of(server)
+    }
+
+    /// An issuer left the policy.
+    pub fn issuer_gone(&self, server: &str) {
+        self.issuers.forget(server);
     }
 
     /// The counter of one pool's refused retries, to be kept with it.

@@ -2,6 +2,7 @@
 
 mod operators;
 mod revocation;
+mod tokens;
 
 use std::io::Write;
 use std::process::{Command, Stdio};

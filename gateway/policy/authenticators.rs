@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 
+use infergate_plugins::authenticator::jwt::{KeySet, Source};
 use infergate_plugins::authenticator::{self, Authenticator, Named, keys};
 use sha2::Digest;
 
@@ -32,11 +33,12 @@ impl Compiler<'_> {
         &mut self,
         configs: &[authenticator::Config],
     ) -> Result<Vec<authenticator::Built>, Vec<authenticator::Wrong>> {
-        // Both read something that counts for the hash.
+        // All of them read something that counts for the hash.
         let compiler = RefCell::new(self);
         let mut world = authenticator::World {
             secret: &mut |source| compiler.borrow_mut().pepper(source),
             entries: &mut |path| compiler.borrow_mut().key_file(path),
+            key_set: &mut |source| compiler.borrow_mut().key_set(source),
             time: time::parse,
         };
         authenticator::build(configs, &mut world)
@@ -59,6 +61,20 @@ impl Compiler<'_> {
         let text = std::fs::read_to_string(&path).map_err(|error| vec![format!("{name} cannot be read: {error}")])?;
         self.secrets.update(&text);
         listed(&text, name)
+    }
+
+    /// The keys of an issuer: those in a file, or those that are read beside the requests.
+    fn key_set(&mut self, source: &Source) -> Result<Arc<KeySet>, String> {
+        let Source::File(path) = source else { return Ok(self.world.state.key_set(source)) };
+        let path = self.beside(path);
+        self.secret_files.push(path.clone());
+        if !self.world.secret_files {
+            return Ok(Arc::new(KeySet::new(|| {})));
+        }
+        let told = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+        let text = std::fs::read(&path).map_err(|error| told(&error))?;
+        self.secrets.update(&text);
+        KeySet::fixed(&text).map(Arc::new).map_err(|error| told(&error))
     }
 
     fn named_tenant(&mut self, named: &Named, file: &file::File) {
