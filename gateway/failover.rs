@@ -268,11 +268,11 @@ pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Stri
     stage.other_name(upstream).or_else(asked).unwrap_or_default().to_owned()
 }
 
-/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another,
-/// and for the question of what a stream used where the policy wants to know and the client does not.
+/// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
+/// what the tenant's parameters say, and for the question of what a stream used where the policy wants to know and the client does not.
 fn body_for(planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
     let edit = stage.other_name(upstream).and_then(|name| planned.scan.rename_model(name));
-    let mut edits: Vec<Edit> = edit.into_iter().collect();
+    let mut edits: Vec<Edit> = edit.into_iter().chain(planned.parameter_edits.iter().cloned()).collect();
     if let Some(asks) = planned.asks_for_usage(upstream) {
         edits.extend_from_slice(asks);
     }

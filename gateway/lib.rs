@@ -5,7 +5,7 @@
 //! | room | what is in it |
 //! |---|---|
 //! | [`pipeline`], [`failover`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
-//! | [`identity`], [`issuers`], [`certificate`] | who asks, and what they may use; the keys of identity providers; a client's certificate |
+//! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
@@ -33,6 +33,7 @@ pub mod local;
 pub mod logging;
 pub mod memory;
 pub mod money;
+pub mod parameters;
 pub mod pipeline;
 pub mod policy;
 pub mod pool;

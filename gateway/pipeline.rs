@@ -20,6 +20,7 @@ use crate::house::House;
 use crate::identity;
 use crate::local;
 use crate::money::{self, bill::Bill};
+use crate::parameters;
 use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route, Stage};
 use crate::pool::Upstream;
@@ -72,6 +73,8 @@ pub struct Planned {
     pub received: Received,
     /// Where the deciding fields stand.
     pub scan: Scan,
+    /// The edits that the tenant's parameters want.
+    pub parameter_edits: Vec<Edit>,
     /// The edits that ask for a stream's usage, where the policy wants it and the client did not ask.
     pub usage_edits: Option<Vec<Edit>>,
     /// Whether the answer is to be a stream.
@@ -253,6 +256,7 @@ fn admit(
         Some(route) => identity::may_pass(exchange, route).map(|()| route.clone())?,
         None => identity::route(exchange, model.as_deref())?,
     };
+    let parameter_edits = parameters::admit(exchange, &identified, downstream.head(), &received.body)?;
     let operation = identified.surface.operation;
     if !route.stages.iter().any(|stage| stage.pool.serves(operation)) {
         let name = model.as_deref().unwrap_or(&route.model.name);
@@ -267,7 +271,7 @@ fn admit(
     let total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
     let asks = policy.asks_for_usage && streaming && matches!(operation, Operation::Chat | Operation::Completions);
     let usage_edits = if asks { scan.ask_for_usage(&received.body) } else { None };
-    Ok(Planned { identified, scan, usage_edits, streaming, route, priority, total, received })
+    Ok(Planned { identified, scan, parameter_edits, usage_edits, streaming, route, priority, total, received })
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -288,7 +292,7 @@ fn invalid(fault: scan::Fault) -> Refusal {
         scan::Fault::Twice(field) => (Code::DuplicateField, Some(field.name())),
         scan::Fault::Kind(field, _) => (Code::InvalidBody, Some(field.name())),
     };
-    Refusal { param, ..Refusal::new(code, fault.to_string()) }
+    Refusal { param: param.map(Cow::Borrowed), ..Refusal::new(code, fault.to_string()) }
 }
 
 /// The model's name, in the body or in the query.

@@ -2,6 +2,7 @@
 
 mod authenticators;
 pub mod file;
+pub mod key_file;
 pub mod prices;
 pub mod problem;
 pub mod reload;
@@ -18,7 +19,7 @@ use infergate_plugins::authenticator::Authenticator;
 use infergate_plugins::{provider, sink};
 use sha2::{Digest, Sha256};
 
-pub use self::authenticators::authenticators;
+pub use self::authenticators::{OwnKey, OwnKeys, authenticators};
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
 pub use self::tenants::{Tenant, Tenants};
@@ -43,6 +44,8 @@ pub struct Policy {
     pub requests: file::Requests,
     /// Who may ask, in the order in which they are asked; `None`: everybody may.
     pub authenticators: Option<Vec<Arc<dyn Authenticator>>>,
+    /// The gateway's own keys, if there are any.
+    pub own_keys: Option<OwnKeys>,
     /// Who pays.
     pub tenants: Tenants,
     /// The pools, by name.
@@ -274,12 +277,14 @@ struct Compiler<'a> {
     secret_files: Vec<PathBuf>,
     /// Where the file lies.
     directory: Option<PathBuf>,
+    own_keys: Option<OwnKeys>,
 }
 
 impl<'a> Compiler<'a> {
     fn new(document: Document, source: &str, world: &'a World<'a>) -> Self {
         let secrets = Sha256::new_with_prefix(source);
-        Self { document, world, problems: Vec::new(), secrets, secret_files: Vec::new(), directory: None }
+        let (problems, secret_files) = (Vec::new(), Vec::new());
+        Self { document, world, problems, secrets, secret_files, directory: None, own_keys: None }
     }
 
     /// A path that the policy gives, which begins where the policy lies.
@@ -315,6 +320,7 @@ impl<'a> Compiler<'a> {
             priority_header: file.requests.priority_header.as_deref().and_then(|name| name.parse().ok()),
             requests: file.requests,
             authenticators,
+            own_keys: self.own_keys.take(),
             tenants,
             pools,
             passthrough,
@@ -609,6 +615,7 @@ impl Policy {
             revision: 0,
             requests: file::Requests::default(),
             authenticators: None,
+            own_keys: None,
             tenants: Tenants::default(),
             pools: BTreeMap::new(),
             passthrough: Vec::new(),

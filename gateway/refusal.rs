@@ -16,7 +16,7 @@ pub struct Refusal {
     /// A sentence for the person who reads it: what happened and what to do.
     pub message: Cow<'static, str>,
     /// The request's field that is at fault.
-    pub param: Option<&'static str>,
+    pub param: Option<Cow<'static, str>>,
     /// When it is worth asking again.
     pub retry_after: Option<Duration>,
     /// Whether the connection must be closed, because we cannot know where the next request begins.
@@ -38,6 +38,8 @@ pub enum Code {
     ModelNotAllowed,
     /// The caller may not use the endpoint.
     SurfaceNotAllowed,
+    /// The caller may not send the parameter.
+    ParameterNotAllowed,
     /// The caller's key was revoked while the answer was on its way.
     KeyRevoked,
     /// The path is nobody's.
@@ -90,6 +92,7 @@ pub const CODES: &[Code] = &[
     Code::InvalidApiKey,
     Code::ModelNotAllowed,
     Code::SurfaceNotAllowed,
+    Code::ParameterNotAllowed,
     Code::KeyRevoked,
     Code::NotFound,
     Code::MethodNotAllowed,
@@ -123,6 +126,7 @@ impl Code {
             Self::InvalidApiKey => "invalid_api_key",
             Self::ModelNotAllowed => "model_not_allowed",
             Self::SurfaceNotAllowed => "surface_not_allowed",
+            Self::ParameterNotAllowed => "parameter_not_allowed",
             Self::KeyRevoked => "key_revoked",
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
@@ -150,9 +154,11 @@ impl Code {
     /// The HTTP status.
     pub const fn status(self) -> StatusCode {
         match self {
-            Self::BadRequest | Self::InvalidBody | Self::DuplicateField | Self::UpgradeUnsupported => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::BadRequest
+            | Self::InvalidBody
+            | Self::DuplicateField
+            | Self::ParameterNotAllowed
+            | Self::UpgradeUnsupported => StatusCode::BAD_REQUEST,
             Self::InvalidApiKey | Self::KeyRevoked => StatusCode::UNAUTHORIZED,
             Self::ModelNotAllowed | Self::SurfaceNotAllowed => StatusCode::FORBIDDEN,
             Self::NotFound | Self::ModelNotFound => StatusCode::NOT_FOUND,
@@ -185,8 +191,8 @@ impl Refusal {
     }
 
     /// Names the field at fault.
-    pub fn param(self, param: &'static str) -> Self {
-        Self { param: Some(param), ..self }
+    pub fn param(self, param: impl Into<Cow<'static, str>>) -> Self {
+        Self { param: Some(param.into()), ..self }
     }
 
     /// Says when to come back.
@@ -222,7 +228,7 @@ impl Refusal {
         match dialect {
             // OpenAI's own event, with the envelope beside it: the SDKs raise an exception only for that.
             Dialect::Responses => {
-                let (code, message, param) = (self.code.name(), &self.message, self.param);
+                let (code, message, param) = (self.code.name(), &self.message, &self.param);
                 let error = json!({"code": code, "message": message, "param": param, "type": self.openai_type()});
                 let event = json!({"type": "error", "code": code, "message": message, "param": param, "error": error});
                 format!("event: error\ndata: {event}\n\n")

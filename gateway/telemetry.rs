@@ -66,6 +66,11 @@ struct CodeLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WhyLabels {
+    why: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct AttemptLabels {
     pool: String,
     upstream: String,
@@ -128,6 +133,7 @@ pub struct Telemetry {
     attempts: Family<AttemptLabels, Counter>,
     /// The upstreams, by pool and name, whose counters somebody holds.
     attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
+    admin_denied: Family<WhyLabels, Counter>,
     retries_refused: Family<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
@@ -221,6 +227,7 @@ impl Telemetry {
             }),
             attempts: Family::default(),
             attempted: Mutex::default(),
+            admin_denied: Family::default(),
             retries_refused: Family::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
@@ -255,6 +262,7 @@ impl Telemetry {
         registry.register_with_unit("time_to_first_token", "From head to first piece", Unit::Seconds, first_tokens);
         registry.register("refusals", "Refusals by code", refusals);
         registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
+        registry.register("admin_denied", "Requests on the admin port that were not let in", t.admin_denied.clone());
         registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
         registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
         registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
@@ -342,6 +350,11 @@ impl Telemetry {
     /// A sink left the policy.
     pub fn sink_gone(&self, name: &str) {
         self.sinks.forget(name);
+    }
+
+    /// Somebody was not let in on the admin port.
+    pub fn admin_denied(&self, why: &'static str) {
+        self.admin_denied.get_or_create(&WhyLabels { why }).inc();
     }
 
     /// The metrics of one issuer's keys, to be kept with them.

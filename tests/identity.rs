@@ -1,6 +1,9 @@
 //! Who may ask is asked for a key on every endpoint, over both protocols; who is not known learns nothing.
 
+mod certificates;
+mod key_api;
 mod operators;
+mod parameters;
 mod revocation;
 mod tokens;
 

@@ -74,6 +74,25 @@ pub struct Tenant {
     /// The endpoints that it may use: paths of the gateway's own table, such as `/v1/chat/completions`, or of
     /// `passthrough`. Absent: all. The list of models and the health of the gateway need not be among them.
     pub surfaces: Option<Vec<String>>,
+    /// What its requests may ask of a model, and what they ask anyway.
+    pub parameters: Option<Parameters>,
+}
+
+/// What a tenant's requests may ask of a model. The gateway changes a body only where this says so, and there only the
+/// bytes that it must.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parameters {
+    /// Fields that a body may not have, such as `logit_bias` or `tools`: 400 `parameter_not_allowed`. What the tenants
+    /// above forbid is forbidden too. What passes through unread, and WebSockets, are refused then.
+    pub forbid: Vec<String>,
+    /// The end user of all its requests, put in or in place of what was sent (`user`; on `/v1/messages`
+    /// `metadata.user_id`): `caller` for the name of whoever asks, or a fixed text. What a tenant above says comes first.
+    #[schemars(length(min = 1))]
+    pub user: Option<String>,
+    /// Fields for requests that do not have them, where models write (chat, completions, responses, messages):
+    /// `temperature: 0.2`. What a tenant above says holds where this has nothing.
+    pub defaults: BTreeMap<String, serde_json::Value>,
 }
 
 /// One model as clients see it.

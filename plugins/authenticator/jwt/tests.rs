@@ -406,3 +406,30 @@ fn many_threads_ask_at_once() {
     });
     assert_eq!(wrong.into_inner().unwrap(), Vec::<usize>::new());
 }
+
+#[test]
+fn nothing_but_the_token_itself_is_let_in_whatever_bytes_are_changed() {
+    let signer = Signer::ed25519();
+    let jwt = jwt(&json!([issuer()]), &key_set(&[signer.jwk("k")]).0).ok().unwrap().authenticator;
+    let token = signer.token("k", &claims());
+    let mut random: u64 = 7;
+    let mut chance = |below: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % below
+    };
+    for round in 0..20_000 {
+        let mut bytes = token.clone().into_bytes();
+        for _ in 0..=chance(3) {
+            let at = chance(bytes.len());
+            match chance(3) {
+                0 => drop(bytes.remove(at)),
+                1 => bytes.insert(at, b"._-=A0z{"[chance(8)]),
+                _ => bytes[at] = b' ' + chance(95) as u8,
+            }
+        }
+        let changed = String::from_utf8(bytes).unwrap();
+        let answer = ask(&*jwt, &changed);
+        assert!(!matches!(answer, Answer::Yes(_)) || changed.trim() == token, "{round}: {changed}");
+    }
+    yes(ask(&*jwt, &token));
+}
