@@ -175,7 +175,8 @@ impl Rule {
 
 fn fits(wanted: &str, id: &str) -> bool {
     match wanted.strip_suffix('*') {
-        Some(before) => id.strip_prefix(before).is_some_and(|rest| !rest.is_empty()),
+        // No ID ends with a slash, so something follows.
+        Some(before) => id.starts_with(before),
         None => id == wanted,
     }
 }

@@ -269,7 +269,7 @@ fn a_key_is_used_for_nothing_but_what_it_says() {
         json!("no object"),
         json!({"kty": "oct", "k": "c2VjcmV0"}),
     ] {
-        assert!(KeySet::fixed(set(&[key.clone()]).as_bytes()).is_err(), "{key}");
+        assert!(KeySet::fixed(set(std::slice::from_ref(&key)).as_bytes()).is_err(), "{key}");
     }
     let only = with(rsa.jwk("r"), "alg", json!("PS256"));
     let mut config = issuer();
