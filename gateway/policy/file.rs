@@ -427,7 +427,8 @@ pub struct Requests {
     /// How long a drained answer may go on after the client left, in milliseconds.
     #[schemars(range(min = 1))]
     pub drain_ms: u64,
-    /// What happens to the running requests of a key that is revoked. What the newest policy says counts.
+    /// What happens to the running requests of a key that is revoked, or of a key, a token or a certificate whose time
+    /// is over. What the newest policy says counts.
     pub on_revoked: OnRevoked,
     /// How long a client may take to accept a piece of the answer, in milliseconds.
     #[schemars(range(min = 1))]
@@ -471,7 +472,7 @@ pub enum OnDisconnect {
     Drain,
 }
 
-/// What happens to the running requests of a key that is revoked.
+/// What happens to the running requests of whoever would not be let in any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRevoked {
