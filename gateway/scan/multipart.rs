@@ -149,6 +149,7 @@ mod tests {
             "Content-Disposition: form-data; filename=\"a; name=prompt\"; name=b",
             "Content-Disposition: form-data; name=a\r\nContent-Disposition: form-data; name=prompt",
             "Content-Disposition: form-data;\r\n name=prompt",
+            "Content-Disposition: form-data; name=a;\r\n name=prompt",
         ] {
             assert!(of(line).is_err(), "{line}: {:?}", of(line));
         }
