@@ -2,6 +2,7 @@
 //! the route, the pick, the record, the trace.
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -20,10 +21,17 @@ use infergate::state::State;
 use infergate::telemetry::trace::{Target, Tracer, Traces, traceparent};
 use infergate::telemetry::{Telemetry, TraceMeters};
 use infergate::usage::{Meter, Source, Usage};
+use infergate_plugins::authenticator::jwt::KeySet;
 use infergate_plugins::authenticator::keys::Fresh;
 use infergate_plugins::authenticator::{self, Credentials};
 use infergate_plugins::operation::Operation;
 use infergate_plugins::secret::Secret;
+
+use self::signer::Signer;
+
+#[path = "../tests/support/signer.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "it is the tests'")]
+mod signer;
 
 /// A chat request of about `bytes` bytes, nearly all of it prose with a line end now and then.
 fn chat(bytes: usize) -> Bytes {
@@ -330,8 +338,12 @@ fn identities(criterion: &mut Criterion) {
     let list: Vec<_> = known.iter().map(entry).collect();
     let config = serde_json::json!([{"keys": {"pepper": {"env": "P"}, "list": list}}]);
     let configs: Vec<authenticator::Config> = serde_json::from_value(config).unwrap_or_default();
-    let mut world =
-        authenticator::World { secret: &mut |_| Ok(pepper.clone()), entries: &mut |_| Err(Vec::new()), time: |_| None };
+    let mut world = authenticator::World {
+        secret: &mut |_| Ok(pepper.clone()),
+        entries: &mut |_| Err(Vec::new()),
+        key_set: &mut |_| Err(String::new()),
+        time: |_| None,
+    };
     let built = authenticator::build(&configs, &mut world).unwrap_or_default();
     let chain: Vec<_> = built.into_iter().map(|built| built.authenticator).collect();
     let now = SystemTime::now();
@@ -349,5 +361,40 @@ fn identities(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(pieces, identities, scans, splices, frames, usages, routes, picks, records, traces, costs);
+/// Who asks by a token: one that was verified before, and one whose signature is wrong, which is verified each time.
+fn tokens(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("identify by a token");
+    for signer in [Signer::rsa(), Signer::p256(), Signer::ed25519()] {
+        let keys = serde_json::json!({"keys": [signer.jwk("k")]}).to_string();
+        let Ok(keys) = KeySet::fixed(keys.as_bytes()).map(Arc::new) else { panic!("no key") };
+        let config = serde_json::json!([{"jwt": {"issuers": [{
+            "issuer": "https://id.test", "audience": ["a"], "algorithms": [signer.algorithm()], "tenant": {"default": "t"},
+        }]}}]);
+        let configs: Vec<authenticator::Config> = serde_json::from_value(config).unwrap_or_default();
+        let mut world = authenticator::World {
+            secret: &mut |_| Err(String::new()),
+            entries: &mut |_| Err(Vec::new()),
+            key_set: &mut |_| Ok(keys.clone()),
+            time: |_| None,
+        };
+        let built = authenticator::build(&configs, &mut world).unwrap_or_default();
+        let chain: Vec<_> = built.into_iter().map(|built| built.authenticator).collect();
+        let claims =
+            serde_json::json!({"iss": "https://id.test", "aud": "a", "sub": "alice", "exp": 4_000_000_000_u64});
+        let (good, now) = (signer.token("k", &claims), SystemTime::now());
+        let wrong = good.replacen('.', ".eyJpc3MiOiJodHRwczovL2lkLnRlc3QifQ.", 1);
+        let wrong = wrong.rsplitn(3, '.').collect::<Vec<_>>();
+        let wrong = format!("{}.{}", wrong.last().unwrap_or(&""), wrong.first().unwrap_or(&""));
+        for (what, token) in [("known", good), ("wrong", wrong)] {
+            let value = format!("Bearer {token}").parse().unwrap_or(http::HeaderValue::from_static(""));
+            let headers: http::HeaderMap = [(http::header::AUTHORIZATION, value)].into_iter().collect();
+            group.bench_function(format!("{} {what}", signer.algorithm()), |bencher| {
+                bencher.iter(|| identity::ask(&chain, &Credentials::of(black_box(&headers)), now).1.is_ok());
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(pieces, identities, tokens, scans, splices, frames, usages, routes, picks, records, traces, costs);
 criterion_main!(pieces);

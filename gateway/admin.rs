@@ -1,6 +1,8 @@
 //! The operators' port: is it alive, is it ready, what does it measure, which policy is in force, reload.
 
 pub mod access;
+mod denials;
+mod keys;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use hyper::body::Body;
 use serde_json::{Value, json};
 
 use self::access::{Access, Denied, Need, by_a_strangers_name};
+use self::denials::Denials;
 use crate::audit::journal::By;
 use crate::audit::read;
 use crate::house::House;
@@ -35,6 +38,7 @@ pub struct Admin {
     certificates: Certificates,
     levels: Levels,
     access: Access,
+    denials: Denials,
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -42,6 +46,7 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 const VIEWER: Need = Need::Role(Role::Viewer);
 const OPERATOR: Need = Need::Role(Role::Operator);
+const OWNER: Need = Need::Role(Role::Owner);
 
 /// One thing that can be done here: the path, the method, what it takes, and what it is for.
 type Entry = (&'static str, Method, Need, &'static str);
@@ -62,6 +67,14 @@ const PATHS: &[Entry] = &[
         OPERATOR,
         "?pool=P&address=A&state=open|closed: takes an endpoint out, or back in",
     ),
+    ("/admin/v1/keys", Method::GET, OWNER, "the callers' keys: names, prefixes, tenants, when they end"),
+    (
+        "/admin/v1/keys",
+        Method::POST,
+        OWNER,
+        "{\"tenant\": \"T\", \"name\": \"N\", \"expires_in\": \"90d\"}: makes a key, which is told only now",
+    ),
+    ("/admin/v1/keys/{name or prefix}", Method::DELETE, OWNER, "revokes a key, or all keys of a name"),
     ("/admin/v1/log", Method::GET, VIEWER, "what is logged, by module"),
     ("/admin/v1/log", Method::PUT, OPERATOR, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
 ];
@@ -97,7 +110,7 @@ impl Admin {
         levels: Levels,
         access: Access,
     ) -> Self {
-        Self { house, policy, certificates, levels, access }
+        Self { house, policy, certificates, levels, access, denials: Denials::default() }
     }
 
     /// Answers one request, which came from `peer`.
@@ -127,7 +140,7 @@ impl Admin {
         }
         let operator = match self.access.admit(*need, request.headers(), SystemTime::now()) {
             Ok(operator) => operator,
-            Err(denied) => return not_let_in(&denied, request.uri().path()),
+            Err(denied) => return self.denied(&denied, (method, pattern), peer),
         };
         let by = By { how: "admin", address: peer, principal: operator.map(|operator| operator.name.to_string()) };
         let query = request.uri().query().unwrap_or_default();
@@ -140,10 +153,30 @@ impl Admin {
             "/admin/v1/limits" => json_answer(StatusCode::OK, &limits(&self.house)),
             "/admin/v1/requests/{id}" => self.record(request.uri().path().rsplit('/').next().unwrap_or_default()).await,
             "/admin/v1/breaker" => self.breaker(query, by),
+            "/admin/v1/keys" if *method == Method::GET => self.keys(),
+            "/admin/v1/keys" => self.create_key(request.into_body(), by).await,
+            "/admin/v1/keys/{name or prefix}" => {
+                self.delete_key(request.uri().path().rsplit('/').next().unwrap_or_default(), by).await
+            }
             "/admin/v1/log" if *method == Method::GET => self.log(),
             "/admin/v1/log" => self.set_log(request.into_body(), by).await,
             _ => self.reload(by),
         }
+    }
+
+    /// Somebody may not do this: it is on record, unless there was too much of that lately.
+    fn denied(&self, denied: &Denied, (method, path): (&Method, &str), address: Option<String>) -> Answer {
+        let (why, principal) = match denied {
+            Denied::Unknown => ("unknown", None),
+            Denied::Lesser(name, _) => ("role", Some(name.to_string())),
+        };
+        self.house.telemetry.admin_denied(why);
+        if let Some(left_out) = self.denials.told(Instant::now()) {
+            let by = By { how: "admin", address, principal };
+            let what = json!({"method": method.as_str(), "path": path, "why": why, "left_out": left_out});
+            self.house.act("denied", by, what);
+        }
+        not_let_in(denied, path)
     }
 
     fn log(&self) -> Answer {
@@ -153,9 +186,9 @@ impl Admin {
     /// Changes what is logged.
     async fn set_log<B: Body<Error: Into<BoxError>>>(&self, body: B, by: By) -> Answer {
         let wrong = |why: String| json_answer(StatusCode::BAD_REQUEST, &json!({"error": why}));
-        let body = match Limited::new(body, BODY_BYTES_MAX).collect().await {
-            Ok(body) => body.to_bytes(),
-            Err(error) => return wrong(error.to_string()),
+        let body = match collected(body).await {
+            Ok(body) => body,
+            Err(error) => return wrong(error),
         };
         let asked = serde_json::from_slice::<Value>(&body).unwrap_or_default();
         let Some(levels) = asked.get("levels").and_then(Value::as_str) else {
@@ -327,6 +360,12 @@ fn limits(house: &House) -> Value {
 fn ends_in(standing: &Standing) -> Option<u64> {
     const AGES: u64 = 10 * 366 * 86_400;
     Some(standing.rest.as_secs()).filter(|seconds| *seconds < AGES)
+}
+
+/// A whole body, if it is not too long.
+async fn collected<B: Body<Error: Into<BoxError>>>(body: B) -> Result<Bytes, String> {
+    let collected = Limited::new(body, BODY_BYTES_MAX).collect().await;
+    collected.map(|body| body.to_bytes()).map_err(|error| error.to_string())
 }
 
 fn breaker_level(endpoint: &Endpoint, now: Instant) -> i64 {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use http::Method;
-use infergate_plugins::authenticator::Mark;
 
 use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
@@ -15,7 +14,7 @@ use crate::audit::record::{
 };
 use crate::guard::{Blocked, Guard};
 use crate::house::House;
-use crate::identity::Who;
+use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
 use crate::limits::{Used, millis};
@@ -185,9 +184,9 @@ impl Exchange {
         self.caller.request_id.as_deref().filter(|id| is_sane_id(id))
     }
 
-    /// What its caller is found by again when the policy changes, where anybody is known.
-    pub fn mark(&self) -> Option<Mark> {
-        self.who.as_ref().map(|who| who.identity.mark)
+    /// By what its caller holds the right to go on with it, where anybody is known.
+    pub fn hold(&self) -> Option<Hold> {
+        self.who.as_ref().map(|who| Hold::of(&who.identity))
     }
 
     /// Begins to keep its text, if the policy wants that and the disk keeps up.

@@ -270,11 +270,12 @@ pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Stri
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
-/// the length of the answer where that is limited, and for the question of what a stream used where the policy wants to know and the client does not.
+/// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
+/// question of what a stream used where the policy wants to know and the client does not.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
     let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
-    edits.extend_from_slice(&planned.guard_edits);
+    edits.extend(planned.parameter_edits.iter().chain(&planned.guard_edits).cloned());
     if let Some(max) = planned.output_max {
         let operation = planned.identified.surface.operation;
         let newer = upstream.provider.takes_max_completion_tokens();
@@ -521,7 +522,7 @@ pub async fn tunnel(
                 exchange.attempt_answers(now, 101);
                 exchange.answering(now, 101);
                 exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
-                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark()));
+                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
                 let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
                 if relay::carry(*tunnel, downstream, from, to, cut).await {
                     picked.upstream.attempts.cancelled.inc();

@@ -1,9 +1,8 @@
 //! Who asks: the authenticators are asked in order, and what they say is on record.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use http::HeaderMap;
 use infergate_plugins::authenticator::{Answer, Authenticator, Credentials, Fault, Identity, Mark};
 use infergate_plugins::operation::Operation;
 
@@ -13,6 +12,10 @@ use crate::house::House;
 use crate::policy::file::OnRevoked;
 use crate::policy::{Policy, Route, Tenant};
 use crate::refusal::{Code, Refusal};
+
+/// How long a wait for the end of a key lasts, at least and at most.
+const TICK: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_secs(3_600);
 
 /// Somebody who may ask.
 #[derive(Clone, Debug)]
@@ -27,7 +30,7 @@ pub struct Who {
 const NOT_LET_IN: &str = "no valid API key: send yours as `Authorization: Bearer KEY`, or in `x-api-key` or `api-key`";
 
 /// From the head alone: who asks, and may they ask here? `path` is the endpoint as policies name it.
-pub fn identify(exchange: &mut Exchange, headers: &HeaderMap, path: &str) -> Result<(), Refusal> {
+pub fn identify(exchange: &mut Exchange, credentials: &Credentials<'_>, path: &str) -> Result<(), Refusal> {
     let policy = exchange.policy.clone();
     let Some(authenticators) = &policy.authenticators else {
         exchange.decide("identify", "anonymous", "allow", "the policy asks for no key");
@@ -38,7 +41,7 @@ pub fn identify(exchange: &mut Exchange, headers: &HeaderMap, path: &str) -> Res
         exchange.decide("identify", "open", "allow", "this endpoint asks for no key");
         return Ok(());
     }
-    let (rule, said) = ask(authenticators, &Credentials::of(headers), exchange.times.at);
+    let (rule, said) = ask(authenticators, credentials, exchange.times.at);
     let identity = match said {
         Ok(identity) => identity,
         Err(fault) => {
@@ -87,6 +90,7 @@ pub fn why(fault: &Fault) -> Text {
         Fault::Ambiguous => "two headers carry two different keys".into(),
         Fault::Unknown => "the key is unknown: made up, or revoked".into(),
         Fault::Expired(whose) => format!("the key {whose} has expired").into(),
+        Fault::Refused(why) => why.clone().into(),
     }
 }
 
@@ -119,15 +123,35 @@ fn model_not_allowed(exchange: &mut Exchange, tenant: &Tenant, asked: Option<&st
     Refusal::new(Code::ModelNotAllowed, message).param("model")
 }
 
+/// By what somebody holds the right to go on with what they began.
+#[derive(Clone, Copy, Debug)]
+pub struct Hold {
+    mark: Mark,
+    expires: Option<SystemTime>,
+}
+
+impl Hold {
+    /// That of somebody who was let in.
+    pub fn of(identity: &Identity) -> Self {
+        Self { mark: identity.mark, expires: identity.expires }
+    }
+
+    /// How long it lasts yet; `None` where it has no end.
+    fn left(&self) -> Option<Duration> {
+        self.expires.map(|expires| expires.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+}
+
 /// What the caller of a request that was cut gets to hear.
 pub fn revoked_refusal() -> Refusal {
-    Refusal::new(Code::KeyRevoked, "the API key of this request has been revoked")
+    Refusal::new(Code::KeyRevoked, "the credentials of this request have been revoked, or their time is over")
 }
 
 /// Whether the policy in force cuts what somebody began under `policy`.
-pub fn is_revoked(house: &House, policy: &Arc<Policy>, mark: &Mark) -> bool {
+pub fn is_revoked(house: &House, policy: &Arc<Policy>, hold: &Hold) -> bool {
     let now = house.policy.get();
-    !Arc::ptr_eq(&now, policy) && now.requests.on_revoked == OnRevoked::Cut && !knows(&now, mark)
+    let is_over = || hold.left().is_some_and(|left| left.is_zero());
+    now.requests.on_revoked == OnRevoked::Cut && ((!Arc::ptr_eq(&now, policy) && !knows(&now, &hold.mark)) || is_over())
 }
 
 fn knows(policy: &Policy, mark: &Mark) -> bool {
@@ -135,14 +159,26 @@ fn knows(policy: &Policy, mark: &Mark) -> bool {
     authenticators.iter().any(|authenticator| authenticator.still_knows(mark))
 }
 
-/// Resolves when what somebody began under `policy` is to be cut, which nobody is who is not known by a mark. Only a
-/// policy that comes into force makes any work.
-pub async fn revoked(house: &House, policy: Arc<Policy>, mark: Option<Mark>) {
-    let Some(mark) = mark else { return std::future::pending().await };
+/// Resolves when what somebody began under `policy` is to be cut, which nobody is whom the policy does not ask for
+/// anything. Only a policy that comes into force makes any work, and the end of what they showed.
+pub async fn revoked(house: &House, policy: Arc<Policy>, hold: Option<Hold>) {
+    let Some(hold) = hold else { return std::future::pending().await };
     let mut changes = house.policy.changes();
-    while !is_revoked(house, &policy, &mark) {
-        if changes.changed().await.is_err() {
-            return std::future::pending().await;
+    while !is_revoked(house, &policy, &hold) {
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() {
+                return std::future::pending().await;
+            },
+            () = ended(house, &hold) => {}
         }
+    }
+}
+
+/// Resolves when the time is over, if the policy in force cuts for that.
+async fn ended(house: &House, hold: &Hold) {
+    match hold.left().filter(|_| house.policy.get().requests.on_revoked == OnRevoked::Cut) {
+        // The clock of the day may be set while the timer runs.
+        Some(left) => tokio::time::sleep(left.clamp(TICK, HOUR)).await,
+        None => std::future::pending().await,
     }
 }

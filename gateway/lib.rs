@@ -5,7 +5,7 @@
 //! | room | what is in it |
 //! |---|---|
 //! | [`pipeline`], [`failover`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
-//! | [`identity`] | who asks, and what they may use |
+//! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
@@ -19,6 +19,7 @@
 
 pub mod admin;
 pub mod audit;
+pub mod certificate;
 pub mod cli;
 pub mod discover;
 pub mod egress;
@@ -29,11 +30,13 @@ pub mod guard;
 pub mod hex;
 pub mod house;
 pub mod identity;
+pub mod issuers;
 pub mod limits;
 pub mod local;
 pub mod logging;
 pub mod memory;
 pub mod money;
+pub mod parameters;
 pub mod pipeline;
 pub mod policy;
 pub mod pool;

@@ -24,6 +24,7 @@ use crate::limits;
 use crate::local;
 use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
+use crate::parameters;
 use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route, Stage};
 use crate::pool::{Picked, Upstream};
@@ -83,6 +84,8 @@ pub struct Planned {
     pub received: Received,
     /// Where the deciding fields stand.
     pub scan: Scan,
+    /// The edits that the tenant's parameters want.
+    pub parameter_edits: Vec<Edit>,
     /// The edits that ask for a stream's usage, where the policy wants it and the client did not ask.
     pub usage_edits: Option<Vec<Edit>>,
     /// Whether the answer is to be a stream.
@@ -155,7 +158,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
         let refusal = Refusal::new(Code::Overloaded, "the gateway is at its memory ceiling");
         return Err(refusal.retry_after(Duration::from_secs(1)).into());
     }
-    identity::identify(exchange, &head.headers, path_in_policy(exchange.surface, passthrough))?;
+    identity::identify(exchange, &downstream.credentials(), path_in_policy(exchange.surface, passthrough))?;
     if found.is_none() && passthrough.is_none() {
         let path: String = path.chars().take(200).collect();
         return Err(Refusal::new(Code::NotFound, format!("nothing is served at {path}")).into());
@@ -270,6 +273,7 @@ fn admit(
         Some(route) => identity::may_pass(exchange, route).map(|()| route.clone())?,
         None => identity::route(exchange, model.as_deref())?,
     };
+    let parameter_edits = parameters::admit(exchange, &identified, downstream.head(), &received.body)?;
     let operation = identified.surface.operation;
     if !route.stages.iter().any(|stage| stage.pool.serves(operation)) {
         let name = model.as_deref().unwrap_or(&route.model.name);
@@ -287,6 +291,7 @@ fn admit(
     Ok(Planned {
         identified,
         scan,
+        parameter_edits,
         usage_edits,
         streaming,
         guard_edits: Vec::new(),
@@ -345,7 +350,7 @@ pub fn invalid(fault: scan::Fault) -> Refusal {
         scan::Fault::Twice(field) => (Code::DuplicateField, Some(field.name())),
         scan::Fault::Kind(field, _) => (Code::InvalidBody, Some(field.name())),
     };
-    Refusal { param, ..Refusal::new(code, fault.to_string()) }
+    Refusal { param: param.map(Cow::Borrowed), ..Refusal::new(code, fault.to_string()) }
 }
 
 /// The model's name, in the body or in the query.
@@ -380,7 +385,7 @@ async fn relay(
     };
     let Asked { answer, picked, permit, stage } = asked;
     let is_events = answer.is_event_stream();
-    if exchange.mark().is_some_and(|mark| identity::is_revoked(house, &exchange.policy, &mark)) {
+    if exchange.hold().is_some_and(|hold| identity::is_revoked(house, &exchange.policy, &hold)) {
         answer.discard(&house.connections, &picked.endpoint.target).await;
         picked.upstream.attempts.cancelled.inc();
         exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
@@ -436,7 +441,7 @@ async fn relay(
     // Nothing can be sent a second time from here on: the body's memory goes to the next request.
     drop(planned);
     let (target, cut) =
-        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.mark())));
+        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold())));
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);

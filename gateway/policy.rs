@@ -3,6 +3,7 @@
 mod authenticators;
 pub mod file;
 mod guardrails;
+pub mod key_file;
 mod limits;
 pub mod prices;
 pub mod problem;
@@ -20,7 +21,7 @@ use infergate_plugins::authenticator::Authenticator;
 use infergate_plugins::{provider, sink};
 use sha2::{Digest, Sha256};
 
-pub use self::authenticators::authenticators;
+pub use self::authenticators::{OwnKey, OwnKeys, authenticators};
 use self::file::{Cause, File};
 use self::problem::{Document, Problem, nearest};
 pub use self::tenants::{Pattern, Tenant, Tenants};
@@ -48,6 +49,8 @@ pub struct Policy {
     pub requests: file::Requests,
     /// Who may ask, in the order in which they are asked; `None`: everybody may.
     pub authenticators: Option<Vec<Arc<dyn Authenticator>>>,
+    /// The gateway's own keys, if there are any.
+    pub own_keys: Option<OwnKeys>,
     /// Who pays.
     pub tenants: Tenants,
     /// How much may be used, whoever asks.
@@ -293,12 +296,14 @@ struct Compiler<'a> {
     secret_files: Vec<PathBuf>,
     /// Where the file lies.
     directory: Option<PathBuf>,
+    own_keys: Option<OwnKeys>,
 }
 
 impl<'a> Compiler<'a> {
     fn new(document: Document, source: &str, world: &'a World<'a>) -> Self {
         let secrets = Sha256::new_with_prefix(source);
-        Self { document, world, problems: Vec::new(), secrets, secret_files: Vec::new(), directory: None }
+        let (problems, secret_files) = (Vec::new(), Vec::new());
+        Self { document, world, problems, secrets, secret_files, directory: None, own_keys: None }
     }
 
     /// A path that the policy gives, which begins where the policy lies.
@@ -338,6 +343,7 @@ impl<'a> Compiler<'a> {
             user_header: file.requests.user_header.as_deref().and_then(|name| name.parse().ok()),
             requests: file.requests,
             authenticators,
+            own_keys: self.own_keys.take(),
             tenants,
             limits,
             guardrails,
@@ -636,6 +642,7 @@ impl Policy {
             revision: 0,
             requests: file::Requests::default(),
             authenticators: None,
+            own_keys: None,
             tenants: Tenants::default(),
             limits: Vec::new(),
             guardrails: None,
@@ -681,6 +688,11 @@ impl Policy {
             None => "the request names no model, and the policy has no default_model".to_owned(),
         };
         Err(Refusal::new(Code::ModelNotFound, message).param("model"))
+    }
+
+    /// Whether callers may be known by a certificate.
+    pub fn asks_for_certificates(&self) -> bool {
+        self.authenticators.iter().flatten().any(|authenticator| authenticator.kind() == "mtls")
     }
 
     /// The pass-through entry for a path, if there is one.

@@ -16,7 +16,7 @@ pub struct Refusal {
     /// A sentence for the person who reads it: what happened and what to do.
     pub message: Cow<'static, str>,
     /// The request's field that is at fault.
-    pub param: Option<&'static str>,
+    pub param: Option<Cow<'static, str>>,
     /// When it is worth asking again.
     pub retry_after: Option<Duration>,
     /// Whether the connection must be closed, because we cannot know where the next request begins.
@@ -38,6 +38,8 @@ pub enum Code {
     ModelNotAllowed,
     /// The caller may not use the endpoint.
     SurfaceNotAllowed,
+    /// The caller may not send the parameter.
+    ParameterNotAllowed,
     /// The caller's key was revoked while the answer was on its way.
     KeyRevoked,
     /// A limit has too little left; it will have more.
@@ -102,6 +104,7 @@ pub const CODES: &[Code] = &[
     Code::InvalidApiKey,
     Code::ModelNotAllowed,
     Code::SurfaceNotAllowed,
+    Code::ParameterNotAllowed,
     Code::KeyRevoked,
     Code::RateLimitExceeded,
     Code::InsufficientQuota,
@@ -141,6 +144,7 @@ impl Code {
             Self::InvalidApiKey => "invalid_api_key",
             Self::ModelNotAllowed => "model_not_allowed",
             Self::SurfaceNotAllowed => "surface_not_allowed",
+            Self::ParameterNotAllowed => "parameter_not_allowed",
             Self::KeyRevoked => "key_revoked",
             Self::RateLimitExceeded => "rate_limit_exceeded",
             Self::InsufficientQuota => "insufficient_quota",
@@ -177,6 +181,7 @@ impl Code {
             Self::BadRequest
             | Self::InvalidBody
             | Self::DuplicateField
+            | Self::ParameterNotAllowed
             | Self::UpgradeUnsupported
             | Self::ContentFilter
             | Self::ContentUnread => StatusCode::BAD_REQUEST,
@@ -216,8 +221,8 @@ impl Refusal {
     }
 
     /// Names the field at fault.
-    pub fn param(self, param: &'static str) -> Self {
-        Self { param: Some(param), ..self }
+    pub fn param(self, param: impl Into<Cow<'static, str>>) -> Self {
+        Self { param: Some(param.into()), ..self }
     }
 
     /// Says when to come back.
@@ -253,7 +258,7 @@ impl Refusal {
         match dialect {
             // OpenAI's own event, with the envelope beside it: the SDKs raise an exception only for that.
             Dialect::Responses => {
-                let (code, message, param) = (self.code.name(), &self.message, self.param);
+                let (code, message, param) = (self.code.name(), &self.message, &self.param);
                 let error = json!({"code": code, "message": message, "param": param, "type": self.openai_type()});
                 let event = json!({"type": "error", "code": code, "message": message, "param": param, "error": error});
                 format!("event: error\ndata: {event}\n\n")

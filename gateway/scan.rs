@@ -58,7 +58,8 @@ impl Field {
         FIELDS[self as usize].0
     }
 
-    fn named(name: &[u8]) -> Option<Self> {
+    /// The field of this name.
+    pub fn named(name: &[u8]) -> Option<Self> {
         FIELDS.iter().find(|(known, _)| known.as_bytes() == name).map(|(_, field)| *field)
     }
 }
@@ -100,6 +101,22 @@ pub fn json(body: &[u8]) -> Result<Scan, Fault> {
 /// Scans a multipart form whose `Content-Type` is `content_type`.
 pub fn multipart(body: &[u8], content_type: &[u8]) -> Result<Scan, Fault> {
     multipart::scan(body, content_type)
+}
+
+/// The members of a JSON body that has been scanned: their names, and where their values stand.
+pub fn members(body: &[u8]) -> Option<Vec<(String, Range<usize>)>> {
+    let start = memchr::memchr(b'{', body)?;
+    json::members(body, start..body.len())
+}
+
+/// The same of the object at `span`; `None` where there is none.
+pub fn members_at(body: &[u8], span: Range<usize>) -> Option<Vec<(String, Range<usize>)>> {
+    json::members(body, span)
+}
+
+/// The names of a form's parts, each of which can be read in one way only.
+pub fn part_names(body: &[u8], content_type: &[u8]) -> Result<Vec<String>, Fault> {
+    multipart::names(body, content_type)
 }
 
 impl Scan {

@@ -269,6 +269,12 @@ impl Settings {
         self.listeners.iter().all(|listener| is_local(&listener.address))
     }
 
+    /// Whether a listener takes certificates of clients.
+    pub fn takes_certificates(&self) -> bool {
+        let tls = self.listeners.iter().filter_map(|listener| listener.tls.as_ref());
+        tls.into_iter().any(|tls| tls.client_ca.is_some())
+    }
+
     /// Threads that serve requests.
     pub fn thread_count(&self) -> usize {
         self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
 use dashmap::DashMap;
+use infergate_plugins::authenticator::jwt::{KeySet, Source};
 
+use crate::issuers::Kept;
 use crate::limits::density::Density;
 use crate::limits::{self, Levels};
 use crate::pool::PoolState;
@@ -25,6 +27,7 @@ pub struct State {
     densities: DashMap<String, Arc<Density>>,
     /// What limits have counted.
     pub limits: Levels,
+    key_sets: DashMap<Source, Arc<Kept>>,
     /// Bytes of bodies that are held now.
     pub bodies: Arc<ByteBudget>,
     /// Set while the process is at its memory ceiling.
@@ -39,6 +42,7 @@ impl State {
             pools: DashMap::new(),
             densities: DashMap::new(),
             limits: Levels::default(),
+            key_sets: DashMap::new(),
             bodies: Arc::new(ByteBudget::new(body_bytes_max)),
             shedding: AtomicBool::new(false),
         }
@@ -65,12 +69,28 @@ impl State {
         self.densities.entry(model.to_owned()).or_default().clone()
     }
 
+    /// The keys of an issuer, old ones or none yet.
+    pub fn key_set(&self, source: &Source) -> Arc<KeySet> {
+        self.key_sets.entry(source.clone()).or_insert_with(|| Arc::new(Kept::new(source.clone()))).set.clone()
+    }
+
+    /// All keys of issuers.
+    pub fn key_sets(&self) -> Vec<Arc<Kept>> {
+        self.key_sets.iter().map(|kept| kept.value().clone()).collect()
+    }
+
+    /// Whether this key set is still asked.
+    pub fn keeps(&self, kept: &Arc<Kept>) -> bool {
+        self.key_sets.iter().any(|known| Arc::ptr_eq(known.value(), kept))
+    }
+
     /// Forgets the levels that neither a policy nor a request holds any more.
     pub fn sweep(&self) {
         self.origins.retain(|_, state| Arc::strong_count(state) > 1);
         self.pools.retain(|_, state| Arc::strong_count(state) > 1);
         self.densities.retain(|_, density| Arc::strong_count(density) > 1);
         self.limits.sweep(limits::millis(SystemTime::now()));
+        self.key_sets.retain(|_, kept| kept.is_asked());
     }
 
     /// How many origins and pools are known.

@@ -5,6 +5,7 @@
 mod evidence;
 mod genai;
 mod guards;
+mod issuers;
 mod limits;
 pub mod names;
 mod process;
@@ -30,6 +31,8 @@ use self::genai::GenAi;
 pub use self::genai::Meters;
 pub use self::guards::GuardMeters;
 use self::guards::Guards;
+pub use self::issuers::IssuerMeters;
+use self::issuers::Issuers;
 pub use self::limits::LimitMeters;
 use self::limits::Limits;
 use self::process::Process;
@@ -66,6 +69,11 @@ struct StageLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct CodeLabels {
     code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WhyLabels {
+    why: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -122,6 +130,7 @@ pub struct Telemetry {
     registry: Mutex<Registry>,
     genai: GenAi,
     sinks: Sinks,
+    issuers: Issuers,
     spent: Spent,
     limits: Limits,
     guards: Guards,
@@ -132,6 +141,7 @@ pub struct Telemetry {
     attempts: Family<AttemptLabels, Counter>,
     /// The upstreams, by pool and name, whose counters somebody holds.
     attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
+    admin_denied: Family<WhyLabels, Counter>,
     retries_refused: Family<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
@@ -225,6 +235,7 @@ impl Telemetry {
             }),
             attempts: Family::default(),
             attempted: Mutex::default(),
+            admin_denied: Family::default(),
             retries_refused: Family::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
@@ -247,6 +258,7 @@ impl Telemetry {
             journal: JournalMeters::new(registry),
             traces: TraceMeters::new(registry),
             sinks: Sinks::new(registry),
+            issuers: Issuers::new(registry),
             spent: Spent::new(registry),
             limits: Limits::new(registry),
             guards: Guards::new(registry),
@@ -260,6 +272,7 @@ impl Telemetry {
         registry.register_with_unit("time_to_first_token", "From head to first piece", Unit::Seconds, first_tokens);
         registry.register("refusals", "Refusals by code", refusals);
         registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
+        registry.register("admin_denied", "Requests on the admin port that were not let in", t.admin_denied.clone());
         registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
         registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
         registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
@@ -367,6 +380,21 @@ impl Telemetry {
     /// A sink left the policy.
     pub fn sink_gone(&self, name: &str) {
         self.sinks.forget(name);
+    }
+
+    /// Somebody was not let in on the admin port.
+    pub fn admin_denied(&self, why: &'static str) {
+        self.admin_denied.get_or_create(&WhyLabels { why }).inc();
+    }
+
+    /// The metrics of one issuer's keys, to be kept with them.
+    pub fn issuer(&self, server: &str) -> IssuerMeters {
+        self.issuers.of(server)
+    }
+
+    /// An issuer left the policy.
+    pub fn issuer_gone(&self, server: &str) {
+        self.issuers.forget(server);
     }
 
     /// The counter of one pool's refused retries, to be kept with it.

@@ -31,6 +31,30 @@ impl Stamp {
     }
 }
 
+/// The longest that something may be given: a hundred years, in seconds.
+const LONGEST: u64 = 36_525 * 86_400;
+
+/// When something ends that lasts `12h`, `90d` or `52w` from `now`, or until a time, as RFC 3339 spells it.
+pub fn end(when: &str, now: SystemTime) -> Result<String, String> {
+    let wrong = || "give 12h, 90d, 52w, or a time like 2027-02-01T00:00:00Z".to_owned();
+    let from_now = when.split_at_checked(when.len().saturating_sub(1)).and_then(|(count, unit)| {
+        let seconds: u64 = match unit {
+            "h" => 3_600,
+            "d" => 86_400,
+            "w" => 604_800,
+            _ => return None,
+        };
+        let seconds = count.parse::<u64>().ok()?.checked_mul(seconds).filter(|seconds| *seconds <= LONGEST)?;
+        now.checked_add(Duration::from_secs(seconds))
+    });
+    let end = from_now.or_else(|| parse(when)).ok_or_else(wrong)?;
+    if end <= now {
+        return Err("that is over already".to_owned());
+    }
+    let stamp = Stamp(end).to_string();
+    stamp.split_once('.').map(|(seconds, _)| format!("{seconds}Z")).ok_or_else(wrong)
+}
+
 /// The lowest digits of a number, as many as there is room for.
 fn put(digits: &mut [u8], mut value: u64) {
     for digit in digits.iter_mut().rev() {
@@ -117,6 +141,16 @@ fn numbers<const N: usize>(text: &str, between: char) -> Option<[u64; N]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_is_told_from_now_or_as_a_time() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_356_185);
+        assert_eq!(end("90d", now).unwrap(), "2027-02-20T14:03:05Z");
+        assert_eq!(end("2027-02-01", now).unwrap(), "2027-02-01T00:00:00Z");
+        for wrong in ["", "d", "-1d", "soon", "2020-01-01", "0h", "99999999999999999999w", "9999999999999w", "\u{e4}"] {
+            assert!(end(wrong, now).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_time_is_spelled_as_rfc_3339_says() {

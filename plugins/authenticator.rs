@@ -1,9 +1,12 @@
 //! Authenticators: who asks. They are asked in order, and the first answer wins.
 
+pub mod jwt;
 pub mod keys;
+pub mod mtls;
 
 mod anonymous;
 
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +17,7 @@ use http::header::AUTHORIZATION;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use self::mtls::Certificate;
 use crate::secret::{Secret, SecretSource};
 
 /// One way of knowing who asks.
@@ -51,6 +55,8 @@ pub struct Identity {
     pub by: Arc<str>,
     /// What they are found by again when the policy changes.
     pub mark: Mark,
+    /// When what they showed ends, if it does.
+    pub expires: Option<SystemTime>,
 }
 
 /// What somebody is found by again; nothing that anybody else could use.
@@ -69,22 +75,37 @@ pub enum Fault {
     Unknown,
     /// They were good until their time was over. Whose they were.
     Expired(Arc<str>),
+    /// They are not good for another reason, told in a sentence that shows nothing secret.
+    Refused(Cow<'static, str>),
 }
 
 /// The credentials that came with a request.
 #[derive(Clone, Copy, Debug)]
-pub struct Credentials<'a>(&'a HeaderMap);
+pub struct Credentials<'a> {
+    headers: &'a HeaderMap,
+    certificate: Option<&'a Certificate>,
+}
 
 impl<'a> Credentials<'a> {
     /// The credentials among these headers.
     pub fn of(headers: &'a HeaderMap) -> Self {
-        Self(headers)
+        Self { headers, certificate: None }
+    }
+
+    /// The same, and the certificate that was shown, and checked, when the connection was made.
+    pub fn with(self, certificate: Option<&'a Certificate>) -> Self {
+        Self { certificate, ..self }
+    }
+
+    /// The certificate of the connection.
+    pub fn certificate(self) -> Option<&'a Certificate> {
+        self.certificate
     }
 
     /// Every token, in the order `Authorization: Bearer`, `x-api-key`, `api-key`.
     pub fn tokens(self) -> impl Iterator<Item = &'a [u8]> {
-        let bearers = self.0.get_all(AUTHORIZATION).into_iter().filter_map(|value| bearer(value.as_bytes()));
-        let named = ["x-api-key", "api-key"].into_iter().flat_map(move |name| self.0.get_all(name));
+        let bearers = self.headers.get_all(AUTHORIZATION).into_iter().filter_map(|value| bearer(value.as_bytes()));
+        let named = ["x-api-key", "api-key"].into_iter().flat_map(move |name| self.headers.get_all(name));
         bearers.chain(named.map(|value| value.as_bytes().trim_ascii()))
     }
 }
@@ -103,6 +124,12 @@ pub struct Config {
     /// API keys of the gateway's own.
     #[serde(default)]
     pub keys: Option<keys::Config>,
+    /// Tokens of identity providers (JWT, OpenID Connect).
+    #[serde(default)]
+    pub jwt: Option<jwt::Config>,
+    /// Client certificates (mTLS).
+    #[serde(default)]
+    pub mtls: Option<mtls::Config>,
     /// Whoever asks and was not known or refused by one above.
     #[serde(default)]
     pub anonymous: Option<anonymous::Config>,
@@ -114,6 +141,8 @@ pub struct World<'a> {
     pub secret: &'a mut dyn FnMut(&SecretSource) -> Result<Secret, String>,
     /// Reads a file with keys, or says all that is wrong with it.
     pub entries: &'a mut dyn FnMut(&Path) -> Result<keys::Listed, Vec<String>>,
+    /// Gives the keys of an issuer, which are kept up to date, or says why there are none to be had.
+    pub key_set: &'a mut dyn FnMut(&jwt::Source) -> Result<Arc<jwt::KeySet>, String>,
     /// Reads a time.
     pub time: fn(&str) -> Option<SystemTime>,
 }
@@ -169,14 +198,16 @@ fn behind(before: &[Built], kind: &str) -> Option<String> {
 
 fn one(config: &Config, world: &mut World<'_>) -> Result<Built, Vec<Wrong>> {
     match config {
-        Config { keys: Some(keys), anonymous: None } => keys::build(keys, world),
-        Config { keys: None, anonymous: Some(anonymous) } => Ok(anonymous::build(anonymous)),
+        Config { keys: Some(keys), jwt: None, mtls: None, anonymous: None } => keys::build(keys, world),
+        Config { keys: None, jwt: Some(jwt), mtls: None, anonymous: None } => jwt::build(jwt, world),
+        Config { keys: None, jwt: None, mtls: Some(mtls), anonymous: None } => mtls::build(mtls),
+        Config { keys: None, jwt: None, mtls: None, anonymous: Some(anonymous) } => Ok(anonymous::build(anonymous)),
         _ => Err(vec![(String::new(), format!("give one of {} and nothing else", KINDS.join(", ")))]),
     }
 }
 
 /// Every built-in kind: the word in `policy.yaml`.
-pub const KINDS: &[&str] = &["keys", "anonymous"];
+pub const KINDS: &[&str] = &["keys", "jwt", "mtls", "anonymous"];
 
 #[cfg(test)]
 pub(crate) mod tests {
@@ -196,6 +227,7 @@ pub(crate) mod tests {
         let mut world = World {
             secret: &mut |_| Ok(Secret::new("a pepper of thirty-two characters")),
             entries: &mut |path| Err(vec![format!("{} cannot be read", path.display())]),
+            key_set: &mut |source| Err(format!("{source:?} cannot be had")),
             time: |text| text.parse().ok().map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
         };
         build(&configs, &mut world)
@@ -227,6 +259,6 @@ pub(crate) mod tests {
         }
         let both = r#"[{"keys":{"pepper":{"env":"P"}},"anonymous":{"tenant":"public"}}]"#;
         assert!(built(both).err().unwrap()[0].1.contains("and nothing else"));
-        assert!(built("[{}]").err().unwrap()[0].1.contains("give one of keys, anonymous"));
+        assert!(built("[{}]").err().unwrap()[0].1.contains("give one of keys, jwt, mtls, anonymous"));
     }
 }

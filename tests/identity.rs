@@ -1,7 +1,11 @@
 //! Who may ask is asked for a key on every endpoint, over both protocols; who is not known learns nothing.
 
+mod certificates;
+mod key_api;
 mod operators;
+mod parameters;
 mod revocation;
+mod tokens;
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -369,8 +373,14 @@ async fn no_key_is_ever_told_whatever_happens() {
                         let path = format!("{CHAT}?key={key}&api_key={key}");
                         for model in ["m", "nobody"] {
                             let body = chat(stream, 2).replace("\"m\"", &format!("\"{model}\""));
-                            let answer = client.post_with(gateway.address, &path, &headers, body).await;
-                            told.push_str(&format!("{:?}\n{}\n", answer.headers, answer.text()));
+                            match client
+                                .try_send(crate::support::http::post(gateway.address, &path, &headers, body))
+                                .await
+                            {
+                                Ok(answer) => told.push_str(&format!("{:?}\n{}\n", answer.headers, answer.text())),
+                                // Over HTTP/2, what is cut may be gone before its head has been looked at.
+                                Err(error) => told.push_str(&format!("{error:?}\n")),
+                            }
                         }
                     }
                 }

@@ -26,14 +26,14 @@ use crate::support::{Client, Gateway, Process, Simulated, chat, eventually, mode
 const SOON: Duration = Duration::from_secs(10);
 
 /// An authority that signs certificates, and a directory for its files.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
+pub(crate) struct Authority {
+    pub(crate) issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
-    directory: TempDir,
+    pub(crate) directory: TempDir,
 }
 
 impl Authority {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -54,13 +54,13 @@ impl Authority {
     }
 
     /// A new certificate for `name`, in this authority's directory.
-    fn issue(&self, name: &str) -> Files {
+    pub(crate) fn issue(&self, name: &str) -> Files {
         let files = Files::new(self.directory.path(), name);
         self.sign(name, &files);
         files
     }
 
-    fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.directory.path().join("ca.pem")
     }
 
@@ -73,13 +73,13 @@ impl Authority {
 
 /// The files of a certificate.
 #[derive(Clone)]
-struct Files {
-    chain: PathBuf,
-    key: PathBuf,
+pub(crate) struct Files {
+    pub(crate) chain: PathBuf,
+    pub(crate) key: PathBuf,
 }
 
 impl Files {
-    fn new(directory: &Path, name: &str) -> Self {
+    pub(crate) fn new(directory: &Path, name: &str) -> Self {
         Self { chain: directory.join(format!("{name}.crt")), key: directory.join(format!("{name}.key")) }
     }
 
@@ -91,7 +91,7 @@ impl Files {
         PrivateKeyDer::from_pem_file(&self.key).unwrap()
     }
 
-    fn yaml(&self) -> String {
+    pub(crate) fn yaml(&self) -> String {
         format!("{{chain: {}, key: {}}}", self.chain.display(), self.key.display())
     }
 }
@@ -101,7 +101,7 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 /// A client that trusts `authority`, shows `own` and offers `alpn`.
-fn client(authority: &Authority, own: Option<&Files>, alpn: &[&str]) -> Arc<ClientConfig> {
+pub(crate) fn client(authority: &Authority, own: Option<&Files>, alpn: &[&str]) -> Arc<ClientConfig> {
     let config = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
     let config = config.with_root_certificates(authority.roots());
     let mut config = match own {
@@ -114,7 +114,11 @@ fn client(authority: &Authority, own: Option<&Files>, alpn: &[&str]) -> Arc<Clie
     Arc::new(config)
 }
 
-async fn connect(address: SocketAddr, name: &str, config: &Arc<ClientConfig>) -> io::Result<TlsStream<TcpStream>> {
+pub(crate) async fn connect(
+    address: SocketAddr,
+    name: &str,
+    config: &Arc<ClientConfig>,
+) -> io::Result<TlsStream<TcpStream>> {
     let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from(name.to_owned()).unwrap();
     TlsConnector::from(config.clone()).connect(name, stream).await

@@ -3,22 +3,23 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use clap::{Args, Subcommand};
 use http::{HeaderMap, HeaderValue};
 use infergate_plugins::authenticator::keys::{Entry, Fresh};
 use infergate_plugins::authenticator::{Credentials, Identity};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::identity;
+use crate::policy::key_file::flow;
 use crate::policy::problem::nearest;
 use crate::policy::{self, Problems, World};
 use crate::secret::{self, Secret, SecretSource};
 use crate::settings::{AdminKey, Role};
 use crate::state::State;
 use crate::telemetry::Telemetry;
-use crate::time::{self, Stamp};
+use crate::time;
 
 /// Make and check keys.
 #[derive(Args)]
@@ -84,7 +85,7 @@ impl Key {
 
 impl Create {
     fn run(self) -> Result<(), String> {
-        let expires = self.expires.as_deref().map(|when| end(when, SystemTime::now())).transpose()?;
+        let expires = self.expires.as_deref().map(end).transpose()?;
         let pepper = self.pepper()?;
         secret::check_pepper(&pepper)?;
         let fresh =
@@ -142,41 +143,6 @@ fn pepper_of(path: &Path, tenant: &str, env: &dyn Fn(&str) -> Option<String>) ->
     secret::read(&keys.pepper, env).map_err(|error| format!("{}: the pepper: {error}", path.display()))
 }
 
-/// The longest that a key may be given: a hundred years, in seconds.
-const LONGEST: u64 = 36_525 * 86_400;
-
-/// When a key ends, as RFC 3339 spells it.
-fn end(when: &str, now: SystemTime) -> Result<String, String> {
-    let wrong = || format!("--expires {when}: give 12h, 90d, 52w, or a time like 2027-02-01T00:00:00Z");
-    let from_now = when.split_at_checked(when.len().saturating_sub(1)).and_then(|(count, unit)| {
-        let seconds: u64 = match unit {
-            "h" => 3_600,
-            "d" => 86_400,
-            "w" => 604_800,
-            _ => return None,
-        };
-        let seconds = count.parse::<u64>().ok()?.checked_mul(seconds).filter(|seconds| *seconds <= LONGEST)?;
-        now.checked_add(Duration::from_secs(seconds))
-    });
-    let end = from_now.or_else(|| time::parse(when)).ok_or_else(wrong)?;
-    if end <= now {
-        return Err(format!("--expires {when}: that is over already"));
-    }
-    let stamp = Stamp(end).to_string();
-    stamp.split_once('.').map(|(seconds, _)| format!("{seconds}Z")).ok_or_else(wrong)
-}
-
-/// An entry on one line of YAML.
-fn flow(entry: &Value) -> String {
-    let members = entry.as_object().into_iter().flatten();
-    // JSON's strings are YAML's too. The order is the one in which people look.
-    let rank =
-        |name: &str| ["name", "tenant", "role", "prefix", "hash", "expires"].iter().position(|known| *known == name);
-    let mut members: Vec<_> = members.map(|(name, value)| (rank(name), format!("{name}: {value}"))).collect();
-    members.sort();
-    format!("{{{}}}", members.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(", "))
-}
-
 impl Check {
     fn run(self) -> Result<ExitCode, String> {
         let mut key = String::new();
@@ -216,26 +182,7 @@ impl Check {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_end_is_told_from_now_or_as_a_time() {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_356_185);
-        assert_eq!(end("90d", now).unwrap(), "2027-02-20T14:03:05Z");
-        assert_eq!(end("2027-02-01", now).unwrap(), "2027-02-01T00:00:00Z");
-        for wrong in ["", "d", "-1d", "soon", "2020-01-01", "0h", "99999999999999999999w", "9999999999999w", "\u{e4}"] {
-            assert!(end(wrong, now).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn an_entry_is_a_line_of_yaml() {
-        let entry = json!({"hash": "00", "tenant": "a: \"b\"", "name": "no", "prefix": "ig_x"});
-        let text = flow(&entry);
-        assert!(text.starts_with("{name: \"no\", tenant: \"a: \\\"b\\\"\", prefix: "), "{text}");
-        let back: Value = serde_saphyr::from_str(&text).unwrap();
-        assert_eq!(back, entry);
-    }
+/// When a key ends.
+fn end(when: &str) -> Result<String, String> {
+    time::end(when, SystemTime::now()).map_err(|told| format!("--expires {when}: {told}"))
 }

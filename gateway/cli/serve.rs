@@ -18,6 +18,7 @@ use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
 use crate::egress::Egress;
 use crate::house::House;
+use crate::issuers;
 use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
@@ -210,10 +211,11 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
         Ok(egress) => {
             let egress = Arc::new(egress);
             jobs.spawn(fanout::run(house.clone(), egress.clone()));
+            jobs.spawn(issuers::run(house.clone(), egress.clone()));
             let exporting = house.clone();
             jobs.spawn(async move { exporting.tracer.run(&exporting.policy, &egress).await });
         }
-        Err(error) => tracing::error!(%error, "nothing can be sent out: no sinks, no traces"),
+        Err(error) => tracing::error!(%error, "nothing can be sent out: no sinks, no traces, no keys of issuers"),
     }
     match &source {
         Source::Upstreams(upstreams) => {
@@ -231,6 +233,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
         jobs.spawn(reload::watch(house.clone(), path, files, move || certificates.reload()));
     }
     listening(&house.settings).await;
+    issuers::tried(&house).await;
     house.set_started();
     greet(&house, &source);
     while jobs.join_next().await.is_some() {}

@@ -1,16 +1,61 @@
 //! What the policy says of callers: the authenticators, and the tenants that they name.
 
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use infergate_plugins::authenticator::jwt::{KeySet, Source};
 use infergate_plugins::authenticator::{self, Authenticator, Named, keys};
+use serde_json::{Value, json};
 use sha2::Digest;
 
 use super::problem::{Document, nearest};
 use super::{Compiler, Problems, World, file};
 use crate::secret::{self, Secret, SecretSource};
 use crate::time;
+
+/// The gateway's own keys, as far as they may be told, and what it takes to make more of them.
+#[derive(Clone, Debug)]
+pub struct OwnKeys {
+    /// What they are hashed with.
+    pub pepper: Secret,
+    /// The file that has some of them.
+    pub file: Option<PathBuf>,
+    /// All of them.
+    pub list: Vec<OwnKey>,
+}
+
+/// What may be told of a key.
+#[derive(Clone, Debug)]
+pub struct OwnKey {
+    /// Who has it.
+    pub name: Option<String>,
+    /// The tenant that pays.
+    pub tenant: String,
+    /// The part of it that may be shown.
+    pub prefix: String,
+    /// When it ends.
+    pub expires: Option<String>,
+    /// Whether it stands in the file.
+    pub filed: bool,
+}
+
+impl OwnKey {
+    fn of(entry: &keys::Entry, filed: bool) -> Self {
+        let keys::Entry { name, tenant, prefix, expires, .. } = entry.clone();
+        Self { name, tenant, prefix, expires, filed }
+    }
+
+    /// What operators see of it.
+    pub fn shown(&self, now: SystemTime) -> Value {
+        let is_over = self.expires.as_deref().and_then(time::parse).is_some_and(|expires| expires <= now);
+        json!({
+            "name": self.name, "tenant": self.tenant, "prefix": self.prefix, "expires": self.expires,
+            "expired": is_over, "in": if self.filed { "file" } else { "policy" },
+        })
+    }
+}
 
 impl Compiler<'_> {
     /// The authenticators, if there are to be any: nobody else is let in then.
@@ -22,6 +67,10 @@ impl Compiler<'_> {
             }
             Vec::new()
         });
+        let listed = configs.iter().filter_map(|config| config.keys.as_ref()).flat_map(|keys| &keys.list);
+        if let Some(own) = &mut self.own_keys {
+            own.list.splice(..0, listed.map(|entry| OwnKey::of(entry, false)));
+        }
         for named in built.iter().flat_map(|built| &built.tenants) {
             self.named_tenant(named, file);
         }
@@ -32,11 +81,12 @@ impl Compiler<'_> {
         &mut self,
         configs: &[authenticator::Config],
     ) -> Result<Vec<authenticator::Built>, Vec<authenticator::Wrong>> {
-        // Both read something that counts for the hash.
+        // All of them read something that counts for the hash.
         let compiler = RefCell::new(self);
         let mut world = authenticator::World {
             secret: &mut |source| compiler.borrow_mut().pepper(source),
             entries: &mut |path| compiler.borrow_mut().key_file(path),
+            key_set: &mut |source| compiler.borrow_mut().key_set(source),
             time: time::parse,
         };
         authenticator::build(configs, &mut world)
@@ -44,6 +94,7 @@ impl Compiler<'_> {
 
     fn pepper(&mut self, source: &SecretSource) -> Result<Secret, String> {
         let pepper = self.resolve(source)?;
+        self.own_keys = Some(OwnKeys { pepper: pepper.clone(), file: None, list: Vec::new() });
         // A check that makes do without secrets has a made-up one.
         if self.world.secret_files { secret::check_pepper(&pepper).map(|()| pepper) } else { Ok(pepper) }
     }
@@ -58,7 +109,26 @@ impl Compiler<'_> {
         }
         let text = std::fs::read_to_string(&path).map_err(|error| vec![format!("{name} cannot be read: {error}")])?;
         self.secrets.update(&text);
-        listed(&text, name)
+        let listed = listed(&text, name)?;
+        if let Some(own) = &mut self.own_keys {
+            own.list.extend(listed.entries.iter().map(|entry| OwnKey::of(entry, true)));
+            own.file = Some(path);
+        }
+        Ok(listed)
+    }
+
+    /// The keys of an issuer: those in a file, or those that are read beside the requests.
+    fn key_set(&mut self, source: &Source) -> Result<Arc<KeySet>, String> {
+        let Source::File(path) = source else { return Ok(self.world.state.key_set(source)) };
+        let path = self.beside(path);
+        self.secret_files.push(path.clone());
+        if !self.world.secret_files {
+            return Ok(Arc::new(KeySet::new(|| {})));
+        }
+        let told = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+        let text = std::fs::read(&path).map_err(|error| told(&error))?;
+        self.secrets.update(&text);
+        KeySet::fixed(&text).map(Arc::new).map_err(|error| told(&error))
     }
 
     fn named_tenant(&mut self, named: &Named, file: &file::File) {
@@ -94,7 +164,7 @@ pub fn authenticators(path: &Path, world: &World<'_>) -> Result<Vec<Arc<dyn Auth
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Instant, SystemTime};
+    use std::time::Instant;
 
     use http::HeaderMap;
     use infergate_plugins::authenticator::keys::Fresh;

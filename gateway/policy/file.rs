@@ -91,6 +91,8 @@ pub struct Tenant {
     /// The most tokens that one answer may have, for each of its choices. The lowest of it and those above it counts.
     #[schemars(range(min = 1))]
     pub output_tokens_max: Option<u64>,
+    /// What its requests may ask of a model, and what they ask anyway.
+    pub parameters: Option<Parameters>,
 }
 
 /// How much of one thing may be used over one time. It has exactly one of `requests`, `input_tokens`,
@@ -172,6 +174,23 @@ pub enum OnShort {
     Clamp,
     /// It is refused.
     Refuse,
+}
+
+/// What a tenant's requests may ask of a model. The gateway changes a body only where this says so, and there only the
+/// bytes that it must.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Parameters {
+    /// Fields that a body may not have, such as `logit_bias` or `tools`: 400 `parameter_not_allowed`. What the tenants
+    /// above forbid is forbidden too. What passes through unread, and WebSockets, are refused then.
+    pub forbid: Vec<String>,
+    /// The end user of all its requests, put in or in place of what was sent (`user`; on `/v1/messages`
+    /// `metadata.user_id`): `caller` for the name of whoever asks, or a fixed text. What a tenant above says comes first.
+    #[schemars(length(min = 1))]
+    pub user: Option<String>,
+    /// Fields for requests that do not have them, where models write (chat, completions, responses, messages):
+    /// `temperature: 0.2`. What a tenant above says holds where this has nothing.
+    pub defaults: BTreeMap<String, serde_json::Value>,
 }
 
 /// One model as clients see it.
@@ -509,7 +528,8 @@ pub struct Requests {
     /// How long a drained answer may go on after the client left, in milliseconds.
     #[schemars(range(min = 1))]
     pub drain_ms: u64,
-    /// What happens to the running requests of a key that is revoked. What the newest policy says counts.
+    /// What happens to the running requests of a key that is revoked, or of a key, a token or a certificate whose time
+    /// is over. What the newest policy says counts.
     pub on_revoked: OnRevoked,
     /// The tokens that an answer may have, for each of its choices, where the request does not say and a limit on
     /// tokens or money holds: they are reserved, and written into the request.
@@ -561,7 +581,7 @@ pub enum OnDisconnect {
     Drain,
 }
 
-/// What happens to the running requests of a key that is revoked.
+/// What happens to the running requests of whoever would not be let in any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRevoked {

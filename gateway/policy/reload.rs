@@ -78,6 +78,7 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
         journal.configure(&policy.audit);
     }
     let open = policy.authenticators.is_none() && !house.settings.is_local();
+    let unseen = policy.asks_for_certificates() && !house.settings.takes_certificates();
     house.policy.policy.store(Some(Arc::new(policy)));
     house.policy.changed.send_replace(revision);
     last.loaded = Some(SystemTime::now());
@@ -90,6 +91,9 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
         tracing::warn!(
             "everybody who reaches a listener may ask, and nobody is known: give the policy `authenticators`"
         );
+    }
+    if unseen {
+        tracing::warn!("no listener takes client certificates, which the policy knows callers by: name `client_ca`");
     }
     Reloaded::Swapped(revision, hash)
 }

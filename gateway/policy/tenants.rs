@@ -6,6 +6,8 @@ use std::sync::Arc;
 use super::problem::nearest;
 use super::{Compiler, Models, Route, file, fits};
 use crate::limits::Limit;
+use crate::parameters::{Parameters, User};
+use crate::scan::Field;
 use crate::surface;
 
 /// One tenant, with all that those above it say.
@@ -21,6 +23,8 @@ pub struct Tenant {
     pub limits: Vec<Arc<Limit>>,
     /// The most tokens that an answer may have.
     pub output_tokens_max: Option<u64>,
+    /// What its requests may ask of a model, if anything is said about that.
+    pub parameters: Option<Parameters>,
 }
 
 /// All tenants by name.
@@ -125,6 +129,24 @@ impl Compiler<'_> {
         for (index, surface) in tenant.surfaces.iter().flatten().enumerate() {
             self.listed_surface(&format!("{path}.surfaces[{index}]"), surface, file);
         }
+        if let Some(parameters) = &tenant.parameters {
+            self.tenant_parameters(&format!("{path}.parameters"), parameters);
+        }
+    }
+
+    fn tenant_parameters(&mut self, path: &str, parameters: &file::Parameters) {
+        for (index, name) in parameters.forbid.iter().enumerate() {
+            if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_graphic()) {
+                self.wrong(&format!("{path}.forbid[{index}]"), "this is no name of a field");
+            }
+        }
+        for name in parameters.defaults.keys() {
+            let decided = Field::named(name.as_bytes()).is_some() || CONTENT.contains(&name.as_str());
+            if decided || name.is_empty() {
+                let message = format!("{name} can have no default: the gateway decides by what the caller sends");
+                self.wrong(&format!("{path}.defaults.{name}"), message);
+            }
+        }
     }
 
     pub(super) fn listed_model(&mut self, path: &str, name: &str, file: &file::File, models: &Models) {
@@ -150,6 +172,21 @@ impl Compiler<'_> {
     }
 }
 
+/// What a request is about.
+const CONTENT: [&str; 7] = ["messages", "prompt", "input", "inputs", "instructions", "system", "metadata"];
+
+/// What holds for the first tenant of a line, those above it included.
+fn parameters(line: &[&file::Tenant]) -> Option<Parameters> {
+    let said: Vec<&file::Parameters> = line.iter().filter_map(|tenant| tenant.parameters.as_ref()).collect();
+    let user = said.iter().rev().find_map(|said| said.user.clone());
+    let defaults = said.iter().rev().flat_map(|said| &said.defaults);
+    (!said.is_empty()).then(|| Parameters {
+        forbid: said.iter().flat_map(|said| said.forbid.iter().cloned()).collect(),
+        user: user.map(|user| if user == "caller" { User::Caller } else { User::Fixed(user) }),
+        defaults: defaults.map(|(name, value)| (name.clone(), value.to_string())).collect(),
+    })
+}
+
 /// `name` and those above it, itself first; `None` if it stands above itself.
 fn line<'a>(name: &'a str, tenants: &'a BTreeMap<String, file::Tenant>) -> Option<Vec<(&'a str, &'a file::Tenant)>> {
     let mut line = Vec::new();
@@ -169,6 +206,7 @@ fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<
     let patterns = |list: &Vec<String>| list.iter().map(|text| Pattern::new(text)).collect();
     let surfaces = |tenant: &file::Tenant| Some(tenant.surfaces.as_ref()?.iter().cloned().collect());
     Tenant {
+        parameters: parameters(&line.iter().map(|(_, tenant)| *tenant).collect::<Vec<_>>()),
         name: name.into(),
         models: line.iter().filter_map(|(_, tenant)| tenant.models.as_ref().map(patterns)).collect(),
         surfaces: line.iter().filter_map(|(_, tenant)| surfaces(tenant)).collect(),
@@ -179,6 +217,7 @@ fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<
 
 #[cfg(test)]
 mod tests {
+    use crate::parameters::User;
     use crate::policy::tests::{POOLS, compiled, problems};
 
     const MODELS: &str = "models:\n  - {name: llama-3, pool: fast, aliases: [four]}\n  - {name: 'gpt-*', pool: slow}\n";
@@ -225,6 +264,30 @@ mod tests {
         assert!(may("t", None) && may("t", Some("llama-3")) && !may("t", Some("gpt-4")));
         assert!(!may("t", Some("else")), "the upstream would get this name");
         assert!(may("u", Some("else")));
+    }
+
+    #[test]
+    fn parameters_narrow_downwards() {
+        let text = format!(
+            "{POOLS}{MODELS}tenants:\n  top: {{parameters: {{forbid: [tools], user: caller, defaults: {{temperature: 0.20, seed: 1}}}}}}\n  mid: {{parent: top}}\n  low: {{parent: mid, parameters: {{forbid: [logit_bias], user: me, defaults: {{temperature: 1}}}}}}\n  free: {{}}\n"
+        );
+        let policy = compiled(&text).unwrap();
+        let of = |tenant: &str| policy.tenants[tenant].parameters.clone();
+        assert_eq!((of("mid"), of("free")), (of("top"), None));
+        let low = of("low").unwrap();
+        assert_eq!(low.forbid.iter().map(String::as_str).collect::<Vec<_>>(), ["logit_bias", "tools"]);
+        assert_eq!(low.user, Some(User::Caller), "what those above say comes first");
+        assert_eq!((low.defaults["temperature"].as_str(), low.defaults["seed"].as_str()), ("1", "1"));
+        assert_eq!(of("top").unwrap().defaults["temperature"], "0.2");
+        let told = problems(&format!(
+            "{POOLS}tenants:\n  t:\n    parameters:\n      forbid: ['']\n      defaults:\n        max_tokens: 5\n        messages: []\n"
+        ));
+        let places = [
+            "policy.yaml:8:16: tenants.t.parameters.forbid[0]: ",
+            "policy.yaml:10:9: tenants.t.parameters.defaults.max_tokens: ",
+            "policy.yaml:11:9: ",
+        ];
+        assert!(told.len() == 3 && told.iter().zip(places).all(|(told, place)| told.starts_with(place)), "{told:#?}");
     }
 
     #[test]

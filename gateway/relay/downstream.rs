@@ -5,6 +5,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TRANSFER_ENCODING};
 use http::{HeaderValue, Method, StatusCode, Version, request};
+use infergate_plugins::authenticator::Credentials;
+use infergate_plugins::authenticator::mtls::Certificate;
 use pingora::ErrorType;
 use pingora::apps::{HttpPersistentSettings, ReusedHttpStream};
 use pingora::protocols::http::{HttpTask, ServerSession};
@@ -104,6 +106,12 @@ impl Downstream {
     /// The other end of the connection.
     pub fn peer(&self) -> Peer {
         Peer(self.session.client_addr().and_then(|address| address.as_inet().copied()))
+    }
+
+    /// What the client has shown of itself: its headers, and the certificate of its connection.
+    pub fn credentials(&self) -> Credentials<'_> {
+        let tls = self.session.digest().and_then(|digest| digest.ssl_digest.as_deref());
+        Credentials::of(&self.head().headers).with(tls.and_then(|tls| tls.extension.get::<Certificate>()))
     }
 
     /// The protocol, as records name it.

@@ -1,5 +1,6 @@
 //! Certificates of listeners: chosen by SNI, checked before they are used, swapped while connections come in.
 
+use std::any::Any;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,13 +8,15 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use pingora::listeners::TlsAccept;
 use pingora::listeners::tls::TlsSettings;
+use pingora::protocols::tls::TlsRef;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme, client, crypto};
 
+use crate::certificate;
 use crate::settings::{Certificate, Tls};
 
 /// One listener's certificates and client authorities, which can be read again.
@@ -44,16 +47,31 @@ impl ListenerTls {
 
     /// What Pingora's listener wants to know.
     pub fn pingora(self: &Arc<Self>) -> Result<TlsSettings, String> {
-        struct Nothing;
-        #[async_trait]
-        impl TlsAccept for Nothing {}
-        let mut tls = TlsSettings::with_callbacks(Box::new(Nothing)).map_err(|error| error.to_string())?;
+        let mut tls = TlsSettings::with_callbacks(Box::new(Shown(self.clone()))).map_err(|error| error.to_string())?;
         tls.set_cert_resolver(Arc::new(Resolver(self.clone())));
         if self.settings.client_ca.is_some() {
             tls.set_client_cert_verifier(Arc::new(Clients(self.clone())));
         }
         tls.enable_h2();
         Ok(tls)
+    }
+}
+
+/// Reads the certificate that a client has shown, once for its connection.
+struct Shown(Arc<ListenerTls>);
+
+#[async_trait]
+impl TlsAccept for Shown {
+    async fn handshake_complete_callback(&self, tls: &TlsRef) -> Option<Arc<dyn Any + Send + Sync>> {
+        let (own, above) = tls.peer_cert_chain_der()?.split_first()?;
+        let loaded = self.0.loaded.load();
+        // A session that is taken up again was checked when it began, perhaps against other authorities.
+        let checked = loaded.clients.as_ref()?.verify_client_cert(own, above, UnixTime::now());
+        if let Err(error) = checked {
+            tracing::debug!(%error, "a certificate of an earlier session is not good any more");
+            return None;
+        }
+        Some(Arc::new(certificate::read(own)?))
     }
 }
 

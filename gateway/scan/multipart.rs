@@ -19,6 +19,32 @@ pub(super) fn scan(body: &[u8], content_type: &[u8]) -> Result<Scan, Fault> {
     Ok(scan)
 }
 
+/// The names of all parts. Of a part whose name is not plain, nobody knows what a server takes it for.
+pub(super) fn names(body: &[u8], content_type: &[u8]) -> Result<Vec<String>, Fault> {
+    let boundary = boundary(content_type).ok_or(Fault::Malformed("Content-Type has no multipart boundary", 0))?;
+    let plain = |part: Part| {
+        plain_name(&body[part.head.clone()]).ok_or(Fault::Malformed("a part must have one plain name", part.head.start))
+    };
+    parts(body, &boundary)?.into_iter().map(plain).collect()
+}
+
+/// The only `name` in a part's only `Content-Disposition`, if it is plain.
+fn plain_name(head: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(head).ok()?;
+    let is_disposition =
+        |line: &&str| line.split(':').next().is_some_and(|key| key.trim().eq_ignore_ascii_case("content-disposition"));
+    let folded = text.split("\r\n").any(|line| line.starts_with([' ', '\t']));
+    let [line] = text.split("\r\n").filter(is_disposition).collect::<Vec<_>>()[..] else { return None };
+    let is_name = |key: &str| key.trim().to_ascii_lowercase().starts_with("name");
+    let keys = line.split(';').filter_map(|parameter| parameter.split_once('='));
+    let [(key, value)] = keys.filter(|(key, _)| is_name(key)).collect::<Vec<_>>()[..] else { return None };
+    let value = value.trim();
+    let value = value.strip_prefix('"').map_or(Some(value), |rest| rest.strip_suffix('"'))?;
+    let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.[]".contains(&byte));
+    let good = !folded && plain && !value.is_empty() && key.trim().eq_ignore_ascii_case("name") && !line.contains('\\');
+    good.then(|| value.to_owned())
+}
+
 /// The `boundary` parameter of a `multipart/form-data` type, quoted or not.
 fn boundary(content_type: &[u8]) -> Option<Vec<u8>> {
     let text = std::str::from_utf8(content_type).ok()?;
@@ -98,6 +124,35 @@ mod tests {
         let edit = scan.rename_model("large").unwrap();
         assert_eq!(&FORM[edit.span], b"whisper");
         assert_eq!(edit.text, "large");
+    }
+
+    #[test]
+    fn a_part_has_one_plain_name_or_none_is_told() {
+        assert_eq!(names(FORM, TYPE).unwrap(), ["model", "file"]);
+        let of = |line: &str| names(format!("--xyz\r\n{line}\r\n\r\na\r\n--xyz--").as_bytes(), TYPE);
+        for (line, name) in [
+            ("content-disposition:form-data;NAME=prompt", "prompt"),
+            ("Content-Disposition: form-data; name=\"a[]\"; filename=\"x; y.wav\"", "a[]"),
+        ] {
+            assert_eq!(of(line).unwrap(), [name], "{line}");
+        }
+        for line in [
+            "Content-Type: text/plain",
+            "Content-Disposition: form-data",
+            "Content-Disposition: form-data; name=\"\"",
+            "Content-Disposition: form-data; name=a; name=prompt",
+            "Content-Disposition: form-data; name=a; name*=UTF-8''prompt",
+            "Content-Disposition: form-data; name*=UTF-8''prompt",
+            "Content-Disposition: form-data; name=\"pro\\mpt\"",
+            "Content-Disposition: form-data; name=\"a;b\"",
+            "Content-Disposition: form-data; name=\"%70rompt\"",
+            "Content-Disposition: form-data; filename=\"a; name=prompt\"; name=b",
+            "Content-Disposition: form-data; name=a\r\nContent-Disposition: form-data; name=prompt",
+            "Content-Disposition: form-data;\r\n name=prompt",
+            "Content-Disposition: form-data; name=a;\r\n name=prompt",
+        ] {
+            assert!(of(line).is_err(), "{line}: {:?}", of(line));
+        }
     }
 
     #[test]

@@ -124,6 +124,7 @@ impl Ring<Identity> {
             tenant: entry.tenant.as_str().into(),
             by: format!("the key {}", entry.prefix).into(),
             mark: hash,
+            expires,
         };
         let name: Arc<str> = format!("{} of `{}`", entry.prefix, identity.principal).into();
         self.add(hash, name, expires, identity).map_err(|error| ("hash", error))
@@ -235,8 +236,8 @@ fn short(hash: &Mark) -> u128 {
 }
 
 /// A hash is spread evenly already.
-#[derive(Default)]
-struct Already(u64);
+#[derive(Debug, Default)]
+pub(super) struct Already(u64);
 
 impl Hasher for Already {
     fn write(&mut self, bytes: &[u8]) {

@@ -9,7 +9,7 @@ use crate::support::keys::{PEPPER, start};
 use crate::support::{Answer, Client, Gateway, Journal, Process, eventually, model_server, policy, raw};
 
 /// A key for this role and its entry for the settings, as the command makes them.
-fn made(role: &str) -> (String, String) {
+pub(super) fn made(role: &str) -> (String, String) {
     let gateway = std::process::Command::new(env!("CARGO_BIN_EXE_infergate"))
         .args(["key", "create", "--json", "--role", role, "--name", role])
         .env("INFERGATE_PEPPER", PEPPER)
@@ -29,7 +29,7 @@ async fn ask(gateway: &Gateway, method: &Method, path: &str, key: &str) -> Answe
 }
 
 /// What each of nobody, a viewer, an operator and an owner gets: whether they are let in.
-const PATHS: [(Method, &str, [bool; 4]); 12] = [
+const PATHS: [(Method, &str, [bool; 4]); 15] = [
     (Method::GET, "/livez", [true; 4]),
     (Method::GET, "/readyz", [true; 4]),
     (Method::GET, "/metrics", [true; 4]),
@@ -41,6 +41,9 @@ const PATHS: [(Method, &str, [bool; 4]); 12] = [
     (Method::PUT, "/admin/v1/log", [false, false, true, true]),
     (Method::POST, "/admin/reload", [false, false, true, true]),
     (Method::POST, "/admin/v1/breaker", [false, false, true, true]),
+    (Method::GET, "/admin/v1/keys", [false, false, false, true]),
+    (Method::POST, "/admin/v1/keys", [false, false, false, true]),
+    (Method::DELETE, "/admin/v1/keys/x", [false, false, false, true]),
     (Method::POST, "/admin/v1/breaker?pool=p&address=A&state=closed", [false, false, true, true]),
 ];
 

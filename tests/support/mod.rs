@@ -3,6 +3,7 @@
 pub mod dns;
 pub mod gateway;
 pub mod http;
+pub mod issuer;
 pub mod journal;
 pub mod keys;
 pub mod load;
@@ -11,6 +12,7 @@ pub mod otlp;
 pub mod process;
 pub mod prometheus;
 pub mod requests;
+pub mod signer;
 pub mod wire;
 
 pub use gateway::{Gateway, free_port};
