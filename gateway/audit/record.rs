@@ -19,7 +19,7 @@ use crate::hex;
 use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
-use crate::usage::Usage;
+use crate::usage::{Source, Usage};
 
 /// The most of a name or a sentence from outside that a record keeps, in bytes.
 pub const CLIPPED: usize = 256;
@@ -90,6 +90,58 @@ pub struct Record<'a> {
     /// When it began and ended.
     #[serde(skip)]
     pub moment: Moment,
+}
+
+impl<'a> Record<'a> {
+    /// The record of a chat that went well: what tests and benches make theirs of.
+    #[doc(hidden)]
+    pub fn sample(moment: Moment) -> Self {
+        Self {
+            id: Id::new(),
+            outcome: Outcome::Ok,
+            status: Some(200),
+            surface: "/v1/chat/completions",
+            operation: "chat",
+            method: "POST",
+            stream: true,
+            client: Client {
+                address: Peer(Some(([10, 1, 2, 3], 45_678).into())),
+                protocol: "http/1.1",
+                request_id: Some("a4b3c2d1-0000-4000-8000-000000000001"),
+            },
+            trace: None,
+            principal: None,
+            tenant: None,
+            model: Models { asked: Some("llama-3"), route: Some("llama-3"), used: Some("llama-3") },
+            policy: PolicyMark {
+                revision: 1,
+                hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d",
+            },
+            decisions: &[],
+            attempts: AttemptList { list: &[], moment },
+            usage: Usage {
+                input_tokens: Some(211),
+                output_tokens: Some(49),
+                source: Source::Upstream,
+                ..Usage::default()
+            },
+            cost: None,
+            unpriced: false,
+            bytes: BodyBytes { request: 1024, answer: 587 },
+            capture: None,
+            times: Times {
+                body: Some(40),
+                admitted: Some(60),
+                queued: Some(61),
+                first: Some(5_310),
+                ended: 99_000,
+                own: 75,
+            },
+            code: None,
+            message: None,
+            moment,
+        }
+    }
 }
 
 /// A record as it stands in the journal: the frame of its line, and the record.
