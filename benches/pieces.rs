@@ -134,7 +134,9 @@ fn picks(criterion: &mut Criterion) {
 
 /// The record of a chat request that went well, as its exchange would put it together.
 fn record<'a>(trace: Trace, decisions: &'a [Decision], attempts: &'a [Attempt], moment: Moment) -> Record<'a> {
-    Record { trace: Some(trace), decisions, attempts: AttemptList { list: attempts, moment }, ..Record::sample(moment) }
+    let sample = Record::sample(moment);
+    let attempts = AttemptList { list: attempts, ..sample.attempts };
+    Record { trace: Some(trace), decisions, attempts, ..sample }
 }
 
 /// What the journal costs: a request that files its record, and the thread that numbers and chains it.

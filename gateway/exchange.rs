@@ -91,7 +91,7 @@ pub struct Stages {
     pub body: Instant,
     /// The request had been parsed and routed.
     pub admitted: Instant,
-    /// It had its place in the pool.
+    /// It had its place in the pool: at once, if the pool has room for all.
     pub queued: Instant,
     /// The first piece of the answer had come.
     pub answered: Instant,
@@ -306,6 +306,7 @@ impl Exchange {
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
+        let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
             id: self.id,
             outcome: self.ending.outcome,
@@ -325,16 +326,16 @@ impl Exchange {
             model: self.models(),
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
-            attempts: AttemptList { list: &self.attempts, moment },
+            attempts: AttemptList { list: &self.attempts, moment, bytes },
             usage,
             cost,
             unpriced,
-            bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
+            bytes,
             capture: self.tally.capture.as_deref().map(Capture::mark),
             times: Times {
                 body: reached(times.body),
                 admitted: reached(times.admitted),
-                queued: reached(times.queued),
+                queued: reached(times.queued).filter(|_| times.queued > times.admitted),
                 first: reached(times.first),
                 ended: moment.micros(ended),
                 own: self.overhead(times.answered, times.first).as_micros() as u64,
@@ -381,10 +382,12 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         let place = self.place.take();
-        let record = self.record(Instant::now());
+        let mut record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
         if let Some(traces) = &self.policy.traces {
-            self.tracer.finish(traces, &record);
+            if !self.tracer.finish(traces, &record) {
+                record.forget_trace();
+            }
         }
         if let (Some(journal), Some(place)) = (&self.journal, place) {
             self.file(journal, &record, place);

@@ -138,6 +138,10 @@ async fn ask_stage<'a>(
 /// The request has its place in the pool.
 fn queued(exchange: &mut Exchange, pool: &Pool) {
     let before = exchange.attempts.last().and_then(|attempt| attempt.ended).unwrap_or(exchange.times.admitted);
+    exchange.times.queued = before;
+    if pool.concurrency.max.is_none() {
+        return;
+    }
     exchange.times.queued = Instant::now();
     let waited = exchange.times.queued.saturating_duration_since(before).as_millis();
     let why = if waited == 0 { Text::from("at once") } else { Text::from(format!("waited {waited} ms")) };

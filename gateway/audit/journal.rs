@@ -457,9 +457,11 @@ impl Segment {
         Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })
     }
 
-    /// Appends whole lines. What a failed try left behind is taken off first.
-    fn append(&mut self, lines: &[u8]) -> std::io::Result<()> {
-        self.file.set_len(self.bytes)?;
+    /// Appends whole lines. What a failed try left behind (`again`) is taken off first.
+    fn append(&mut self, lines: &[u8], again: bool) -> std::io::Result<()> {
+        if again {
+            self.file.set_len(self.bytes)?;
+        }
         self.file.write_all(lines)?;
         self.file.sync_data()?;
         self.bytes += lines.len() as u64;
@@ -710,7 +712,7 @@ impl Writer {
     fn append(&mut self) -> std::io::Result<()> {
         self.store.append(&self.captures, &self.journal.policy.load())?;
         self.captures.clear();
-        self.segment.append(&self.out)
+        self.segment.append(&self.out, self.failing)
     }
 
     fn failed(&mut self, error: &std::io::Error) {

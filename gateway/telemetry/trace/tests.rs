@@ -147,6 +147,7 @@ fn attempts(endings: &[(Ending, Option<u16>)]) -> Vec<Attempt> {
 fn record(attempts: &[Attempt]) -> Record<'_> {
     let received = Instant::now() - Duration::from_secs(2);
     let moment = Moment { at: SystemTime::now(), received, ended: Instant::now() };
+    let sample = Record::sample(moment);
     Record {
         client: Client { address: Peer(None), protocol: "http/1.1", request_id: Some("canary") },
         trace: Some(Trace { id: 1, span: 2, parent: Some(3), sampled: false }),
@@ -154,10 +155,10 @@ fn record(attempts: &[Attempt]) -> Record<'_> {
         tenant: Some("red"),
         model: Models { asked: Some("canary"), route: Some("ours"), used: Some("theirs") },
         policy: PolicyMark { revision: 3, hash: "abc" },
-        attempts: AttemptList { list: attempts, moment },
+        attempts: AttemptList { list: attempts, ..sample.attempts },
         usage: Usage::default(),
         times: Times { first: Some(1_500_000), ended: 2_000_000, own: 50, ..Times::default() },
-        ..Record::sample(moment)
+        ..sample
     }
 }
 
