@@ -20,6 +20,7 @@
 pub mod admin;
 pub mod audit;
 pub mod cli;
+pub mod decimal;
 pub mod discover;
 pub mod egress;
 pub mod exchange;

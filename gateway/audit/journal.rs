@@ -27,6 +27,7 @@ use super::read;
 use super::record::Record;
 use super::tip::{self, Tip};
 use super::{keep, private};
+use crate::decimal;
 use crate::hex;
 use crate::policy::file::Audit;
 use crate::telemetry::{JournalMeters, Telemetry};
@@ -655,7 +656,7 @@ impl Writer {
         self.uncommitted = (self.uncommitted.0 + 1, self.uncommitted.1 + record);
         let begun = self.out.len();
         self.out.extend_from_slice(br#"{"v":1,"seq":"#);
-        self.out.extend_from_slice(json::decimal(self.seq, &mut [0; 20]));
+        self.out.extend_from_slice(decimal::digits(self.seq, &mut [0; 20]));
         self.out.push(b',');
         self.out.extend_from_slice(line);
         let digest = Sha256::new().chain_update(self.chain).chain_update(&self.out[begun..]).finalize();

@@ -7,6 +7,8 @@ use std::fmt;
 use serde::Serialize;
 use serde::ser::{Impossible, SerializeSeq, SerializeStruct, Serializer};
 
+use crate::decimal;
+
 /// Appends what serde_json would append. After an error, part of it has been written.
 pub(super) fn append(out: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Unusual> {
     value.serialize(Json(out))
@@ -131,7 +133,7 @@ impl<'a> Serializer for Json<'a> {
     }
 
     fn serialize_u64(self, value: u64) -> Result<(), Unusual> {
-        self.0.extend_from_slice(decimal(value, &mut [0; 20]));
+        self.0.extend_from_slice(decimal::digits(value, &mut [0; 20]));
         Ok(())
     }
 
@@ -196,19 +198,6 @@ impl<'a> Serializer for Json<'a> {
         serialize_map(Option<usize>) -> Never;
         serialize_struct_variant(&'static str, u32, &'static str, usize) -> Never;
     }
-}
-
-/// A number's digits, in a part of `text`.
-pub(super) fn decimal(mut value: u64, text: &mut [u8; 20]) -> &[u8] {
-    let mut begin = text.len();
-    for (at, digit) in text.iter_mut().enumerate().rev() {
-        (*digit, begin) = (b'0' + (value % 10) as u8, at);
-        value /= 10;
-        if value == 0 {
-            break;
-        }
-    }
-    &text[begin..]
 }
 
 /// Whether nothing in `text` must be escaped: sixteen bytes at a time, or eight, the last ones once more.
