@@ -1,12 +1,15 @@
 //! Decimal digits without the machinery of formatting, for what every request writes.
 
-/// A number's digits, in a part of `text`.
+/// A number's digits, in a part of `text`: two at a time, from behind.
 pub fn digits(mut value: u64, text: &mut [u8; 20]) -> &[u8] {
-    let mut begin = text.len();
-    for (at, digit) in text.iter_mut().enumerate().rev() {
-        (*digit, begin) = (b'0' + (value % 10) as u8, at);
-        value /= 10;
+    let (pairs, _) = text.as_chunks_mut::<2>();
+    let mut begin = 20;
+    for pair in pairs.iter_mut().rev() {
+        let two = (value % 100) as u8;
+        *pair = [b'0' + two / 10, b'0' + two % 10];
+        (value, begin) = (value / 100, begin - 2);
         if value == 0 {
+            begin += usize::from(two < 10);
             break;
         }
     }

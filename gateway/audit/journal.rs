@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::capture::Store;
-use super::json;
+use super::json::{self, Line};
 use super::key::SigningKey;
 use super::read;
 use super::record::Record;
@@ -264,9 +264,9 @@ impl Journal {
 
     /// Files any other line.
     pub(super) fn push(&self, kind: &str, at: SystemTime, members: &impl Serialize) -> u64 {
-        thread_local!(static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+        thread_local!(static LINE: RefCell<Line> = const { RefCell::new(Line::new()) });
         LINE.with_borrow_mut(|line| {
-            line.clear();
+            line.truncate(0);
             encode(line, kind, at, members);
             let mut pending = self.pending.lock();
             if pending.closed {
@@ -275,7 +275,7 @@ impl Journal {
                 return pending.entries;
             }
             let before = pending.lines.len();
-            pending.lines.extend_from_slice(line);
+            pending.lines.extend_from_slice(line.text());
             let full = before < GROUP && pending.lines.len() >= GROUP;
             pending.entries += 1;
             let entry = pending.entries;
@@ -373,23 +373,26 @@ impl Unwritten {
 }
 
 /// Appends a line without its frame: the kind, the time, and the members of a struct.
-fn encode(line: &mut Vec<u8>, kind: &str, at: SystemTime, members: &impl Serialize) {
-    for part in [br#""kind":""#.as_slice(), kind.as_bytes(), br#"","at":""#, &Stamp(at).spelt(), b"\""] {
-        line.extend_from_slice(part);
-    }
-    let begun = line.len();
+fn encode(line: &mut Line, kind: &str, at: SystemTime, members: &impl Serialize) {
+    line.put(br#""kind":""#);
+    line.put(kind.as_bytes());
+    line.put(br#"","at":""#);
+    line.put(&Stamp(at).spelt());
+    line.put(b"\"");
+    let begun = line.text().len();
     let written = json::append(line, members).is_ok() || {
         line.truncate(begun);
         serde_json::to_writer(&mut *line, members).is_ok()
     };
+    let end = line.text().len();
     // Nothing of ours fails to serialise; if it ever does, the line stays whole.
-    if !written || line.len() - begun <= 2 {
+    if !written || end - begun <= 2 {
         line.truncate(begun);
     } else {
-        line[begun] = b',';
-        line.pop();
+        line.set(begun, b',');
+        line.truncate(end - 1);
     }
-    line.push(b'\n');
+    line.put(b"\n");
 }
 
 /// A name for a new run, `20261122T140305Z-1a2b3c4d`. Names sort by time, so two starts within a second count as two.
@@ -635,9 +638,9 @@ impl Writer {
 
     /// Frames a line of the writer's own.
     fn own(&mut self, kind: &str, at: SystemTime, members: &impl Serialize) {
-        let mut line = Vec::with_capacity(512);
+        let mut line = Line::new();
         encode(&mut line, kind, at, members);
-        self.frame_all(&line);
+        self.frame_all(line.text());
     }
 
     /// Gives every line its number and its chain.
