@@ -450,6 +450,10 @@ struct Segment {
     first: u64,
     /// Bytes that are on disk.
     bytes: u64,
+    /// Bytes of the next lines that have been written and may not be on disk.
+    ahead: usize,
+    /// Whether a write failed, so that nobody knows what stands behind `bytes`.
+    torn: bool,
     begun: Instant,
 }
 
@@ -458,17 +462,30 @@ impl Segment {
         let path = run.join(format!("{number:06}.jsonl"));
         // A try before may have left it behind, empty; the run is nobody else's.
         let file = private::append(&path)?;
-        Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })
+        Ok(Self { path, file, number, first, bytes: 0, ahead: 0, torn: false, begun: Instant::now() })
     }
 
-    /// Appends whole lines. What a failed try left behind (`again`) is taken off first.
-    fn append(&mut self, lines: &[u8], again: bool) -> std::io::Result<()> {
-        if again {
+    /// Puts whole lines on disk. What a failed try left behind is taken off first.
+    fn append(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        if self.torn {
             self.file.set_len(self.bytes)?;
+            (self.torn, self.ahead) = (false, 0);
         }
-        self.file.write_all(lines)?;
-        self.file.sync_data()?;
-        self.bytes += lines.len() as u64;
+        let written = self.write(lines).and_then(|()| self.file.sync_data());
+        self.torn = written.is_err();
+        written?;
+        (self.bytes, self.ahead) = (self.bytes + lines.len() as u64, 0);
+        Ok(())
+    }
+
+    /// Writes what can be written of the lines that are to be on disk soon, while they are still in the core's cache.
+    fn write_ahead(&mut self, lines: &[u8]) {
+        self.torn = self.torn || self.write(lines).is_err();
+    }
+
+    fn write(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        self.file.write_all(&lines[self.ahead..])?;
+        self.ahead = lines.len();
         Ok(())
     }
 }
@@ -583,7 +600,8 @@ impl Writer {
         while !pending.urgent && pending.closing.is_none() && !(pending.lines.is_empty() && self.out.is_empty()) {
             if pending.lines.len() >= GROUP {
                 std::mem::swap(&mut pending.lines, lines);
-                MutexGuard::unlocked(&mut pending, || self.frame_all(lines));
+                let captures = !pending.captures.is_empty() || !self.captures.is_empty();
+                MutexGuard::unlocked(&mut pending, || self.group(lines, captures));
                 lines.clear();
                 // Whoever was in a hurry meanwhile has woken nobody.
                 continue;
@@ -597,6 +615,14 @@ impl Writer {
         std::mem::swap(&mut pending.lines, lines);
         self.captures.append(&mut pending.captures);
         Taken { entries: pending.entries, closing: pending.closing, sign: pending.sign }
+    }
+
+    /// A group of lines is framed before the rest has come, and written, unless captured text goes first.
+    fn group(&mut self, lines: &[u8], captures: bool) {
+        self.frame_all(lines);
+        if !captures {
+            self.segment.write_ahead(&self.out);
+        }
     }
 
     /// How long there may be nothing to do.
@@ -716,7 +742,7 @@ impl Writer {
     fn append(&mut self) -> std::io::Result<()> {
         self.store.append(&self.captures, &self.journal.policy.load())?;
         self.captures.clear();
-        self.segment.append(&self.out, self.failing)
+        self.segment.append(&self.out)
     }
 
     fn failed(&mut self, error: &std::io::Error) {
@@ -774,5 +800,51 @@ impl Writer {
     fn keep(&mut self) {
         self.kept = Instant::now();
         keep::house(&self.journal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn begun() -> (tempfile::TempDir, Writer) {
+        let directory = tempfile::tempdir().unwrap();
+        let (_, writer) = Journal::begin(directory.path(), None, Audit::default(), Telemetry::new().journal).unwrap();
+        (directory, writer)
+    }
+
+    fn text(writer: &Writer) -> String {
+        std::fs::read_to_string(&writer.segment.path).unwrap()
+    }
+
+    #[test]
+    fn lines_that_were_written_ahead_stand_once_whatever_failed_meanwhile() {
+        let (_directory, mut writer) = begun();
+        let before = text(&writer).len();
+        writer.group(b"\"kind\":\"a\"\n", false);
+        assert!(text(&writer).len() > before, "it is there before it is on disk");
+        writer.segment.file.write_all(b"half a li").unwrap();
+        writer.segment.torn = true;
+        writer.group(b"\"kind\":\"b\"\n", false);
+        writer.commit(2);
+        writer.group(b"\"kind\":\"c\"\n", false);
+        writer.commit(3);
+        let lines: Vec<Value> = text(&writer).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let kinds: Vec<_> = lines.iter().map(|line| line["kind"].as_str().unwrap()).collect();
+        assert_eq!(kinds, ["open", "checkpoint", "a", "b", "c"]);
+        assert!(lines.iter().zip(1..).all(|(line, seq)| line["seq"] == seq), "{lines:#?}");
+        assert_eq!(text(&writer).len() as u64, writer.segment.bytes);
+    }
+
+    #[test]
+    fn no_line_is_written_before_the_captured_text_that_it_promises() {
+        let (_directory, mut writer) = begun();
+        let before = text(&writer).len();
+        writer.group(b"\"kind\":\"a\"\n", true);
+        assert_eq!(text(&writer).len(), before);
+        writer.commit(1);
+        assert!(text(&writer).len() > before);
     }
 }
