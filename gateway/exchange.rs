@@ -384,10 +384,10 @@ impl Drop for Exchange {
         let place = self.place.take();
         let mut record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
-        if let Some(traces) = &self.policy.traces {
-            if !self.tracer.finish(traces, &record) {
-                record.forget_trace();
-            }
+        if let Some(traces) = &self.policy.traces
+            && !self.tracer.finish(traces, &record)
+        {
+            record.forget_trace();
         }
         if let (Some(journal), Some(place)) = (&self.journal, place) {
             self.file(journal, &record, place);
