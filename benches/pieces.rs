@@ -8,14 +8,12 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use infergate::audit::journal::Unwritten;
-use infergate::audit::record::{
-    Attempt, AttemptList, BodyBytes, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer, PolicyMark, Record,
-    Times, Trace,
-};
+use infergate::audit::record::{Attempt, AttemptList, Decision, Ending, Moment, Record, Trace};
 use infergate::identity;
 use infergate::money::Cached;
 use infergate::policy::{Policy, World, compile, prices};
 use infergate::scan;
+use infergate::settings::Settings;
 use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::trace::{Target, Tracer, Traces, traceparent};
@@ -46,16 +44,8 @@ fn policy(upstreams: usize) -> Policy {
     let text = format!(
         "version: 1\nmodels:\n  - {{name: 'llama-*', pool: p}}\n  - {{name: llama-3, pool: p}}\npools:\n  p:\n    upstreams:\n{urls}"
     );
-    let (state, telemetry) = (State::new(0), Telemetry::new());
-    let world = World {
-        env: &|_| None,
-        state: &state,
-        telemetry: &telemetry,
-        zone: None,
-        now: Instant::now(),
-        secret_files: true,
-    };
-    match compile(&text, &world) {
+    let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
+    match compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)) {
         Ok(policy) => policy,
         Err(problems) => panic!("{:?}", problems.lines("bench")),
     }
@@ -152,47 +142,9 @@ fn picks(criterion: &mut Criterion) {
 
 /// The record of a chat request that went well, as its exchange would put it together.
 fn record<'a>(trace: Trace, decisions: &'a [Decision], attempts: &'a [Attempt], moment: Moment) -> Record<'a> {
-    let usage =
-        Usage { input_tokens: Some(211), output_tokens: Some(49), source: Source::Upstream, ..Usage::default() };
-    Record {
-        id: Id::new(),
-        outcome: Outcome::Ok,
-        status: Some(200),
-        surface: "/v1/chat/completions",
-        operation: "chat",
-        method: "POST",
-        stream: true,
-        client: Client {
-            address: Peer(Some(([10, 1, 2, 3], 45_678).into())),
-            protocol: "http/1.1",
-            request_id: Some("a4b3c2d1-0000-4000-8000-000000000001"),
-        },
-        trace: Some(trace),
-        principal: None,
-        tenant: None,
-        model: Models { asked: Some("llama-3"), route: Some("llama-3"), used: Some("llama-3") },
-        policy: PolicyMark { revision: 1, hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d" },
-        decisions,
-        attempts: AttemptList { list: attempts, moment },
-        usage,
-        cost: None,
-        unpriced: false,
-        guardrails: None,
-        limits: None,
-        bytes: BodyBytes { request: 1024, answer: 587 },
-        capture: None,
-        times: Times {
-            body: Some(40),
-            admitted: Some(60),
-            queued: Some(61),
-            first: Some(5_310),
-            ended: 99_000,
-            own: 75,
-        },
-        code: None,
-        message: None,
-        moment,
-    }
+    let sample = Record::sample(moment);
+    let attempts = AttemptList { list: attempts, ..sample.attempts };
+    Record { trace: Some(trace), decisions, attempts, ..sample }
 }
 
 /// What the journal costs: a request that files its record, and the thread that numbers and chains it.

@@ -98,7 +98,7 @@ pub struct Stages {
     pub body: Instant,
     /// The request had been parsed and routed.
     pub admitted: Instant,
-    /// It had its place in the pool.
+    /// It had its place in the pool: at once, if the pool has room for all.
     pub queued: Instant,
     /// The first piece of the answer had come.
     pub answered: Instant,
@@ -366,6 +366,7 @@ impl Exchange {
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
+        let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
             id: self.id,
             outcome: self.ending.outcome,
@@ -385,18 +386,18 @@ impl Exchange {
             model: self.models(),
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
-            attempts: AttemptList { list: &self.attempts, moment },
+            attempts: AttemptList { list: &self.attempts, moment, bytes },
             usage,
             cost,
             unpriced,
             guardrails: self.tally.guard.as_deref().map(Guard::judged),
             limits: self.tally.reservation.as_deref().map(LimitList),
-            bytes: BodyBytes { request: self.body_bytes, answer: self.tally.bytes },
+            bytes,
             capture: self.tally.capture.as_deref().map(Capture::mark),
             times: Times {
                 body: reached(times.body),
                 admitted: reached(times.admitted),
-                queued: reached(times.queued),
+                queued: reached(times.queued).filter(|_| times.queued > times.admitted),
                 first: reached(times.first),
                 ended: moment.micros(ended),
                 own: self.overhead(times.answered, times.first).as_micros() as u64,
@@ -446,10 +447,12 @@ impl Drop for Exchange {
         if let Some(guard) = &self.tally.guard {
             guard.counted();
         }
-        let record = self.record(Instant::now());
+        let mut record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
-        if let Some(traces) = &self.policy.traces {
-            self.tracer.finish(traces, &record);
+        if let Some(traces) = &self.policy.traces
+            && !self.tracer.finish(traces, &record)
+        {
+            record.forget_trace();
         }
         if let (Some(journal), Some(place)) = (&self.journal, place) {
             self.file(journal, &record, place);

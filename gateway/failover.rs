@@ -119,9 +119,9 @@ async fn ask_stage<'a>(
     };
     queued(exchange, pool);
     pool.state.retries.request(exchange.times.queued);
-    let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));
         };
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
@@ -131,7 +131,7 @@ async fn ask_stage<'a>(
             // What is drained for a client that has left is not tried again.
             Err(_) if downstream.is_mute() => return Err(Stop::Gone),
             Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
-            Err(_) => {}
+            Err(_) => now = Instant::now(),
         }
     }
 }
@@ -139,6 +139,10 @@ async fn ask_stage<'a>(
 /// The request has its place in the pool.
 fn queued(exchange: &mut Exchange, pool: &Pool) {
     let before = exchange.attempts.last().and_then(|attempt| attempt.ended).unwrap_or(exchange.times.admitted);
+    exchange.times.queued = before;
+    if pool.concurrency.max.is_none() {
+        return;
+    }
     exchange.times.queued = Instant::now();
     let waited = exchange.times.queued.saturating_duration_since(before).as_millis();
     let why = if waited == 0 { Text::from("at once") } else { Text::from(format!("waited {waited} ms")) };
@@ -220,7 +224,7 @@ async fn attempt(
 ) -> Result<Result<Answer, Miss>, Stop> {
     let target = &picked.endpoint.target;
     let body = body_for(exchange, planned, stage, picked.upstream);
-    let path = format!("{}{}", picked.upstream.path, planned.identified.path);
+    let path = [&*picked.upstream.path, &planned.identified.path].concat();
     exchange.attempt_begins(&stage.pool, picked, body.len());
     let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
     let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
@@ -264,9 +268,9 @@ async fn attempt(
 }
 
 /// The name of the model that answers.
-pub fn model_at(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> String {
+pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
     let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
-    stage.other_name(upstream).or_else(asked).unwrap_or_default().to_owned()
+    stage.other_name(upstream).or_else(asked).unwrap_or_default()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
@@ -311,7 +315,7 @@ fn request_head<'a>(
 
 /// What an answer's status tells about its upstream, and whether it may be looked for elsewhere.
 fn judge(stage: &Stage, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Option<Cause> {
-    let (breaker, now) = (&picked.endpoint.breaker, Instant::now());
+    let (breaker, now) = (&picked.endpoint.breaker, answer.first_at);
     let status = answer.head.status.as_u16();
     match status {
         500 | 502..=504 | 529 => {
@@ -442,19 +446,19 @@ pub fn head_for_client(
     is_event_stream: bool,
     upstream: &Upstream,
     exchange: &Exchange,
-    model: &str,
+    stage: &Stage,
 ) -> Result<Box<AnswerHead>, Refusal> {
-    for name in &HOP_BY_HOP {
-        if head.headers.contains_key(name) {
-            head.remove_header(name);
-        }
+    let model = model_at(exchange, stage, upstream);
+    // Nearly always none.
+    if head.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        HOP_BY_HOP.iter().for_each(|name| _ = head.remove_header(name));
     }
     if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
         local::set(&mut head, "x-upstream-request-id", theirs)?;
     }
     if is_event_stream {
         head.remove_header(&http::header::CONTENT_LENGTH);
-        local::set(&mut head, "cache-control", "no-cache")?;
+        local::set(&mut head, "Cache-Control", "no-cache")?;
         local::set(&mut head, "x-accel-buffering", "no")?;
     }
     local::identify(&mut head, exchange)?;
@@ -467,24 +471,25 @@ pub fn head_for_client(
         local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
     }
     local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempt_count()))?;
+    let now = Instant::now();
     if exchange.policy.requests.server_timing {
-        local::set(&mut head, "server-timing", timing(exchange, first_at))?;
+        local::set(&mut head, "server-timing", timing(exchange, first_at, now))?;
     }
     if exchange.policy.requests.overhead {
-        let own = exchange.overhead(first_at, Instant::now()).as_micros();
+        let own = exchange.overhead(first_at, now).as_micros();
         local::set(&mut head, "x-infergate-overhead-us", own as u64)?;
     }
     Ok(head)
 }
 
-fn timing(exchange: &Exchange, first_at: Instant) -> String {
+fn timing(exchange: &Exchange, first_at: Instant, now: Instant) -> Vec<u8> {
     let times = &exchange.times;
     server_timing(&[
         ("body", times.body - times.received),
         ("admit", times.admitted - times.body),
         ("queue", times.queued - times.admitted),
         ("upstream", first_at.saturating_duration_since(times.queued)),
-        ("relay", first_at.elapsed()),
+        ("relay", now.saturating_duration_since(first_at)),
     ])
 }
 

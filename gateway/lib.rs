@@ -21,6 +21,7 @@ pub mod admin;
 pub mod audit;
 pub mod certificate;
 pub mod cli;
+pub mod decimal;
 pub mod discover;
 pub mod egress;
 pub mod ending;

@@ -1,7 +1,7 @@
 //! Answers that need no upstream: the list of models, health, version.
 
 use bytes::Bytes;
-use http::{HeaderName, StatusCode};
+use http::StatusCode;
 use serde_json::{Value, json};
 
 use crate::exchange::Exchange;
@@ -69,7 +69,7 @@ fn dedup(mut words: Vec<&str>) -> Vec<&str> {
 /// The head of an answer of our own.
 pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange) -> Result<AnswerHead, Refusal> {
     let mut head = AnswerHead::build(status, Some(8)).map_err(|_| broken_header())?;
-    set(&mut head, "content-type", content_type)?;
+    set(&mut head, "Content-Type", content_type)?;
     identify(&mut head, exchange)?;
     Ok(head)
 }
@@ -80,10 +80,10 @@ pub fn identify(head: &mut AnswerHead, exchange: &Exchange) -> Result<(), Refusa
     exchange.client_id().map_or(Ok(()), |id| set(head, "x-client-request-id", id))
 }
 
-/// Sets one header of an answer.
+/// Sets one header of an answer, whose name a client sees as it stands here.
 pub fn set<V: TryInto<http::HeaderValue>>(head: &mut AnswerHead, name: &'static str, value: V) -> Result<(), Refusal> {
     let value = value.try_into().map_err(|_| broken_header())?;
-    head.insert_header(HeaderName::from_static(name), value).map_err(|_| broken_header())
+    head.insert_header(name, value).map_err(|_| broken_header())
 }
 
 fn broken_header() -> Refusal {

@@ -171,7 +171,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
     let query = forwarded_query(head.uri.query().unwrap_or_default());
     Ok(Identified {
         surface: exchange.surface,
-        path: format!("{path}{query}"),
+        path: [path, &query].concat(),
         passthrough: passthrough.filter(|_| found.is_none()).map(|entry| entry.route.clone()),
         upgrade,
     })
@@ -199,6 +199,9 @@ fn recordable(exchange: &Exchange) -> Result<(), Refusal> {
 /// The query as the upstream gets it: what came, without the client's credentials.
 fn forwarded_query(query: &str) -> String {
     const CREDENTIALS: [&str; 4] = ["key", "api_key", "api-key", "access_token"];
+    if query.is_empty() {
+        return String::new();
+    }
     let secret = |pair: &str| CREDENTIALS.contains(&pair.split('=').next().unwrap_or_default());
     let kept: Vec<&str> = query.split('&').filter(|pair| !secret(pair)).collect();
     let kept = kept.join("&");
@@ -411,15 +414,14 @@ async fn relay(
             return Err(stop);
         }
     }
-    let model = failover::model_at(exchange, stage, picked.upstream);
-    exchange.bill = bill(exchange, &planned, stage, picked.upstream, &model, head.status);
+    exchange.bill = bill(exchange, &planned, stage, picked.upstream, head.status);
     let whole_costs = answer.whole(&head).and_then(|body| exchange.costs(body));
     let head = if downstream.head_sent() {
         None
     } else {
         let upstream = picked.upstream;
         let flagged = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged());
-        let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, &model)?;
+        let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, stage)?;
         if let Some(flagged) = flagged {
             local::set(&mut head, "x-infergate-guardrails", flagged)?;
         }
@@ -548,7 +550,6 @@ fn bill(
     planned: &Planned,
     stage: &Stage,
     upstream: &Upstream,
-    model: &str,
     status: StatusCode,
 ) -> Option<Bill> {
     let (book, surface) = (exchange.policy.prices.as_ref(), planned.identified.surface);
@@ -556,6 +557,7 @@ fn bill(
     if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
         return None;
     }
+    let model = failover::model_at(exchange, stage, upstream);
     let find = |book: &Book| book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
     let price = book.and_then(find);
     let body = &planned.received.body;
@@ -576,9 +578,8 @@ pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
 
 /// Waits for an upstream while minding the client; a stream's client gets signs of life.
 pub fn waiting<'a>(downstream: &'a mut Downstream, exchange: &Exchange, planned: &Planned) -> Waiting<'a> {
-    let mut waiting = Waiting::new(downstream, planned.total, exchange.id, Instant::now());
-    waiting.heartbeat = if planned.streaming { heartbeat(exchange) } else { None };
-    waiting
+    let heartbeat = if planned.streaming { heartbeat(exchange) } else { None };
+    Waiting::new(downstream, planned.total, exchange.id, heartbeat)
 }
 
 /// How long an upstream may go on when its client has left; `None`: not at all.

@@ -796,18 +796,10 @@ mod tests {
     #[test]
     fn the_hash_changes_with_a_secret() {
         let text = "version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: KEY}}]}}\n";
-        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
         let hash = |secret: &'static str| {
             let env = move |_: &str| Some(secret.to_owned());
-            let world = World {
-                env: &env,
-                state: &state,
-                telemetry: &telemetry,
-                zone: None,
-                now: Instant::now(),
-                secret_files: true,
-            };
-            compile(text, &world).unwrap().hash
+            compile(text, &World::new(&env, &state, &telemetry, &settings)).unwrap().hash
         };
         assert_eq!(hash("a"), hash("a"));
         assert_ne!(hash("a"), hash("b"));

@@ -59,15 +59,20 @@ impl App {
 
 #[async_trait]
 impl HttpServerApp for App {
+    /// Serves every request of a connection. Given its connection back after each, Pingora would make and move a new
+    /// future of kilobytes for the next.
     async fn process_new_http(
         self: &Arc<Self>,
-        session: ServerSession,
+        mut session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
         self.house.telemetry.runtimes.on("requests");
-        let mut downstream = Downstream::read(session, self.idle, shutdown, &self.house.connections_closing).await?;
-        pipeline::serve(&self.house, &mut downstream).await;
-        downstream.into_reusable().await
+        loop {
+            let closing = &self.house.connections_closing;
+            let mut downstream = Downstream::read(session, self.idle, shutdown, closing).await?;
+            pipeline::serve(&self.house, &mut downstream).await;
+            session = downstream.into_next().await?;
+        }
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {

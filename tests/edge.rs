@@ -10,7 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Client, Gateway, Options, Outcome, Process, Simulated, chat, eventually, free_port, model_server, policy,
+    CANARY_HEADERS, Client, Gateway, Options, Outcome, Process, Simulated, chat, eventually, free_port, model_server,
+    policy,
 };
 
 /// No probes, so that everything an upstream sees came from a client.
@@ -640,13 +641,6 @@ async fn no_secret_is_ever_told_whatever_happens() {
     let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &env);
     gateway.ready().await;
     let mut told = Told(String::new());
-    let headers = [
-        ("authorization", "Bearer canary-client"),
-        ("x-api-key", "canary-client"),
-        ("api-key", "canary-client"),
-        ("cookie", "canary-client"),
-        ("x-request-id", "canary client"),
-    ];
     let body = |model: &str, stream: bool| {
         chat(stream, 2).replace("\"m\"", &format!("\"{model}\"")).replace("Hello", "canary-prompt")
     };
@@ -666,8 +660,10 @@ async fn no_secret_is_ever_told_whatever_happens() {
     for client in Client::both() {
         for stream in [false, true] {
             for (model, fault, status) in outcomes {
-                let headers: Vec<_> =
-                    headers.into_iter().chain((!fault.is_empty()).then_some(("x-simulate-fault", fault))).collect();
+                let headers: Vec<_> = CANARY_HEADERS
+                    .into_iter()
+                    .chain((!fault.is_empty()).then_some(("x-simulate-fault", fault)))
+                    .collect();
                 let path = "/v1/chat/completions?key=canary-query&api_key=canary-query";
                 let answer = client.post_with(gateway.address, path, &headers, body(model, stream)).await;
                 assert_eq!(answer.status, status, "{model} {fault} {stream}: {}", answer.text());
@@ -679,11 +675,11 @@ async fn no_secret_is_ever_told_whatever_happens() {
             ("/nobody?key=canary-query", "{}"),
             ("/v1/models?key=canary-query", ""),
         ] {
-            let answer = client.post_with(gateway.address, path, &headers, body).await;
+            let answer = client.post_with(gateway.address, path, &CANARY_HEADERS, body).await;
             told.add(path, &answer.headers, &answer.text());
         }
         let open = client
-            .open(gateway.address, "/v1/chat/completions", &headers, body("env", true).replace(":2", ":2000"))
+            .open(gateway.address, "/v1/chat/completions", &CANARY_HEADERS, body("env", true).replace(":2", ":2000"))
             .await;
         drop(open);
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use infergate::policy::{World, compile};
 use infergate::scan::{self, Fault, Field};
+use infergate::settings::Settings;
 use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::Telemetry;
@@ -131,7 +132,7 @@ fn the_event_framer_does_not_care_how_bytes_are_split() {
 
 #[test]
 fn a_policy_of_any_bytes_is_compiled_or_explained() {
-    let (state, telemetry) = (State::new(0), Telemetry::new());
+    let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
     let seeds: [&[u8]; 3] = [
         include_bytes!("../config/policy.yaml"),
         b"version: 1\nmodels:\n  - {name: 'a*', pool: p, aliases: [b], fallbacks: [{pool: q, on: [5xx]}]}\npools:\n  p: {upstreams: [{url: 'http://x:1', weight: 2}]}\n  q: &q {upstreams: [{url: 'unix:/x'}], retry: {budget: 0.5}}\n",
@@ -139,15 +140,7 @@ fn a_policy_of_any_bytes_is_compiled_or_explained() {
     ];
     fuzz(1_500, &seeds, |bytes, _| {
         let text = String::from_utf8_lossy(bytes);
-        let world = World {
-            env: &|_| None,
-            state: &state,
-            telemetry: &telemetry,
-            zone: None,
-            now: Instant::now(),
-            secret_files: true,
-        };
-        if let Err(problems) = compile(&text, &world) {
+        if let Err(problems) = compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)) {
             assert!(!problems.0.is_empty() && problems.0.iter().all(|problem| !problem.message.is_empty()));
         }
     });

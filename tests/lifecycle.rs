@@ -1,6 +1,5 @@
 //! How the process begins, ends, and hands over to the next one.
 
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
@@ -240,16 +239,6 @@ async fn clients_that_never_stop_only_find_nobody_home() {
     assert_eq!(asked, tally.whole, "{tally:?}");
 }
 
-/// A process that nobody else ends.
-struct Next(Child);
-
-impl Drop for Next {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[tokio::test]
 async fn an_upgrade_under_load_loses_nothing() {
     let (fast, slow) = (model_server().await, slow_server().await);
@@ -279,7 +268,7 @@ async fn an_upgrade_under_load_loses_nothing() {
             failed
         }
     });
-    let next = Next(gateway.upgrade());
+    let next = gateway.upgrade();
     tokio::time::sleep(Duration::from_millis(500)).await;
     gateway.signal("QUIT");
     // The stream is on the old process, which stays for it and then ends.

@@ -8,7 +8,7 @@ use http_body_util::Full;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, Client, Gateway, Process, chat, eventually, faulty_server, free_port, model_server, policy,
+    Answer, CANARY_HEADERS, Client, Gateway, Process, chat, eventually, faulty_server, free_port, model_server, policy,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -136,20 +136,13 @@ async fn no_secret_is_logged_however_much_is() {
         &[("CANARY_KEY", "canary-upstream")],
     );
     gateway.ready().await;
-    let headers = [
-        ("authorization", "Bearer canary-client"),
-        ("x-api-key", "canary-client"),
-        ("api-key", "canary-client"),
-        ("cookie", "canary-client"),
-        ("x-request-id", "canary client"),
-    ];
     // The second means every library too.
     for wanted in ["debug", "debug,infergate=trace"] {
         assert_eq!(set(&gateway, wanted).await.status, 200);
         for fault in ["", "reset", "garbage", "hang", "cut", "context"] {
             let fault = [("x-simulate-fault", fault)];
             let headers: Vec<_> =
-                headers.iter().chain(fault.iter().filter(|(_, value)| !value.is_empty())).copied().collect();
+                CANARY_HEADERS.iter().chain(fault.iter().filter(|(_, value)| !value.is_empty())).copied().collect();
             for (path, model) in [(CHAT, "m"), (CHAT, "nobody"), ("/nobody", "m")] {
                 let path = format!("{path}?key=canary-query&api_key=canary-query");
                 let body = chat(true, 2).replace("Hello", "canary-prompt").replace("\"m\"", &format!("\"{model}\""));

@@ -21,12 +21,13 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::capture::Store;
-use super::json;
+use super::json::{self, Line};
 use super::key::SigningKey;
 use super::read;
 use super::record::Record;
 use super::tip::{self, Tip};
 use super::{keep, private};
+use crate::decimal;
 use crate::hex;
 use crate::policy::file::Audit;
 use crate::telemetry::{JournalMeters, Telemetry};
@@ -263,9 +264,9 @@ impl Journal {
 
     /// Files any other line.
     pub(super) fn push(&self, kind: &str, at: SystemTime, members: &impl Serialize) -> u64 {
-        thread_local!(static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+        thread_local!(static LINE: RefCell<Line> = const { RefCell::new(Line::new()) });
         LINE.with_borrow_mut(|line| {
-            line.clear();
+            line.truncate(0);
             encode(line, kind, at, members);
             let mut pending = self.pending.lock();
             if pending.closed {
@@ -274,7 +275,7 @@ impl Journal {
                 return pending.entries;
             }
             let before = pending.lines.len();
-            pending.lines.extend_from_slice(line);
+            pending.lines.extend_from_slice(line.text());
             let full = before < GROUP && pending.lines.len() >= GROUP;
             pending.entries += 1;
             let entry = pending.entries;
@@ -372,23 +373,26 @@ impl Unwritten {
 }
 
 /// Appends a line without its frame: the kind, the time, and the members of a struct.
-fn encode(line: &mut Vec<u8>, kind: &str, at: SystemTime, members: &impl Serialize) {
-    for part in [br#""kind":""#.as_slice(), kind.as_bytes(), br#"","at":""#, &Stamp(at).spelt(), b"\""] {
-        line.extend_from_slice(part);
-    }
-    let begun = line.len();
+fn encode(line: &mut Line, kind: &str, at: SystemTime, members: &impl Serialize) {
+    line.put(br#""kind":""#);
+    line.put(kind.as_bytes());
+    line.put(br#"","at":""#);
+    line.put(&Stamp(at).spelt());
+    line.put(b"\"");
+    let begun = line.text().len();
     let written = json::append(line, members).is_ok() || {
         line.truncate(begun);
         serde_json::to_writer(&mut *line, members).is_ok()
     };
+    let end = line.text().len();
     // Nothing of ours fails to serialise; if it ever does, the line stays whole.
-    if !written || line.len() - begun <= 2 {
+    if !written || end - begun <= 2 {
         line.truncate(begun);
     } else {
-        line[begun] = b',';
-        line.pop();
+        line.set(begun, b',');
+        line.truncate(end - 1);
     }
-    line.push(b'\n');
+    line.put(b"\n");
 }
 
 /// A name for a new run, `20261122T140305Z-1a2b3c4d`. Names sort by time, so two starts within a second count as two.
@@ -446,6 +450,10 @@ struct Segment {
     first: u64,
     /// Bytes that are on disk.
     bytes: u64,
+    /// Bytes of the next lines that have been written and may not be on disk.
+    ahead: usize,
+    /// Whether a write failed, so that nobody knows what stands behind `bytes`.
+    torn: bool,
     begun: Instant,
 }
 
@@ -454,15 +462,30 @@ impl Segment {
         let path = run.join(format!("{number:06}.jsonl"));
         // A try before may have left it behind, empty; the run is nobody else's.
         let file = private::append(&path)?;
-        Ok(Self { path, file, number, first, bytes: 0, begun: Instant::now() })
+        Ok(Self { path, file, number, first, bytes: 0, ahead: 0, torn: false, begun: Instant::now() })
     }
 
-    /// Appends whole lines. What a failed try left behind is taken off first.
+    /// Puts whole lines on disk. What a failed try left behind is taken off first.
     fn append(&mut self, lines: &[u8]) -> std::io::Result<()> {
-        self.file.set_len(self.bytes)?;
-        self.file.write_all(lines)?;
-        self.file.sync_data()?;
-        self.bytes += lines.len() as u64;
+        if self.torn {
+            self.file.set_len(self.bytes)?;
+            (self.torn, self.ahead) = (false, 0);
+        }
+        let written = self.write(lines).and_then(|()| self.file.sync_data());
+        self.torn = written.is_err();
+        written?;
+        (self.bytes, self.ahead) = (self.bytes + lines.len() as u64, 0);
+        Ok(())
+    }
+
+    /// Writes what can be written of the lines that are to be on disk soon, while they are still in the core's cache.
+    fn write_ahead(&mut self, lines: &[u8]) {
+        self.torn = self.torn || self.write(lines).is_err();
+    }
+
+    fn write(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        self.file.write_all(&lines[self.ahead..])?;
+        self.ahead = lines.len();
         Ok(())
     }
 }
@@ -577,7 +600,8 @@ impl Writer {
         while !pending.urgent && pending.closing.is_none() && !(pending.lines.is_empty() && self.out.is_empty()) {
             if pending.lines.len() >= GROUP {
                 std::mem::swap(&mut pending.lines, lines);
-                MutexGuard::unlocked(&mut pending, || self.frame_all(lines));
+                let captures = !pending.captures.is_empty() || !self.captures.is_empty();
+                MutexGuard::unlocked(&mut pending, || self.group(lines, captures));
                 lines.clear();
                 // Whoever was in a hurry meanwhile has woken nobody.
                 continue;
@@ -591,6 +615,14 @@ impl Writer {
         std::mem::swap(&mut pending.lines, lines);
         self.captures.append(&mut pending.captures);
         Taken { entries: pending.entries, closing: pending.closing, sign: pending.sign }
+    }
+
+    /// A group of lines is framed before the rest has come, and written, unless captured text goes first.
+    fn group(&mut self, lines: &[u8], captures: bool) {
+        self.frame_all(lines);
+        if !captures {
+            self.segment.write_ahead(&self.out);
+        }
     }
 
     /// How long there may be nothing to do.
@@ -632,9 +664,9 @@ impl Writer {
 
     /// Frames a line of the writer's own.
     fn own(&mut self, kind: &str, at: SystemTime, members: &impl Serialize) {
-        let mut line = Vec::with_capacity(512);
+        let mut line = Line::new();
         encode(&mut line, kind, at, members);
-        self.frame_all(&line);
+        self.frame_all(line.text());
     }
 
     /// Gives every line its number and its chain.
@@ -653,7 +685,7 @@ impl Writer {
         self.uncommitted = (self.uncommitted.0 + 1, self.uncommitted.1 + record);
         let begun = self.out.len();
         self.out.extend_from_slice(br#"{"v":1,"seq":"#);
-        self.out.extend_from_slice(json::decimal(self.seq, &mut [0; 20]));
+        self.out.extend_from_slice(decimal::digits(self.seq, &mut [0; 20]));
         self.out.push(b',');
         self.out.extend_from_slice(line);
         let digest = Sha256::new().chain_update(self.chain).chain_update(&self.out[begun..]).finalize();
@@ -768,5 +800,51 @@ impl Writer {
     fn keep(&mut self) {
         self.kept = Instant::now();
         keep::house(&self.journal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn begun() -> (tempfile::TempDir, Writer) {
+        let directory = tempfile::tempdir().unwrap();
+        let (_, writer) = Journal::begin(directory.path(), None, Audit::default(), Telemetry::new().journal).unwrap();
+        (directory, writer)
+    }
+
+    fn text(writer: &Writer) -> String {
+        std::fs::read_to_string(&writer.segment.path).unwrap()
+    }
+
+    #[test]
+    fn lines_that_were_written_ahead_stand_once_whatever_failed_meanwhile() {
+        let (_directory, mut writer) = begun();
+        let before = text(&writer).len();
+        writer.group(b"\"kind\":\"a\"\n", false);
+        assert!(text(&writer).len() > before, "it is there before it is on disk");
+        writer.segment.file.write_all(b"half a li").unwrap();
+        writer.segment.torn = true;
+        writer.group(b"\"kind\":\"b\"\n", false);
+        writer.commit(2);
+        writer.group(b"\"kind\":\"c\"\n", false);
+        writer.commit(3);
+        let lines: Vec<Value> = text(&writer).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let kinds: Vec<_> = lines.iter().map(|line| line["kind"].as_str().unwrap()).collect();
+        assert_eq!(kinds, ["open", "checkpoint", "a", "b", "c"]);
+        assert!(lines.iter().zip(1..).all(|(line, seq)| line["seq"] == seq), "{lines:#?}");
+        assert_eq!(text(&writer).len() as u64, writer.segment.bytes);
+    }
+
+    #[test]
+    fn no_line_is_written_before_the_captured_text_that_it_promises() {
+        let (_directory, mut writer) = begun();
+        let before = text(&writer).len();
+        writer.group(b"\"kind\":\"a\"\n", true);
+        assert_eq!(text(&writer).len(), before);
+        writer.commit(1);
+        assert!(text(&writer).len() > before);
     }
 }

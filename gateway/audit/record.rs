@@ -21,7 +21,7 @@ use crate::limits::{Reservation, Settled};
 use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::{Picked, Pool, Upstream};
-use crate::usage::Usage;
+use crate::usage::{Source, Usage};
 
 /// The most of a name or a sentence from outside that a record keeps, in bytes.
 pub const CLIPPED: usize = 256;
@@ -39,16 +39,19 @@ pub struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
     /// The endpoint, as the table of endpoints spells it.
-    pub surface: &'a str,
+    #[serde(serialize_with = "word")]
+    pub surface: &'static str,
     /// What was asked of the model, by OpenTelemetry's name where it has one.
-    pub operation: &'a str,
+    #[serde(serialize_with = "word")]
+    pub operation: &'static str,
     /// The HTTP method.
     pub method: &'a str,
     /// Whether a stream was asked for.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stream: bool,
     /// Whom the request came from.
     pub client: Client<'a>,
-    /// Its place in a distributed trace.
+    /// Its place in a distributed trace, where the trace is the caller's or is kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<Trace>,
     /// Who asked.
@@ -61,7 +64,8 @@ pub struct Record<'a> {
     pub model: Models<'a>,
     /// The policy that decided.
     pub policy: PolicyMark<'a>,
-    /// Every decision, in order.
+    /// Every decision, in order. Where the policy leaves nothing to decide there is none: no key is asked for, or a pool
+    /// takes any number of requests.
     #[schemars(with = "Vec<Decision>")]
     pub decisions: &'a [Decision],
     /// Every attempt on an upstream, in order.
@@ -93,7 +97,7 @@ pub struct Record<'a> {
     pub times: Times,
     /// Why we said no, or why the answer broke off: the `code` that the client got.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub code: Option<&'a str>,
+    pub code: Option<&'static str>,
     /// The same as a sentence.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<&'a str>,
@@ -109,6 +113,67 @@ pub struct LimitList<'a>(pub &'a Reservation);
 impl Serialize for LimitList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(self.0.settled())
+    }
+}
+
+impl Record<'_> {
+    /// Nobody will find the trace that was begun here: it was not kept.
+    pub fn forget_trace(&mut self) {
+        self.trace = self.trace.filter(|trace| trace.parent.is_some());
+    }
+}
+
+impl<'a> Record<'a> {
+    /// The record of a chat that went well: what tests and benches make theirs of.
+    #[doc(hidden)]
+    pub fn sample(moment: Moment) -> Self {
+        Self {
+            id: Id::new(),
+            outcome: Outcome::Ok,
+            status: Some(200),
+            surface: "/v1/chat/completions",
+            operation: "chat",
+            method: "POST",
+            stream: true,
+            client: Client {
+                address: Peer(Some(([10, 1, 2, 3], 45_678).into())),
+                protocol: "http/1.1",
+                request_id: Some("a4b3c2d1-0000-4000-8000-000000000001"),
+            },
+            trace: None,
+            principal: None,
+            tenant: None,
+            model: Models { asked: Some("llama-3"), route: Some("llama-3"), used: Some("llama-3") },
+            policy: PolicyMark {
+                revision: 1,
+                hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d",
+            },
+            decisions: &[],
+            attempts: AttemptList { list: &[], moment, bytes: BodyBytes { request: 1024, answer: 587 } },
+            usage: Usage {
+                input_tokens: Some(211),
+                output_tokens: Some(49),
+                source: Source::Upstream,
+                ..Usage::default()
+            },
+            cost: None,
+            unpriced: false,
+            guardrails: None,
+            limits: None,
+            bytes: BodyBytes { request: 1024, answer: 587 },
+            capture: None,
+            times: Times {
+                body: Some(40),
+                admitted: Some(60),
+                queued: Some(61),
+                first: Some(5_310),
+                ended: 99_000,
+                own: 75,
+            },
+            code: None,
+            message: None,
+            moment,
+        }
     }
 }
 
@@ -135,6 +200,11 @@ pub fn schema() -> schemars::Schema {
     let mut schema = generator.into_root_schema_for::<Line<'static>>();
     schema.insert("title".to_owned(), "A record of Infergate's journal".into());
     schema
+}
+
+/// A word of ours, like a variant's name: nothing in it is to be escaped.
+fn word<S: Serializer>(word: &&'static str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_unit_variant("", 0, word)
 }
 
 /// How a request ended.
@@ -228,7 +298,8 @@ pub struct Client<'a> {
     #[schemars(with = "String")]
     pub address: Peer,
     /// `http/1.0`, `http/1.1` or `h2`.
-    pub protocol: &'a str,
+    #[serde(serialize_with = "word")]
+    pub protocol: &'static str,
     /// What the client itself called the request (its `x-request-id`). Anything may stand here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_id: Option<&'a str>,
@@ -251,13 +322,6 @@ fn peer<S: Serializer>(peer: &Peer, serializer: S) -> Result<S::Ok, S::Error> {
     match peer.0 {
         Some(SocketAddr::V4(address)) => v4(address, serializer),
         _ => serializer.collect_str(peer),
-    }
-}
-
-fn upstream_address<S: Serializer>(address: &Address, serializer: S) -> Result<S::Ok, S::Error> {
-    match address {
-        Address::Tcp(SocketAddr::V4(address)) => v4(*address, serializer),
-        _ => serializer.collect_str(address),
     }
 }
 
@@ -298,6 +362,7 @@ pub struct Trace {
     #[schemars(with = "Option<String>")]
     pub parent: Option<u64>,
     /// Whether the trace is kept whatever becomes of the request.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub sampled: bool,
 }
 
@@ -360,7 +425,7 @@ pub struct Times {
     /// Parsed and routed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admitted: Option<u64>,
-    /// It had its place in the pool.
+    /// It had its place in the pool, where that was not at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queued: Option<u64>,
     /// The first piece of the answer left.
@@ -377,6 +442,7 @@ pub struct Times {
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Decision {
     /// The stage that decided: `identify` (who may ask, and where), `route`, `queue`, `refuse`.
+    #[serde(serialize_with = "word")]
     pub stage: &'static str,
     /// The rule of the policy, or the refusal's code.
     #[schemars(with = "String")]
@@ -520,6 +586,11 @@ impl Attempt {
         self.why = why;
     }
 
+    /// The address that was asked.
+    pub fn address(&self) -> &Address {
+        &self.endpoint.address
+    }
+
     /// The pool.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
@@ -531,12 +602,13 @@ impl Attempt {
     }
 
     /// The attempt as a record tells it.
-    pub fn record(&self, moment: &Moment) -> AttemptRecord<'_> {
+    pub fn record(&self, moment: &Moment, bytes: BodyBytes) -> AttemptRecord<'_> {
         let upstream = self.upstream();
+        let name = upstream.and_then(|upstream| upstream.name.to_str().ok()).unwrap_or_default();
         AttemptRecord {
             pool: &self.pool.name,
-            upstream: upstream.and_then(|upstream| upstream.name.to_str().ok()).unwrap_or_default(),
-            address: &self.endpoint.address,
+            upstream: name,
+            address: Some(&*self.endpoint.spelt).filter(|address| *address != name),
             provider: upstream.map_or("", |upstream| upstream.provider.kind()),
             began: moment.micros(self.began),
             head: self.head.map(|(at, _)| moment.micros(at)),
@@ -544,8 +616,8 @@ impl Attempt {
             status: self.head.map(|(_, status)| status),
             result: self.result,
             why: self.why.as_ref(),
-            sent: self.sent,
-            received: self.received,
+            sent: Some(self.sent).filter(|sent| *sent != bytes.request),
+            received: Some(self.received).filter(|received| *received != bytes.answer),
         }
     }
 }
@@ -557,12 +629,12 @@ pub struct AttemptRecord<'a> {
     pub pool: &'a str,
     /// The upstream's name.
     pub upstream: &'a str,
-    /// The address that was asked.
-    #[serde(serialize_with = "upstream_address")]
-    #[schemars(with = "String")]
-    pub address: &'a Address,
+    /// The address that was asked, where the name is another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<&'a str>,
     /// Its dialect.
-    pub provider: &'a str,
+    #[serde(serialize_with = "word")]
+    pub provider: &'static str,
     /// When it began, in microseconds after the head of the request had been read.
     pub began: u64,
     /// When the head of its answer came.
@@ -579,10 +651,12 @@ pub struct AttemptRecord<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub why: Option<&'a Text>,
-    /// Bytes of the body that went to it.
-    pub sent: u64,
-    /// Bytes of its answer's body that were passed on.
-    pub received: u64,
+    /// Bytes of the body that went to it, where they are not as many as came from the client (`bytes.request`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent: Option<u64>,
+    /// Bytes of its answer's body that were passed on, where they are not as many as the client got (`bytes.answer`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub received: Option<u64>,
 }
 
 /// The attempts of a request, told in its own time.
@@ -592,11 +666,13 @@ pub struct AttemptList<'a> {
     pub list: &'a [Attempt],
     /// The request's moment.
     pub moment: Moment,
+    /// The request's own bytes: an attempt tells only what is different.
+    pub bytes: BodyBytes,
 }
 
 impl Serialize for AttemptList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.list.iter().map(|attempt| attempt.record(&self.moment)))
+        serializer.collect_seq(self.list.iter().map(|attempt| attempt.record(&self.moment, self.bytes)))
     }
 }
 

@@ -177,7 +177,7 @@ impl<'a> Record<'a> {
     /// The attempts, one a line, as many as there is room for.
     fn attempts(self) -> Vec<String> {
         let attempts = self.list("attempts");
-        let line = |at: usize| format!("{}. {}", at + 1, Self(&attempts[at]).attempt(at + 1 < attempts.len()));
+        let line = |at: usize| format!("{}. {}", at + 1, Self(&attempts[at]).attempt(self, at + 1 < attempts.len()));
         if attempts.is_empty() {
             return vec!["No upstream was asked".to_owned()];
         }
@@ -188,8 +188,8 @@ impl<'a> Record<'a> {
         vec![line(0), line(1), left_out, line(attempts.len() - 1)]
     }
 
-    /// One attempt, and whether another came behind it.
-    fn attempt(self, more: bool) -> String {
+    /// One attempt of `whole`, and whether another came behind it.
+    fn attempt(self, whole: Self, more: bool) -> String {
         let mut line = format!(
             "{}/{}",
             self.text("pool").unwrap_or_default(),
@@ -201,7 +201,7 @@ impl<'a> Record<'a> {
         if !of.is_empty() {
             line.push_str(&format!(" ({})", of.join(", ")));
         }
-        line.push_str(&format!(": {}", self.came()));
+        line.push_str(&format!(": {}", self.came(whole)));
         let why = self.text("why").filter(|why| !why.is_empty() && !line.contains(why.as_str()));
         why.iter().for_each(|why| line.push_str(&format!(" ({why})")));
         if more {
@@ -210,14 +210,16 @@ impl<'a> Record<'a> {
         line
     }
 
-    /// What an attempt came to. Its times count from the request's beginning, what is told from its own.
-    fn came(self) -> String {
+    /// What an attempt came to. Its times count from the request's beginning, what is told from its own. What it does
+    /// not say of its bytes, the request does.
+    fn came(self, whole: Self) -> String {
         let began = self.number("began").unwrap_or(0);
         let after = |name: &str| self.number(name).map(|at| format!(" after {}", ms(at.saturating_sub(began))));
         let ended = after("ended").unwrap_or_default();
         let status = self.number("status").map_or_else(|| "an answer".to_owned(), |status| format!("status {status}"));
         let head = after("head").unwrap_or_else(|| ended.clone());
-        let received = self.number("received").map(|bytes| format!(", {}", bytes_text(bytes))).unwrap_or_default();
+        let received = self.number("received").or_else(|| whole.number("bytes.answer"));
+        let received = received.map(|bytes| format!(", {}", bytes_text(bytes))).unwrap_or_default();
         match self.at("result").as_str().unwrap_or_default() {
             "answered" => format!("{status}{head}{received}, complete{ended}"),
             "status" => format!("{status}{head}"),

@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
 use http::{HeaderMap, HeaderValue};
@@ -16,7 +16,7 @@ use crate::policy::key_file::flow;
 use crate::policy::problem::nearest;
 use crate::policy::{self, Problems, World};
 use crate::secret::{self, Secret, SecretSource};
-use crate::settings::{AdminKey, Role};
+use crate::settings::{AdminKey, Role, Settings};
 use crate::state::State;
 use crate::telemetry::Telemetry;
 use crate::time;
@@ -163,16 +163,9 @@ impl Check {
     }
 
     fn ask(&self, key: HeaderValue) -> Result<Result<Identity, String>, String> {
-        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
         let env = |name: &str| std::env::var(name).ok();
-        let world = World {
-            env: &env,
-            state: &state,
-            telemetry: &telemetry,
-            zone: None,
-            now: Instant::now(),
-            secret_files: true,
-        };
+        let world = World::new(&env, &state, &telemetry, &settings);
         let told = |problems: Problems| problems.lines(&self.policy.display().to_string()).join("\n");
         let authenticators = policy::authenticators(&self.policy, &world).map_err(told)?;
         let headers: HeaderMap = [(http::HeaderName::from_static("x-api-key"), key)].into_iter().collect();

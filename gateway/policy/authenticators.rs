@@ -164,7 +164,7 @@ pub fn authenticators(path: &Path, world: &World<'_>) -> Result<Vec<Arc<dyn Auth
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::time::SystemTime;
 
     use http::HeaderMap;
     use infergate_plugins::authenticator::keys::Fresh;
@@ -172,6 +172,7 @@ mod tests {
     use super::*;
     use crate::identity;
     use crate::policy::{Policy, compile, load};
+    use crate::settings::Settings;
     use crate::state::State;
     use crate::telemetry::Telemetry;
 
@@ -179,10 +180,9 @@ mod tests {
     const POOLS: &str = "version: 1\npools: {p: {upstreams: [{url: 'http://127.0.0.1:1'}]}}\n";
 
     fn within<T>(pepper: &'static str, work: impl FnOnce(&World<'_>) -> T) -> T {
-        let (state, telemetry) = (State::new(0), Telemetry::new());
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
         let env = |name: &str| (name == "PEPPER").then(|| pepper.to_owned());
-        let now = Instant::now();
-        work(&World { env: &env, state: &state, telemetry: &telemetry, zone: None, now, secret_files: true })
+        work(&World::new(&env, &state, &telemetry, &settings))
     }
 
     fn problems(text: &str) -> Vec<String> {

@@ -163,6 +163,8 @@ impl OriginState {
 pub struct Endpoint {
     /// The address.
     pub address: Address,
+    /// The same as text.
+    pub spelt: Box<str>,
     /// What the connector needs to know of it.
     pub target: Target,
     /// Whether failures keep it out.
@@ -178,6 +180,7 @@ impl Endpoint {
     fn new(origin: &Origin, address: Address, now: Instant) -> Self {
         Self {
             target: Target::new(origin, &address),
+            spelt: address.to_string().into(),
             address,
             breaker: Breaker::new(now),
             in_flight: AtomicU32::new(0),

@@ -165,27 +165,28 @@ pub async fn ask(
     waiting: &mut Waiting<'_>,
 ) -> Result<Answer, Failure> {
     let begun = Instant::now();
-    match ask_once(connections, target, order, waiting, false).await {
+    match ask_once(connections, target, order, waiting, (begun, false)).await {
         Err((Failure::Reset(_), true)) if begun.elapsed() < STALE_WITHIN => {
-            let again = ask_once(connections, target, order, waiting, true).await;
+            let again = ask_once(connections, target, order, waiting, (Instant::now(), true)).await;
             again.map(|answer| Answer { stale: true, ..answer }).map_err(|(failure, _)| failure)
         }
         other => other.map_err(|(failure, _)| failure),
     }
 }
 
-/// The failure's flag says that the connection had been kept from an earlier request.
+/// Begins now, on a connection that is opened for it (`fresh`) or not. The failure's flag says that the connection had
+/// been kept from an earlier request.
 async fn ask_once(
     connections: &Connections,
     target: &Target,
     order: &Order<'_>,
     waiting: &mut Waiting<'_>,
-    fresh: bool,
+    (now, fresh): (Instant, bool),
 ) -> Result<Answer, (Failure, bool)> {
     let timeouts = order.timeouts;
-    let limit = Instant::now() + Duration::from_millis(timeouts.connect_ms);
+    let limit = now + Duration::from_millis(timeouts.connect_ms);
     let idle = Duration::from_millis(timeouts.idle_ms);
-    let connection = match waiting.until(limit, connections.connect(target, idle, fresh)).await {
+    let connection = match waiting.until(limit, connections.connect(target, idle, Some(now).filter(|_| !fresh))).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return Err((Failure::Connect(error), false)),
         Err(interrupted) => return Err((interrupted.during(Failure::ConnectTimeout), false)),
@@ -217,7 +218,7 @@ pub async fn fetch(
     };
     let (nothing, timeouts) = (Bytes::new(), Timeouts::default());
     let order = Order::new(target, &head, &nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
-    let connection = connections.connect(target, Duration::ZERO, true).await?;
+    let connection = connections.connect(target, Duration::ZERO, None).await?;
     let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
     let mut body = AnswerBody::new(leg, &head, &order);
     let mut read = BytesMut::new();

@@ -156,11 +156,10 @@ impl Connections {
         }
     }
 
-    /// A connection to `target`: a kept one that has lain for less than `idle`, if there is one and `fresh` is
-    /// not asked for, or a new one.
-    pub async fn connect(&self, target: &Target, idle: Duration, fresh: bool) -> Result<Connection, String> {
-        let kept = if fresh { None } else { target.take(idle, Instant::now()) };
-        match kept {
+    /// A connection to `target`: a kept one that has lain for less than `idle` now, if there is one and the time is
+    /// told, or a new one.
+    pub async fn connect(&self, target: &Target, idle: Duration, now: Option<Instant>) -> Result<Connection, String> {
+        match now.and_then(|now| target.take(idle, now)) {
             Some(stream) => Ok(Connection::Http1(stream, true)),
             // Opening takes a state of many kilobytes (TLS, HTTP/2), which no other request should carry about.
             None => Box::pin(self.open(target)).await,

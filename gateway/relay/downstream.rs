@@ -374,8 +374,8 @@ impl Downstream {
         self.finish().await
     }
 
-    /// The connection for its next request, if it can have one.
-    pub(super) async fn into_reusable(mut self) -> Option<ReusedHttpStream> {
+    /// The session for the connection's next request, if it can have one.
+    pub(super) async fn into_next(mut self) -> Option<ServerSession> {
         if !self.finished || self.mute {
             // An answer that was not ended leaves the protocol in the middle of something.
             self.session.shutdown().await;
@@ -387,7 +387,10 @@ impl Downstream {
         self.session.set_total_drain_timeout(Some(Duration::from_secs(1)));
         let settings = HttpPersistentSettings::for_session(&self.session);
         let reusable = self.session.finish().await.ok()??;
-        Some(ReusedHttpStream::from_reusable_stream(reusable, settings))
+        let (stream, settings) = ReusedHttpStream::from_reusable_stream(reusable, settings).consume();
+        let mut next = ServerSession::new_http1(stream);
+        settings.into_iter().for_each(|settings| settings.apply_to_session(&mut next));
+        Some(next)
     }
 
     /// The session itself, for a protocol that takes it over.

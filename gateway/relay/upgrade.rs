@@ -37,7 +37,7 @@ pub async fn tunnel(
     waiting: &mut Waiting<'_>,
 ) -> Result<Tunnelled, Failure> {
     let limit = Instant::now() + Duration::from_millis(timeouts.connect_ms);
-    let connect = connections.connect(target, Duration::ZERO, true);
+    let connect = connections.connect(target, Duration::ZERO, None);
     let connection =
         waiting.until(limit, connect).await.map_err(|_| Failure::ConnectTimeout)?.map_err(Failure::Connect)?;
     let Connection::Http1(stream, _) = connection else {

@@ -38,20 +38,22 @@ pub struct Waiting<'a> {
     pub drain: Option<Duration>,
     /// The request's id, for the head that the first heartbeat must send.
     pub request_id: Id,
-    last_sign: Instant,
+    /// Since when the client has waited for one; nobody asks where there is none to be given.
+    last_sign: Option<Instant>,
 }
 
 impl<'a> Waiting<'a> {
-    /// Waits for no longer than `total`, without signs of life and without draining.
-    pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, now: Instant) -> Self {
-        Self { downstream, total, heartbeat: None, drain: None, request_id, last_sign: now }
+    /// Waits for no longer than `total`, with a sign of life every `heartbeat`, without draining.
+    pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, heartbeat: Option<Duration>) -> Self {
+        let last_sign = heartbeat.map(|_| Instant::now());
+        Self { downstream, total, heartbeat, drain: None, request_id, last_sign }
     }
 
     /// Waits for `work` until `limit`.
     pub async fn until<T>(&mut self, limit: Instant, work: impl Future<Output = T>) -> Result<T, Interrupted> {
         tokio::pin!(work);
         loop {
-            let sign = self.heartbeat.map(|every| self.last_sign + every);
+            let sign = self.heartbeat.zip(self.last_sign).map(|(every, last)| last + every);
             let alarm = [Some(limit), Some(self.total), sign].into_iter().flatten().min().unwrap_or(limit);
             tokio::select! {
                 biased;
@@ -79,7 +81,7 @@ impl<'a> Waiting<'a> {
 
     /// Sends a comment, and before the first one the head of an event stream. What comes after can only be events.
     async fn give_sign(&mut self, now: Instant) -> Result<(), Interrupted> {
-        self.last_sign = now;
+        self.last_sign = Some(now);
         if !self.downstream.head_sent()
             && let Some(head) = event_stream_head(&self.request_id)
         {

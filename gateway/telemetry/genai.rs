@@ -247,7 +247,7 @@ mod tests {
     use std::time::{Instant, SystemTime};
 
     use super::*;
-    use crate::audit::record::{AttemptList, BodyBytes, Client, Id, Models, Moment, Peer, PolicyMark, Times};
+    use crate::audit::record::{Moment, Times};
     use crate::policy::{Policy, World, compile};
     use crate::settings::Settings;
     use crate::state::State;
@@ -273,34 +273,7 @@ mod tests {
             Times { body: Some(10), admitted: Some(60), first: Some(500_000), ended: 1_500_000, own: 80, queued: None };
         let usage =
             Usage { input_tokens: Some(100), output_tokens: Some(11), source: Source::Upstream, ..Usage::default() };
-        Record {
-            id: Id::new(),
-            outcome: Outcome::Ok,
-            status: Some(200),
-            surface: "/v1/chat/completions",
-            operation: "chat",
-            method: "POST",
-            stream: true,
-            client: Client { address: Peer(None), protocol: "h2", request_id: None },
-            trace: None,
-            principal: None,
-            tenant: None,
-            model: Models::default(),
-            policy: PolicyMark { revision: 1, hash: "" },
-            decisions: &[],
-            attempts: AttemptList { list: &[], moment },
-            usage,
-            cost: None,
-            unpriced: false,
-            guardrails: None,
-            limits: None,
-            capture: None,
-            bytes: BodyBytes::default(),
-            times,
-            code: None,
-            message: None,
-            moment,
-        }
+        Record { usage, times, ..Record::sample(moment) }
     }
 
     fn finish(telemetry: &Telemetry, policy: &Policy, model: &str, path: &str, record: &Record<'_>) {

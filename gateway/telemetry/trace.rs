@@ -41,9 +41,9 @@ impl Tracer {
         Self { queue: Mutex::default(), held: AtomicUsize::new(0), meters, exporter }
     }
 
-    /// A request is over: its spans go into the queue if they are to be kept. Nobody is woken.
-    pub fn finish(&self, traces: &Traces, record: &Record<'_>) {
-        let Some(trace) = record.trace.filter(|trace| traces.keeps(trace, record)) else { return };
+    /// A request is over: its spans go into the queue if they are to be kept, which is returned. Nobody is woken.
+    pub fn finish(&self, traces: &Traces, record: &Record<'_>) -> bool {
+        let Some(trace) = record.trace.filter(|trace| traces.keeps(trace, record)) else { return false };
         let count = 1 + record.attempts.list.len();
         if self.hold(count) {
             let spans = span::spans(&trace, record);
@@ -51,6 +51,7 @@ impl Tracer {
         } else {
             self.meters.dropped.inc_by(count as u64);
         }
+        true
     }
 
     /// Takes room for so many spans, if there is any.

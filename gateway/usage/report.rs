@@ -135,6 +135,9 @@ impl Report {
 
     /// Details say what the tokens are made of; how many there are is said outside.
     fn put_details(&mut self, name: Name, value: &str) {
+        if !value.starts_with('{') {
+            return; // `null`, most of the time
+        }
         let mut inner = Self { inner: true, ..Self::default() };
         if Members(&mut inner).deserialize(&mut serde_json::Deserializer::from_str(value)).is_err() {
             return;

@@ -1,7 +1,6 @@
 //! What people do to a gateway is on record beside what the gateway does: who, by what way, and what changed.
 
-use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -183,16 +182,6 @@ async fn other_log_levels_are_on_record() {
     );
 }
 
-/// A process that nobody else ends.
-struct Next(Child);
-
-impl Drop for Next {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[tokio::test]
 async fn an_upgrade_is_on_record_and_two_processes_share_a_journal() {
     let server = model_server().await;
@@ -208,7 +197,7 @@ async fn an_upgrade_is_on_record_and_two_processes_share_a_journal() {
     let stream =
         Client::h1().open(gateway.address, CHAT, &[("x-simulate-fault", "delay-between=50")], chat(true, 40)).await;
     let load = Load::start(gateway.address, 2);
-    let mut next = Next(gateway.upgrade());
+    let mut next = gateway.upgrade();
     eventually("two runs", SOON, async || journal.runs().len() == 2).await;
     tokio::time::sleep(Duration::from_millis(400)).await;
     gateway.signal("QUIT");
@@ -219,13 +208,7 @@ async fn an_upgrade_is_on_record_and_two_processes_share_a_journal() {
     assert_eq!(gateway.ended(Duration::from_secs(20)).await, Some(0));
     let tally = load.stop().await;
     assert!(tally.lost.is_empty() && tally.whole > 20, "{tally:?}");
-    let pid = next.0.id().to_string();
-    assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    let begun = Instant::now();
-    while next.0.try_wait().unwrap().is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(15), "the new one does not end");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    next.terminated(Duration::from_secs(15)).await;
     let acts = journal.acts("upgrade");
     assert_eq!((acts.len(), &acts[0]["signal"]), (1, &json!("SIGQUIT")));
     let mut starts: Vec<bool> = journal.acts("start").iter().map(|act| act["upgrade"].as_bool().unwrap()).collect();

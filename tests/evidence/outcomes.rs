@@ -102,7 +102,7 @@ async fn who_finds_no_room_is_on_record_with_the_wait() {
     let record = journal.record(id(&waited));
     check_refusal(&record, "refused", "queue_timeout", &waited);
     assert!(record["times"]["ended"].as_u64().unwrap() >= 400_000, "{record}");
-    assert_eq!(words(&record["decisions"], "stage"), ["identify", "route", "refuse"]);
+    assert_eq!(words(&record["decisions"], "stage"), ["route", "refuse"]);
 }
 
 #[tokio::test]
@@ -140,7 +140,7 @@ async fn an_upstream_that_fails_is_on_record_with_what_it_did() {
             assert_eq!((&record["outcome"], &record["code"]), (&json!(outcome), &json!(code)), "{told}");
             let [attempt] = record["attempts"].as_array().unwrap().as_slice() else { panic!("{told}") };
             assert_eq!(
-                (&attempt["result"], &attempt["address"]),
+                (&attempt["result"], &attempt["upstream"]),
                 (&json!(result), &json!(server.address().to_string())),
                 "{told}"
             );
@@ -150,7 +150,7 @@ async fn an_upstream_that_fails_is_on_record_with_what_it_did() {
             );
             let (ended, times) = (record["times"]["ended"].as_u64().unwrap(), &record["times"]);
             assert!((least_ms * 1_000..(least_ms + 3_000) * 1_000).contains(&ended), "{told}");
-            in_order(&[&times["queued"], &attempt["began"], &attempt["ended"], &times["ended"]]);
+            in_order(&[&times["admitted"], &attempt["began"], &attempt["ended"], &times["ended"]]);
             if let Ok(answer) = answer {
                 assert_eq!(
                     (id(&answer), &record["status"]),
@@ -270,6 +270,8 @@ async fn a_client_that_left_is_on_record_with_the_time_it_stayed() {
         let asked = recorded(&gateway, count).await;
         check_gone(&asked, &["cancelled"]);
         assert!(asked["status"].is_null() && asked["times"]["first"].is_null(), "{asked}");
+        assert_eq!(words(&asked["decisions"], "stage"), ["route", "queue"], "this pool takes one: {asked}");
+        in_order(&[&asked["times"]["admitted"], &asked["times"]["queued"], &asked["times"]["ended"]]);
         // In the middle of a stream.
         let mut stream = client.open(address, CHAT, &[("x-simulate-fault", "stall")], chat(true, 9)).await.into_body();
         let first = stream.frame().await.unwrap().unwrap().into_data().unwrap();
@@ -336,7 +338,7 @@ async fn what_the_end_of_the_process_cuts_is_on_record_as_aborted() {
             );
             assert!(record["times"]["ended"].as_u64().unwrap() >= 900_000, "{record}");
             let running = ["/v1/realtime", CHAT].contains(&record["surface"].as_str().unwrap());
-            assert!(running && record["attempts"][0]["address"] == server.address().to_string(), "{record}");
+            assert!(running && record["attempts"][0]["upstream"] == server.address().to_string(), "{record}");
         }
         for answer in &open {
             let record = journal.record(answer.headers()["x-request-id"].to_str().unwrap());

@@ -70,9 +70,10 @@ impl Gateway {
     }
 
     /// Starts a second process that takes over this one's listeners (`upgrade_socket` must be in the settings).
-    pub fn upgrade(&self) -> Child {
+    pub fn upgrade(&self) -> Next {
         let mut command = base_command(Command::new(PROGRAM), &self.directory, self.address, self.admin);
-        command.arg("--policy").arg(self.policy_path()).arg("--upgrade").spawn().unwrap()
+        command.arg("--policy").arg(self.policy_path()).arg("--upgrade");
+        Next(command.spawn().unwrap())
     }
 
     /// Waits until it is ready.
@@ -166,6 +167,25 @@ impl Drop for Gateway {
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("the gateway's log ends with:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
         }
+    }
+}
+
+/// A process that took over from another; it is killed when dropped.
+pub struct Next(Child);
+
+impl Next {
+    /// Asks it to end, and waits for that, for `limit` at most.
+    pub async fn terminated(&mut self, limit: Duration) {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        super::eventually("the new one ends", limit, || std::future::ready(self.0.try_wait().unwrap().is_some())).await;
+    }
+}
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -39,6 +39,15 @@ pub async fn faulty_server(faults: &[&str]) -> Simulated {
     server
 }
 
+/// A client's own secrets wherever it may put them, and an id that cannot stand in a header: none may come out anywhere.
+pub const CANARY_HEADERS: [(&str, &str); 5] = [
+    ("authorization", "Bearer canary-client"),
+    ("x-api-key", "canary-client"),
+    ("api-key", "canary-client"),
+    ("cookie", "canary-client"),
+    ("x-request-id", "canary client"),
+];
+
 /// A policy with one model, `m`, on a pool of `urls`; `extra` is YAML under the pool, four spaces deep.
 pub fn policy(urls: &[&str], extra: &str) -> String {
     let upstreams: String = urls.iter().map(|url| format!("      - url: {url}\n")).collect();

@@ -53,7 +53,7 @@ fn error_type<'a>(record: &Record<'a>) -> Cow<'a, str> {
 fn request_attributes(record: &Record<'_>, error: Option<&str>) -> Vec<KeyValue> {
     let (usage, times) = (&record.usage, &record.times);
     let moment = &record.moment;
-    let last = record.attempts.list.last().map(|attempt| attempt.record(moment));
+    let last = record.attempts.list.last().map(|attempt| attempt.record(moment, record.bytes));
     let answered = last.as_ref().is_some_and(|last| last.result == Ending::Answered);
     let mut all = Attributes(Vec::with_capacity(24));
     all.text(names::OPERATION, Some(record.operation));
@@ -89,7 +89,7 @@ fn request_attributes(record: &Record<'_>, error: Option<&str>) -> Vec<KeyValue>
 
 fn attempt(trace: &Trace, record: &Record<'_>, attempt: &Attempt) -> Span {
     let moment = &record.moment;
-    let told = attempt.record(moment);
+    let told = attempt.record(moment, record.bytes);
     let status = told.status.filter(|status| *status >= 400).map(|status| status.to_string());
     let error = match told.result {
         Ending::Answered | Ending::Status => status.as_deref(),
@@ -124,7 +124,7 @@ fn attempt_attributes(
     all.text(names::PROVIDER, Some(names::provider(told.provider)));
     all.text(names::REQUEST_MODEL, model(record, attempt));
     all.stream(record.stream);
-    all.server(attempt, told.address);
+    all.server(attempt, attempt.address());
     all.number(names::STATUS, told.status.map(u64::from));
     all.text(names::ERROR_TYPE, error);
     all.text(names::POOL, Some(told.pool));

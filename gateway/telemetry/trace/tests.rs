@@ -7,12 +7,12 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 
 use super::*;
-use crate::audit::record::{
-    Attempt, AttemptList, BodyBytes, Client, Ending, Id, Models, Moment, Peer, PolicyMark, Times,
-};
+use crate::audit::record::{Attempt, AttemptList, Client, Ending, Models, Moment, Peer, PolicyMark, Times};
 use crate::policy::{Policy, World, compile, reload};
+use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::{Telemetry, names};
+use crate::usage::Usage;
 
 const CALLER: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
@@ -126,12 +126,9 @@ fn a_caller_is_obeyed_and_the_rest_is_drawn_by_the_traces_id() {
 
 /// A policy with a pool `p` of one upstream, `up`, which knows the model as `theirs`.
 fn policy() -> Policy {
-    let (state, telemetry) = (State::new(0), Telemetry::new());
-    let env = |_: &str| None;
-    let now = Instant::now();
-    let world = World { env: &env, state: &state, telemetry: &telemetry, zone: None, now, secret_files: true };
+    let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
     let text = "version: 1\npools: {p: {upstreams: [{url: 'http://127.0.0.1:8000', name: up, model: theirs}]}}\nmodels: [{name: ours, pool: p}]\n";
-    compile(text, &world).unwrap()
+    compile(text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap()
 }
 
 fn attempts(endings: &[(Ending, Option<u16>)]) -> Vec<Attempt> {
@@ -150,33 +147,18 @@ fn attempts(endings: &[(Ending, Option<u16>)]) -> Vec<Attempt> {
 fn record(attempts: &[Attempt]) -> Record<'_> {
     let received = Instant::now() - Duration::from_secs(2);
     let moment = Moment { at: SystemTime::now(), received, ended: Instant::now() };
+    let sample = Record::sample(moment);
     Record {
-        id: Id::new(),
-        outcome: Outcome::Ok,
-        status: Some(200),
-        surface: "/v1/chat/completions",
-        operation: "chat",
-        method: "POST",
-        stream: true,
         client: Client { address: Peer(None), protocol: "http/1.1", request_id: Some("canary") },
         trace: Some(Trace { id: 1, span: 2, parent: Some(3), sampled: false }),
         principal: Some("canary"),
         tenant: Some("red"),
         model: Models { asked: Some("canary"), route: Some("ours"), used: Some("theirs") },
         policy: PolicyMark { revision: 3, hash: "abc" },
-        decisions: &[],
-        attempts: AttemptList { list: attempts, moment },
-        usage: Default::default(),
-        cost: None,
-        unpriced: false,
-        guardrails: None,
-        limits: None,
-        bytes: BodyBytes::default(),
-        capture: None,
+        attempts: AttemptList { list: attempts, ..sample.attempts },
+        usage: Usage::default(),
         times: Times { first: Some(1_500_000), ended: 2_000_000, own: 50, ..Times::default() },
-        code: None,
-        message: None,
-        moment,
+        ..sample
     }
 }
 

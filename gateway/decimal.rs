@@ -1,0 +1,29 @@
+//! Decimal digits without the machinery of formatting, for what every request writes.
+
+/// A number's digits, in a part of `text`: two at a time, from behind.
+pub fn digits(mut value: u64, text: &mut [u8; 20]) -> &[u8] {
+    let (pairs, _) = text.as_chunks_mut::<2>();
+    let mut begin = 20;
+    for pair in pairs.iter_mut().rev() {
+        let two = (value % 100) as u8;
+        *pair = [b'0' + two / 10, b'0' + two % 10];
+        (value, begin) = (value / 100, begin - 2);
+        if value == 0 {
+            begin += usize::from(two < 10);
+            break;
+        }
+    }
+    &text[begin..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_are_what_formatting_writes() {
+        for value in [0, 9, 10, 99, 100, 4_711, u64::from(u32::MAX), u64::MAX] {
+            assert_eq!(digits(value, &mut [0; 20]), value.to_string().as_bytes());
+        }
+    }
+}
