@@ -106,14 +106,15 @@ fn pack(path: &Path, fresh: &Path) -> io::Result<()> {
     target.sync_all()
 }
 
-/// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink has
-/// not had yet stays.
+/// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink or
+/// the ledger has not had yet stays.
 fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
     let segments = finished(journal)?;
     let size = |segment: &Segment| std::fs::metadata(&segment.path).map(|file| file.len());
     let mut total = segments.iter().map(|(_, segment)| size(segment)).sum::<io::Result<u64>>()?;
     let oldest = policy.keep_days.map(|days| SystemTime::now() - Duration::from_secs(86_400 * u64::from(days)));
-    let sinks: Vec<&str> = policy.sinks.iter().map(|sink| sink.name.as_str()).collect();
+    let ledger = journal.feeds_ledger().then_some(fanout::LEDGER);
+    let sinks: Vec<&str> = policy.sinks.iter().map(|sink| sink.name.as_str()).chain(ledger).collect();
     let mut leaving = Vec::new();
     let mut told_by = 0;
     for (run, segment) in segments {
@@ -125,7 +126,7 @@ fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
         }
         let retired = told(&run, &segment)?;
         if fanout::wanted(journal.directory(), &run.name, &sinks).is_some_and(|wanted| wanted <= retired.last) {
-            tracing::warn!(run = %run.name, segment = segment.number, "kept beyond its time: a sink has not had it yet");
+            tracing::warn!(run = %run.name, segment = segment.number, "kept beyond its time: a sink or the ledger has not had it yet");
             break;
         }
         total -= size(&segment)?;

@@ -1,0 +1,258 @@
+//! From lines of the journal to sums.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::{Position, Spent, bounded};
+use crate::audit::read;
+use crate::money::NanoUsd;
+use crate::time::micros;
+
+/// The seconds of a minute, an hour and a day: what sums are kept for.
+pub(super) const GRAINS: [i64; 3] = [60, 3_600, 86_400];
+/// The longest name that is kept, in bytes.
+const NAME_MAX: usize = 256;
+
+/// Lines of one run that are folded together.
+#[derive(Debug)]
+pub(super) struct Batch {
+    /// The run.
+    pub(super) run: String,
+    /// Where they begin.
+    pub(super) from: Position,
+    /// What is behind them.
+    pub(super) to: Position,
+    /// What they add, by minute.
+    minutes: BTreeMap<Key, Spent>,
+    /// The records, where rows of requests are kept.
+    pub(super) rows: Option<Vec<Row>>,
+    /// How many records they are.
+    pub(super) records: u64,
+}
+
+/// Whose sum it is. Absent names are empty.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Key {
+    /// The seconds that it is for.
+    pub(super) grain: i64,
+    /// When they begin, in seconds since 1970.
+    pub(super) at: i64,
+    pub(super) tenant: String,
+    pub(super) model: String,
+    pub(super) principal: String,
+}
+
+/// One request.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) id: String,
+    /// In microseconds since 1970.
+    pub(super) at: i64,
+    pub(super) tenant: String,
+    pub(super) model: String,
+    pub(super) principal: String,
+    /// The model's name at the upstream.
+    pub(super) used: String,
+    pub(super) outcome: String,
+    pub(super) status: i64,
+    pub(super) source: String,
+    pub(super) prices: String,
+    pub(super) spent: Spent,
+}
+
+/// What of a record is summed up.
+#[derive(Deserialize)]
+struct Record {
+    at: String,
+    id: String,
+    outcome: String,
+    status: Option<u16>,
+    tenant: Option<String>,
+    principal: Option<String>,
+    #[serde(default)]
+    model: Models,
+    #[serde(default)]
+    usage: Tokens,
+    cost: Option<Cost>,
+    #[serde(default)]
+    unpriced: bool,
+}
+
+#[derive(Default, Deserialize)]
+struct Models {
+    route: Option<String>,
+    used: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+struct Tokens {
+    input_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    cached_tokens: Option<u64>,
+    reasoning_tokens: Option<u64>,
+    source: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Cost {
+    nanousd: u64,
+    prices: String,
+}
+
+impl Batch {
+    /// Nothing yet, from here on.
+    pub(super) fn new(run: &str, from: Position, rows: bool) -> Self {
+        let to = from.clone();
+        Self { run: run.to_owned(), from, to, minutes: BTreeMap::new(), rows: rows.then(Vec::new), records: 0 }
+    }
+
+    /// Adds a line of the journal. A record that cannot be read counts nothing: `audit verify` names it.
+    pub(super) fn add(&mut self, line: &[u8]) -> Result<(), String> {
+        let seq = read::seq(line).unwrap_or(self.to.next);
+        let chain = read::chain(line).map(|(chain, _)| String::from_utf8_lossy(chain).into_owned());
+        self.to = Position { next: seq + 1, chain: chain.unwrap_or_default() };
+        if read::kind(line) != b"request" {
+            return Ok(());
+        }
+        let record = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        self.count(record).ok_or_else(|| "it has no time".to_owned())
+    }
+
+    fn count(&mut self, record: Record) -> Option<()> {
+        let at = i64::try_from(micros(record.at.as_bytes())?).ok()?;
+        let spent = record.spent();
+        let key = Key {
+            grain: GRAINS[0],
+            at: begin(at / 1_000_000, GRAINS[0]),
+            tenant: name(record.tenant),
+            model: name(record.model.route),
+            principal: name(record.principal),
+        };
+        if let Some(rows) = &mut self.rows {
+            rows.push(Row {
+                id: name(Some(record.id)),
+                at,
+                tenant: key.tenant.clone(),
+                model: key.model.clone(),
+                principal: key.principal.clone(),
+                used: name(record.model.used),
+                outcome: name(Some(record.outcome)),
+                status: record.status.unwrap_or(0).into(),
+                source: name(record.usage.source),
+                prices: name(record.cost.map(|cost| cost.prices)),
+                spent,
+            });
+        }
+        self.records += 1;
+        let sum = self.minutes.entry(key).or_default();
+        *sum = sum.plus(&spent);
+        Some(())
+    }
+
+    /// What is added to the tables, always in the same order: two that add the same sums at once wait for each other
+    /// and never in a circle.
+    pub(super) fn sums(&self) -> BTreeMap<Key, Spent> {
+        let mut sums = BTreeMap::<Key, Spent>::new();
+        for (key, spent) in &self.minutes {
+            for grain in GRAINS {
+                let key = Key { grain, at: begin(key.at, grain), ..key.clone() };
+                let sum = sums.entry(key).or_default();
+                *sum = sum.plus(spent);
+            }
+        }
+        sums
+    }
+}
+
+impl Record {
+    fn spent(&self) -> Spent {
+        let tokens = |tokens: Option<u64>| bounded(tokens.unwrap_or(0));
+        Spent {
+            requests: 1,
+            ok: (self.outcome == "ok").into(),
+            input_tokens: tokens(self.usage.input_tokens),
+            output_tokens: tokens(self.usage.output_tokens),
+            cached_tokens: tokens(self.usage.cached_tokens),
+            reasoning_tokens: tokens(self.usage.reasoning_tokens),
+            cost: NanoUsd(self.cost.as_ref().map_or(0, |cost| bounded(cost.nanousd))),
+            unpriced: self.unpriced.into(),
+            estimated: matches!(self.usage.source.as_deref(), Some("estimated" | "partial")).into(),
+        }
+    }
+}
+
+/// When the `grain` begins that `at` is in.
+pub(super) fn begin(at: i64, grain: i64) -> i64 {
+    at - at.rem_euclid(grain)
+}
+
+/// A name as the tables keep it: not too long, and without NUL, which PostgreSQL does not take.
+fn name(text: Option<String>) -> String {
+    let mut text = text.unwrap_or_default();
+    text.truncate(text.floor_char_boundary(NAME_MAX));
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn line(seq: u64, members: serde_json::Value) -> Vec<u8> {
+        let members = members.to_string();
+        let chain = "ab".repeat(32);
+        let at = r#""at":"2026-11-22T14:03:05.5Z""#;
+        format!(r#"{{"v":1,"seq":{seq},"kind":"request",{at},{},"chain":"{chain}"}}"#, &members[1..members.len() - 1])
+            .into_bytes()
+    }
+
+    fn batch() -> Batch {
+        Batch::new("r", Position::start(), true)
+    }
+
+    #[test]
+    fn a_record_counts_in_its_minute_its_hour_and_its_day() {
+        let mut batch = batch();
+        let record = json!({"id": "x", "outcome": "ok", "status": 200, "tenant": "t", "principal": "p",
+            "model": {"asked": "a", "route": "m", "used": "u"}, "cost": {"nanousd": 7, "prices": "v"},
+            "usage": {"input_tokens": 3, "output_tokens": 4, "cached_tokens": 1, "source": "upstream"}});
+        batch.add(&line(1, record.clone())).unwrap();
+        batch.add(&line(2, record)).unwrap();
+        let cut = json!({"id": "y", "outcome": "client_closed", "usage": {"source": "partial"}, "unpriced": true});
+        batch.add(&line(3, cut)).unwrap();
+        let sums = batch.sums();
+        let begins: Vec<_> = sums.keys().filter(|key| key.tenant == "t").map(|key| (key.grain, key.at)).collect();
+        assert_eq!(begins, [(60, 1_795_356_180), (3_600, 1_795_356_000), (86_400, 1_795_305_600)]);
+        for (key, spent) in sums {
+            let expected = match key.tenant.as_str() {
+                "t" => [2, 2, 6, 8, 2, 0, 14, 0, 0],
+                _ => [1, 0, 0, 0, 0, 0, 0, 1, 1],
+            };
+            assert_eq!(spent.numbers(), expected, "{key:?}");
+        }
+        assert_eq!((batch.to.next, batch.to.chain.len(), batch.records), (4, 64, 3));
+        let row = &batch.rows.unwrap()[0];
+        assert_eq!((row.model.as_str(), row.used.as_str(), row.prices.as_str()), ("m", "u", "v"));
+    }
+
+    #[test]
+    fn lines_of_other_kinds_and_damaged_ones_count_nothing_and_are_behind_us() {
+        let mut batch = batch();
+        batch.add(br#"{"v":1,"seq":5,"kind":"checkpoint","at":"2026-11-22T14:03:05Z"}"#).unwrap();
+        batch.add(br#"{"v":1,"seq":6,"kind":"request","at":"2026-11-22T14:03:05Z","#).unwrap_err();
+        assert_eq!((batch.to.next, batch.records, batch.sums().len()), (7, 0, 0));
+    }
+
+    #[test]
+    fn numbers_from_outside_stay_within_a_tables_bounds_and_names_within_its_letters() {
+        let mut batch = batch();
+        let record = json!({"id": "x", "outcome": "ok", "principal": format!("a\0{}", "\u{4e2d}".repeat(200)),
+            "usage": {"output_tokens": u64::MAX, "source": "upstream"}, "cost": {"nanousd": u64::MAX, "prices": "v"}});
+        (1..=2).for_each(|seq| batch.add(&line(seq, record.clone())).unwrap());
+        let (key, spent) = batch.sums().pop_first().unwrap();
+        assert_eq!((spent.output_tokens, spent.cost.0), (i64::MAX as u64, i64::MAX as u64));
+        assert!(key.principal.starts_with("a\u{fffd}") && key.principal.len() <= 258, "{key:?}");
+    }
+}
