@@ -11,6 +11,7 @@ mod evidence;
 mod failure;
 mod fuzz;
 mod identity;
+mod ledger;
 mod lifecycle;
 mod logs;
 mod metrics;

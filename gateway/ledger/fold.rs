@@ -195,17 +195,28 @@ fn name(text: Option<String>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
 
-    fn line(seq: u64, members: serde_json::Value) -> Vec<u8> {
+    pub(crate) fn line(seq: u64, members: &serde_json::Value) -> Vec<u8> {
         let members = members.to_string();
         let chain = "ab".repeat(32);
         let at = r#""at":"2026-11-22T14:03:05.5Z""#;
         format!(r#"{{"v":1,"seq":{seq},"kind":"request",{at},{},"chain":"{chain}"}}"#, &members[1..members.len() - 1])
             .into_bytes()
+    }
+
+    /// Records of a tenant that cost 7 nano-dollars each.
+    pub(crate) fn batch_of(run: &str, from: Position, seqs: std::ops::RangeInclusive<u64>) -> Batch {
+        let mut batch = Batch::new(run, from, true);
+        for seq in seqs {
+            let record = json!({"id": format!("{seq}"), "outcome": "ok", "tenant": "t", "cost": {"nanousd": 7, "prices": ""},
+                "usage": {"input_tokens": 3, "output_tokens": 4, "source": "upstream"}});
+            batch.add(&line(seq, &record)).unwrap();
+        }
+        batch
     }
 
     fn batch() -> Batch {
@@ -218,10 +229,10 @@ mod tests {
         let record = json!({"id": "x", "outcome": "ok", "status": 200, "tenant": "t", "principal": "p",
             "model": {"asked": "a", "route": "m", "used": "u"}, "cost": {"nanousd": 7, "prices": "v"},
             "usage": {"input_tokens": 3, "output_tokens": 4, "cached_tokens": 1, "source": "upstream"}});
-        batch.add(&line(1, record.clone())).unwrap();
-        batch.add(&line(2, record)).unwrap();
+        batch.add(&line(1, &record)).unwrap();
+        batch.add(&line(2, &record)).unwrap();
         let cut = json!({"id": "y", "outcome": "client_closed", "usage": {"source": "partial"}, "unpriced": true});
-        batch.add(&line(3, cut)).unwrap();
+        batch.add(&line(3, &cut)).unwrap();
         let sums = batch.sums();
         let begins: Vec<_> = sums.keys().filter(|key| key.tenant == "t").map(|key| (key.grain, key.at)).collect();
         assert_eq!(begins, [(60, 1_795_356_180), (3_600, 1_795_356_000), (86_400, 1_795_305_600)]);
@@ -250,7 +261,7 @@ mod tests {
         let mut batch = batch();
         let record = json!({"id": "x", "outcome": "ok", "principal": format!("a\0{}", "\u{4e2d}".repeat(200)),
             "usage": {"output_tokens": u64::MAX, "source": "upstream"}, "cost": {"nanousd": u64::MAX, "prices": "v"}});
-        (1..=2).for_each(|seq| batch.add(&line(seq, record.clone())).unwrap());
+        (1..=2).for_each(|seq| batch.add(&line(seq, &record)).unwrap());
         let (key, spent) = batch.sums().pop_first().unwrap();
         assert_eq!((spent.output_tokens, spent.cost.0), (i64::MAX as u64, i64::MAX as u64));
         assert!(key.principal.starts_with("a\u{fffd}") && key.principal.len() <= 258, "{key:?}");

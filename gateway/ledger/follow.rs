@@ -191,10 +191,10 @@ impl Follower {
         }
     }
 
+    /// All is well: a batch was folded, or there is none.
     fn works(&mut self) {
-        if let Some((_, since)) = self.failing.take() {
-            tracing::info!(seconds = since.elapsed().as_secs_f32(), "the ledger can be written again");
-        }
+        let Some((_, since)) = self.failing.take() else { return };
+        tracing::info!(seconds = since.elapsed().as_secs_f32(), "the ledger can be written again");
         self.meters.healthy.set(1);
         self.shared.tell(|progress| progress.trouble = None);
     }
@@ -212,7 +212,6 @@ impl Follower {
         self.take_back(store.as_mut())?;
         let mut own = self.stretch(store.as_mut(), self.own_run())?;
         self.shared.tell(|progress| progress.next = own.at.next);
-        self.works();
         while !self.shared.is_stopping() {
             self.fold_left_over(store.as_mut())?;
             self.prune(store.as_mut())?;
@@ -264,6 +263,9 @@ impl Follower {
             let more = self.step(store, own, limit)?;
             self.shared.tell(|progress| progress.next = own.at.next);
             self.measure();
+            if !more {
+                self.works();
+            }
             if more && own.at.next + LINES <= *committed.borrow() {
                 continue;
             }
@@ -294,6 +296,7 @@ impl Follower {
         if !store.fold(&batch)? {
             return Err(Stop::Moved);
         }
+        self.works();
         self.meters.folded.inc_by(batch.records);
         stretch.at = batch.to;
         stretch.kept.advance(stretch.at.next);

@@ -283,3 +283,155 @@ impl Aggregate<i64, i64> for SaturatingSum {
         Ok(sum.unwrap_or(0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::fold::tests::{batch_of, line};
+    use crate::ledger::{Dimension, Query, Scope, report};
+
+    fn total(sqlite: &mut Sqlite) -> Spent {
+        report::made(sqlite, &Query::default()).unwrap().total
+    }
+
+    fn file() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("l.sqlite3");
+        (directory, path)
+    }
+
+    #[test]
+    fn a_batch_counts_once_however_often_it_is_folded() {
+        let (_directory, path) = file();
+        let mut sqlite = Sqlite::open(&path, true).unwrap();
+        let first = batch_of("r", Position::start(), 1..=3);
+        assert_eq!(sqlite.fold(&first), Ok(true));
+        assert_eq!(sqlite.fold(&first), Ok(false));
+        let mut other = Sqlite::open(&path, true).unwrap();
+        assert_eq!(other.fold(&first), Ok(false), "whoever folds it");
+        assert_eq!(other.position("r"), Ok(first.to.clone()));
+        let second = batch_of("r", first.to.clone(), 4..=4);
+        assert_eq!([other.fold(&second), sqlite.fold(&second)], [Ok(true), Ok(false)]);
+        let same_lines_of_another = batch_of("s", Position::start(), 1..=3);
+        assert_eq!(sqlite.fold(&same_lines_of_another), Ok(true));
+        assert_eq!(total(&mut sqlite).numbers(), [7, 7, 21, 28, 0, 0, 49, 0, 0]);
+        let rows = sqlite.ask("SELECT COUNT(*) FROM infergate_requests", &[]).unwrap();
+        assert_eq!(rows, [[Value::Number(4)]], "ids are those of requests");
+    }
+
+    #[test]
+    fn position_and_sums_move_together_or_not_at_all_wherever_it_fails() {
+        for table in ["infergate_positions", "infergate_sums", "infergate_requests"] {
+            let (_directory, path) = file();
+            let mut sqlite = Sqlite::open(&path, true).unwrap();
+            let first = batch_of("r", Position::start(), 1..=1);
+            sqlite.fold(&first).unwrap();
+            let (act, when) = if table == "infergate_positions" { ("UPDATE", "AFTER") } else { ("INSERT", "BEFORE") };
+            let trigger =
+                format!("CREATE TRIGGER x {when} {act} ON {table} BEGIN SELECT RAISE(ABORT, 'by chance'); END");
+            sqlite.connection.execute_batch(&trigger).unwrap();
+            let second = batch_of("r", first.to.clone(), 2..=2);
+            let told = sqlite.fold(&second).unwrap_err();
+            assert!(told.contains("l.sqlite3: by chance"), "{told}");
+            assert_eq!(sqlite.position("r"), Ok(first.to.clone()), "{table}");
+            assert_eq!(total(&mut sqlite).requests, 1, "{table}");
+            sqlite.connection.execute_batch("DROP TRIGGER x").unwrap();
+            assert_eq!(sqlite.fold(&second), Ok(true));
+            assert_eq!(total(&mut sqlite).requests, 2);
+        }
+    }
+
+    #[test]
+    fn sums_stop_at_their_bound_and_reports_still_come() {
+        let (_directory, path) = file();
+        let mut sqlite = Sqlite::open(&path, false).unwrap();
+        let dear = serde_json::json!({"id": "x", "outcome": "ok", "cost": {"nanousd": i64::MAX, "prices": ""}});
+        for run in ["a", "b"] {
+            let mut batch = Batch::new(run, Position::start(), false);
+            batch.add(&line(1, &dear)).unwrap();
+            sqlite.fold(&batch).unwrap();
+        }
+        assert_eq!((total(&mut sqlite).cost.0, total(&mut sqlite).requests), (i64::MAX as u64, 2));
+    }
+
+    #[test]
+    fn minutes_that_are_gone_leave_their_hours() {
+        let (_directory, path) = file();
+        let mut sqlite = Sqlite::open(&path, true).unwrap();
+        sqlite.fold(&batch_of("r", Position::start(), 1..=2)).unwrap();
+        // All records are of 14:03 on that day.
+        let at = 1_795_356_180;
+        let mut spent = |since: i64, until: i64| {
+            let query = Query { since: since.unsigned_abs(), until: Some(until.unsigned_abs()), ..Query::default() };
+            report::made(&mut sqlite, &query).unwrap().total.requests
+        };
+        assert_eq!([spent(at, at + 60), spent(at + 60, at + 120), spent(at - 60, at)], [2, 0, 0]);
+        sqlite.prune(at + 3_600 - 180, Some(at + 3_600)).unwrap();
+        let mut spent = |since: i64, until: i64| {
+            let query = Query { since: since.unsigned_abs(), until: Some(until.unsigned_abs()), ..Query::default() };
+            report::made(&mut sqlite, &query).unwrap().total.requests
+        };
+        assert_eq!([spent(at + 60, at + 120), spent(at + 3_600, at + 7_200)], [2, 0], "the whole hour, never less");
+        assert_eq!(sqlite.ask("SELECT COUNT(*) FROM infergate_requests", &[]).unwrap(), [[Value::Number(0)]]);
+    }
+
+    #[test]
+    fn reports_have_pages_that_join_without_a_gap() {
+        let (_directory, path) = file();
+        let mut sqlite = Sqlite::open(&path, false).unwrap();
+        let names = ["", "a", "a'b", "b", "\u{4e2d}"];
+        let mut batch = Batch::new("r", Position::start(), false);
+        for (at, (tenant, model)) in names.iter().flat_map(|tenant| names.map(|model| (tenant, model))).enumerate() {
+            let record = serde_json::json!({"id": "x", "outcome": "ok", "tenant": tenant, "model": {"route": model}});
+            batch.add(&line(at as u64 + 1, &record)).unwrap();
+        }
+        sqlite.fold(&batch).unwrap();
+        let by = vec![Dimension::Tenant, Dimension::Day, Dimension::Model];
+        let mut query = Query { by, limit: Some(4), ..Query::default() };
+        let mut keys = Vec::new();
+        loop {
+            let page = report::made(&mut sqlite, &query).unwrap();
+            assert_eq!(page.total.requests, 25);
+            keys.extend(page.rows.into_iter().map(|row| row.key));
+            query.cursor = page.cursor;
+            if query.cursor.is_none() {
+                break;
+            }
+        }
+        let expected: Vec<_> =
+            names.iter().flat_map(|tenant| names.map(|model| [*tenant, "2026-11-22", model])).collect();
+        assert_eq!(keys, expected);
+        let scope =
+            Scope { tenants: vec!["a'b".to_owned(), "b".to_owned()], models: vec!["a".to_owned()], ..Scope::default() };
+        let of_two = report::made(&mut sqlite, &Query { scope, ..Query::default() }).unwrap();
+        assert_eq!(of_two.total.requests, 2);
+    }
+
+    #[test]
+    fn another_programs_file_and_a_damaged_one_are_told_and_left_alone() {
+        let (_directory, path) = file();
+        let other = Connection::open(&path).unwrap();
+        other.execute_batch("CREATE TABLE theirs (x)").unwrap();
+        let told = Sqlite::open(&path, false).err().unwrap();
+        assert!(told.contains("another program's database"), "{told}");
+        drop(other);
+        std::fs::write(&path, "no database at all ".repeat(100)).unwrap();
+        let told = Sqlite::open(&path, false).err().unwrap();
+        assert!(told.contains("l.sqlite3: file is not a database. Move the file away"), "{told}");
+        assert!(Sqlite::look(&path.with_extension("none")).err().unwrap().contains("there is no such file"));
+    }
+
+    #[test]
+    fn the_file_is_its_owners_alone_and_one_that_was_removed_is_not_written_any_more() {
+        use std::os::unix::fs::PermissionsExt;
+        let (directory, path) = file();
+        let mut sqlite = Sqlite::open(&path, false).unwrap();
+        sqlite.fold(&batch_of("r", Position::start(), 1..=1)).unwrap();
+        for entry in std::fs::read_dir(directory.path()).unwrap() {
+            let entry = entry.unwrap();
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o077, 0, "{:?}", entry.path());
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(sqlite.fold(&batch_of("s", Position::start(), 1..=1)).unwrap_err().contains("removed or replaced"));
+    }
+}
