@@ -3,14 +3,19 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use infergate::ledger::{Ledger, Place, Scope};
+use infergate::settings::Settings;
+use infergate::telemetry::Telemetry;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
 use crate::support::keys::{PEPPER, asks_for, key};
 use crate::support::postgres::Postgres;
-use crate::support::{Client, Gateway, Journal, Load, Process, Simulated, chat, eventually, model_server, policy};
+use crate::support::{
+    Client, Gateway, Journal, Load, Options, Process, Simulated, chat, eventually, model_server, policy,
+};
 
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(15);
@@ -122,6 +127,23 @@ fn nanousd(text: &str) -> u64 {
     whole.parse::<u64>().unwrap() * 1_000_000_000 + format!("{rest:0<9}").parse::<u64>().unwrap()
 }
 
+/// What the next process would begin with: the ledger and what was not folded yet, since the beginning and since the
+/// last minutes, each with its time.
+fn restored(directory: &Path) -> Vec<(u64, [u64; 9])> {
+    let telemetry = Telemetry::new();
+    let journal = infergate::audit::journal::Journal::open(directory, None, Default::default(), telemetry.journal);
+    let (journal, settings) = (journal.unwrap(), Settings::parse("ledger: {rows: all}").unwrap());
+    let place = Place::of(&settings, Some(directory)).unwrap();
+    let ledger = Ledger::start(place, &settings.ledger, &journal, telemetry.ledger).unwrap();
+    ledger.catch_up(Instant::now() + SOON).unwrap();
+    let minute = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() / 60 * 60;
+    let spent = |since| (since, ledger.spent(&Scope::default(), since, None).unwrap().numbers());
+    let restored = [0, minute - 120, minute - 60, minute].map(spent).to_vec();
+    journal.close("tested");
+    ledger.close(SOON);
+    restored
+}
+
 #[tokio::test]
 async fn a_gateway_killed_again_and_again_counts_every_answer_once() {
     let (server, directory) = (model_server().await, tempfile::tempdir().unwrap());
@@ -140,13 +162,15 @@ async fn a_gateway_killed_again_and_again_counts_every_answer_once() {
         gateway.ended(SOON).await;
         seen.extend(asking.join_all().await.into_iter().flatten());
     }
-    let mut last = gateway_on(directory.path(), &text, "ledger: {rows: all}\n");
-    last.ready().await;
-    last.signal("TERM");
-    assert_eq!(last.ended(SOON).await, Some(0));
-
-    let journal = Journal(directory.path().to_owned());
-    let records = journal.of_kind("request");
+    let records = Journal(directory.path().to_owned()).of_kind("request");
+    let path = directory.path().to_owned();
+    let restored = tokio::task::spawn_blocking(move || restored(&path)).await.unwrap();
+    let expected = restored.iter().map(|(since, _)| {
+        let since = infergate::ledger::report::time(*since);
+        let later = records.iter().filter(|record| record["at"].as_str().unwrap() >= &since[..19]);
+        total(&later.cloned().collect::<Vec<_>>())
+    });
+    assert_eq!(restored.iter().map(|(_, spent)| *spent).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
     assert_eq!(spent(&file(directory.path())), total(&records));
     let costs: BTreeMap<&str, u64> = records
         .iter()
@@ -158,7 +182,8 @@ async fn a_gateway_killed_again_and_again_counts_every_answer_once() {
     }
     let opened = rusqlite::Connection::open(file(directory.path())).unwrap();
     let sums = "SELECT COUNT(*), SUM(cost_nanousd) FROM infergate_requests";
-    let (count, cost): (u64, u64) = opened.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    let (count, cost): (i64, i64) = opened.query_row(sums, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    let (count, cost) = (count.unsigned_abs(), cost.unsigned_abs());
     assert_eq!([count, cost], [total(&records)[0], total(&records)[6]], "the rows say the same");
     println!("{} answers seen, {} records, {} nano-dollars", seen.len(), records.len(), cost);
     assert!(seen.len() > 100, "{}", seen.len());
@@ -321,12 +346,16 @@ async fn a_ledger_that_somebody_deletes_or_damages_is_made_again_from_the_journa
 
 #[tokio::test]
 async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
-    let server = model_server().await;
+    let models = ["m", "other"].map(str::to_owned).to_vec();
+    let server = Simulated::start(Options { models, ..Options::default() }).await.unwrap();
     let keys = [key("a", "name: ci"), key("a", ""), key("b", "name: app"), key("c", "")];
     let models = "models:\n  - {name: m, pool: p}\n  - {name: other, pool: p, aliases: [m2]}\n";
     let text = policy(&[&server.url()], "").replace("models:\n  - name: m\n    pool: p\n", models);
     let list: Vec<_> = keys.iter().collect();
-    let text = format!("{text}{PRICES}audit: {{commit_ms: 5}}\n{}", asks_for(&list, "{a: {}, b: {}, c: {}}"));
+    let text = format!(
+        "{text}{PRICES}metering: {{usage: as_is}}\naudit: {{commit_ms: 5}}\n{}",
+        asks_for(&list, "{a: {}, b: {}, c: {}}")
+    );
     let directory = tempfile::tempdir().unwrap();
     let env = [("INFERGATE_JOURNAL", directory.path().to_str().unwrap()), ("INFERGATE_PEPPER", PEPPER)];
     let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &env);

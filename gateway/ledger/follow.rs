@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,6 +74,13 @@ impl Shared {
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.wake.notify_one();
+    }
+
+    /// Until it is to stop. Who only wants to know how far it is does not hurry a ledger that fails.
+    async fn stopped(&self) {
+        while !self.is_stopping() {
+            self.wake.notified().await;
+        }
     }
 
     fn is_stopping(&self) -> bool {
@@ -160,11 +168,13 @@ impl Follower {
             return;
         };
         while !self.shared.is_stopping() {
-            match self.follow(&runtime) {
+            // Whatever breaks down in here, money is counted on.
+            let followed = catch_unwind(AssertUnwindSafe(|| self.follow(&runtime)));
+            match followed.unwrap_or_else(|_| Err(Stop::Failed("it broke down: see above".to_owned()))) {
                 Ok(()) => return,
                 Err(Stop::Moved) => {
                     tracing::info!(ledger = %self.place, "the ledger's position is another one now: going on from there");
-                    runtime.block_on(tokio::time::sleep(BACKOFF));
+                    std::thread::sleep(BACKOFF);
                 }
                 Err(Stop::Another(run)) => self.failed(&runtime, format!("{run}: {ANOTHER}")),
                 Err(Stop::Failed(trouble)) => self.failed(&runtime, trouble),
@@ -187,7 +197,8 @@ impl Follower {
         while Instant::now() < until && !self.shared.is_stopping() {
             self.measure();
             let wait = until.saturating_duration_since(Instant::now()).min(POLL);
-            runtime.block_on(tokio::time::sleep(wait));
+            let pause = async { tokio::time::timeout(wait, self.shared.stopped()).await };
+            let _ = runtime.block_on(pause);
         }
     }
 
