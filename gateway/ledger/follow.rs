@@ -280,6 +280,7 @@ impl Follower {
             if more && own.at.next + LINES <= *committed.borrow() {
                 continue;
             }
+            own.kept.keep_if_changed();
             // One line wakes us, others come along; who waits for us wakes us at once.
             let (next, wake) = (own.at.next, &self.shared.wake);
             let woken = async {
@@ -293,7 +294,6 @@ impl Follower {
                     () = wake.notified() => {}
                 }
             });
-            own.kept.keep_if_due();
         }
         Ok(())
     }

@@ -120,6 +120,13 @@ impl Position {
         }
     }
 
+    /// The same, where there is something new.
+    pub(crate) fn keep_if_changed(&mut self) {
+        if self.next != self.saved {
+            self.keep();
+        }
+    }
+
     /// The same, where some time has passed since the last time.
     pub(crate) fn keep_if_due(&mut self) {
         if self.due().is_some_and(|wait| wait.is_zero()) {
