@@ -1,7 +1,10 @@
 //! From lines of the journal to sums.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
+use memchr::memmem::Finder;
 use serde::Deserialize;
 
 use super::{Position, Spent, bounded};
@@ -25,6 +28,8 @@ pub(super) struct Batch {
     pub(super) to: Position,
     /// What they add, by minute.
     minutes: BTreeMap<Key, Spent>,
+    /// The minute of the last record, as it is spelt there.
+    minute: (Vec<u8>, i64),
     /// The records, where rows of requests are kept.
     pub(super) rows: Option<Vec<Row>>,
     /// How many records they are.
@@ -62,20 +67,16 @@ pub(super) struct Row {
 }
 
 /// What of a record is summed up.
-#[derive(Deserialize)]
-struct Record {
-    at: String,
-    id: String,
-    outcome: String,
+struct Record<'a> {
+    at: &'a [u8],
+    id: Cow<'a, str>,
+    outcome: Cow<'a, str>,
     status: Option<u16>,
     tenant: Option<String>,
     principal: Option<String>,
-    #[serde(default)]
     model: Models,
-    #[serde(default)]
     usage: Tokens,
     cost: Option<Cost>,
-    #[serde(default)]
     unpriced: bool,
 }
 
@@ -91,7 +92,17 @@ struct Tokens {
     output_tokens: Option<u64>,
     cached_tokens: Option<u64>,
     reasoning_tokens: Option<u64>,
-    source: Option<String>,
+    source: Option<Source>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Source {
+    Upstream,
+    Estimated,
+    Partial,
+    #[serde(other)]
+    None,
 }
 
 #[derive(Deserialize)]
@@ -100,54 +111,127 @@ struct Cost {
     prices: String,
 }
 
+/// Where members of a record begin, in its order. Records are sought through for them: to read all of each takes four
+/// times as long, and that CPU is the requests'. Inside of a text every quote has a backslash before it, so what a
+/// client wrote is never found; that no other member has a name of these, a test asks the record's schema.
+struct Finders {
+    id: Finder<'static>,
+    outcome: Finder<'static>,
+    status: Finder<'static>,
+    surface: Finder<'static>,
+    principal: Finder<'static>,
+    tenant: Finder<'static>,
+    model: Finder<'static>,
+    usage: Finder<'static>,
+    cost: Finder<'static>,
+    unpriced: Finder<'static>,
+}
+
+static FINDERS: LazyLock<Finders> = LazyLock::new(|| {
+    let finder = |needle: &'static str| Finder::new(needle);
+    Finders {
+        id: finder(",\"id\":"),
+        outcome: finder(",\"outcome\":"),
+        status: finder(",\"status\":"),
+        surface: finder(",\"surface\":"),
+        principal: finder(",\"principal\":"),
+        tenant: finder(",\"tenant\":"),
+        model: finder(",\"model\":"),
+        usage: finder(",\"usage\":"),
+        cost: finder(",\"cost\":"),
+        unpriced: finder(",\"unpriced\":"),
+    }
+});
+
+/// The value of a member, if it is there.
+fn member<'a, T: Deserialize<'a>>(text: &'a [u8], finder: &Finder<'_>) -> Result<Option<T>, String> {
+    let Some(at) = finder.find(text) else { return Ok(None) };
+    let value = serde_json::Deserializer::from_slice(&text[at + finder.needle().len()..]).into_iter().next();
+    value.transpose().map_err(|error| error.to_string())
+}
+
+impl<'a> Record<'a> {
+    fn read(line: &'a [u8]) -> Result<Self, String> {
+        let find = &*FINDERS;
+        let missing = |what: &str| format!("it has no {what}");
+        // What it begins with, who it was, and the rest: each has names that the others have, too.
+        let (head, rest) = line.split_at(find.surface.find(line).ok_or_else(|| missing("surface"))?);
+        let (who, rest) = rest.split_at(find.model.find(rest).ok_or_else(|| missing("model"))?);
+        Ok(Self {
+            at: read::at(line),
+            id: member(head, &find.id)?.ok_or_else(|| missing("id"))?,
+            outcome: member(head, &find.outcome)?.ok_or_else(|| missing("outcome"))?,
+            status: member(head, &find.status)?,
+            principal: member(who, &find.principal)?,
+            tenant: member(who, &find.tenant)?,
+            model: member(rest, &find.model)?.unwrap_or_default(),
+            usage: member(rest, &find.usage)?.unwrap_or_default(),
+            cost: member(rest, &find.cost)?,
+            unpriced: member(rest, &find.unpriced)?.unwrap_or_default(),
+        })
+    }
+}
+
 impl Batch {
     /// Nothing yet, from here on.
     pub(super) fn new(run: &str, from: Position, rows: bool) -> Self {
         let to = from.clone();
-        Self { run: run.to_owned(), from, to, minutes: BTreeMap::new(), rows: rows.then(Vec::new), records: 0 }
+        Self {
+            run: run.to_owned(),
+            from,
+            to,
+            minutes: BTreeMap::new(),
+            minute: (Vec::new(), 0),
+            rows: rows.then(Vec::new),
+            records: 0,
+        }
     }
 
     /// Adds a line of the journal. A record that cannot be read counts nothing: `audit verify` names it.
     pub(super) fn add(&mut self, line: &[u8]) -> Result<(), String> {
-        let seq = read::seq(line).unwrap_or(self.to.next);
-        let chain = read::chain(line).map(|(chain, _)| String::from_utf8_lossy(chain).into_owned());
-        self.to = Position { next: seq + 1, chain: chain.unwrap_or_default() };
+        self.to.next = read::seq(line).unwrap_or(self.to.next) + 1;
+        self.to.chain.clear();
+        let chain = read::chain(line).and_then(|(chain, _)| str::from_utf8(chain).ok());
+        self.to.chain.push_str(chain.unwrap_or_default());
         if read::kind(line) != b"request" {
             return Ok(());
         }
-        let record = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let record = Record::read(line)?;
         self.count(record).ok_or_else(|| "it has no time".to_owned())
     }
 
-    fn count(&mut self, record: Record) -> Option<()> {
-        let at = i64::try_from(micros(record.at.as_bytes())?).ok()?;
-        let spent = record.spent();
-        let key = Key {
-            grain: GRAINS[0],
-            at: begin(at / 1_000_000, GRAINS[0]),
-            tenant: name(record.tenant),
-            model: name(record.model.route),
-            principal: name(record.principal),
-        };
+    fn count(&mut self, record: Record<'_>) -> Option<()> {
+        let (spent, at) = (record.spent(), self.minute(record.at)?);
+        let (tenant, model, principal) = (name(record.tenant), name(record.model.route), name(record.principal));
         if let Some(rows) = &mut self.rows {
             rows.push(Row {
-                id: name(Some(record.id)),
-                at,
-                tenant: key.tenant.clone(),
-                model: key.model.clone(),
-                principal: key.principal.clone(),
+                id: name(Some(record.id.into_owned())),
+                at: i64::try_from(micros(record.at)?).ok()?,
+                tenant: tenant.clone(),
+                model: model.clone(),
+                principal: principal.clone(),
                 used: name(record.model.used),
-                outcome: name(Some(record.outcome)),
+                outcome: name(Some(record.outcome.into_owned())),
                 status: record.status.unwrap_or(0).into(),
-                source: name(record.usage.source),
+                source: record.usage.source.map(Source::name).unwrap_or_default().to_owned(),
                 prices: name(record.cost.map(|cost| cost.prices)),
                 spent,
             });
         }
         self.records += 1;
-        let sum = self.minutes.entry(key).or_default();
+        let sum = self.minutes.entry(Key { grain: GRAINS[0], at, tenant, model, principal }).or_default();
         *sum = sum.plus(&spent);
         Some(())
+    }
+
+    /// The minute that a time is in: mostly that of the one before.
+    fn minute(&mut self, at: &[u8]) -> Option<i64> {
+        let spelt = at.get(..b"2026-11-22T14:03".len())?;
+        if self.minute.0 != spelt || at.last() != Some(&b'Z') {
+            let seconds = i64::try_from(micros(at)?).ok()? / 1_000_000;
+            self.minute = (spelt.to_vec(), begin(seconds, GRAINS[0]));
+        }
+        Some(self.minute.1)
     }
 
     /// What is added to the tables, always in the same order: two that add the same sums at once wait for each other
@@ -165,7 +249,18 @@ impl Batch {
     }
 }
 
-impl Record {
+impl Source {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Upstream => "upstream",
+            Self::Estimated => "estimated",
+            Self::Partial => "partial",
+            Self::None => "none",
+        }
+    }
+}
+
+impl Record<'_> {
     fn spent(&self) -> Spent {
         let tokens = |tokens: Option<u64>| bounded(tokens.unwrap_or(0));
         Spent {
@@ -177,7 +272,7 @@ impl Record {
             reasoning_tokens: tokens(self.usage.reasoning_tokens),
             cost: NanoUsd(self.cost.as_ref().map_or(0, |cost| bounded(cost.nanousd))),
             unpriced: self.unpriced.into(),
-            estimated: matches!(self.usage.source.as_deref(), Some("estimated" | "partial")).into(),
+            estimated: matches!(self.usage.source, Some(Source::Estimated | Source::Partial)).into(),
         }
     }
 }
@@ -200,12 +295,18 @@ pub(super) mod tests {
 
     use super::*;
 
+    /// A line with these members, in the order of a record.
     pub(crate) fn line(seq: u64, members: &serde_json::Value) -> Vec<u8> {
-        let members = members.to_string();
-        let chain = "ab".repeat(32);
+        let order = ["id", "outcome", "status", "surface", "principal", "tenant", "model", "decisions", "attempts"];
+        let mut all = json!({"surface": "/v1/chat/completions", "model": {}});
+        all.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
+        let told = order
+            .into_iter()
+            .chain(["usage", "cost", "unpriced"])
+            .filter_map(|name| all.get(name).map(|value| format!(",\"{name}\":{value}")));
+        let (members, chain) = (told.collect::<String>(), "ab".repeat(32));
         let at = r#""at":"2026-11-22T14:03:05.5Z""#;
-        format!(r#"{{"v":1,"seq":{seq},"kind":"request",{at},{},"chain":"{chain}"}}"#, &members[1..members.len() - 1])
-            .into_bytes()
+        format!(r#"{{"v":1,"seq":{seq},"kind":"request",{at}{members},"chain":"{chain}"}}"#).into_bytes()
     }
 
     /// Records of a tenant that cost 7 nano-dollars each.
@@ -265,5 +366,37 @@ pub(super) mod tests {
         let (key, spent) = batch.sums().pop_first().unwrap();
         assert_eq!((spent.output_tokens, spent.cost.0), (i64::MAX as u64, i64::MAX as u64));
         assert!(key.principal.starts_with("a\u{fffd}") && key.principal.len() <= 258, "{key:?}");
+    }
+
+    #[test]
+    fn nothing_that_a_client_wrote_and_nothing_further_inside_is_taken_for_the_records_own() {
+        let evil = r#"x","usage":{"output_tokens":9},"cost":{"nanousd":9,"prices":""},"unpriced":true,"tenant":"evil"#;
+        let record = json!({"id": "x", "outcome": "refused", "model": {"asked": evil, "route": "m"},
+            "decisions": [{"why": evil, "rule": "\\\",\"cost\":{\"nanousd\":9}"}],
+            "attempts": [{"status": 503, "why": evil}]});
+        let mut batch = batch();
+        batch.add(&line(1, &record)).unwrap();
+        let row = &batch.rows.as_ref().unwrap()[0];
+        assert_eq!((row.status, row.tenant.as_str(), row.outcome.as_str()), (0, "", "refused"));
+        assert_eq!(row.spent.numbers(), [1, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn no_member_inside_of_a_record_has_the_name_of_one_that_is_sought() {
+        let schema = serde_json::to_value(crate::audit::record::schema()).unwrap();
+        let names = |value: &serde_json::Value| -> Vec<String> {
+            value["properties"].as_object().map(|all| all.keys().cloned().collect()).unwrap_or_default()
+        };
+        let (own, sought) = (names(&schema), ["model", "usage", "cost", "unpriced"]);
+        assert!(sought.iter().chain(&["principal", "tenant", "surface"]).all(|name| own.contains(&(*name).to_owned())));
+        for (kind, inside) in schema["$defs"].as_object().unwrap() {
+            let found: Vec<_> = names(inside).into_iter().filter(|name| sought.contains(&name.as_str())).collect();
+            assert!(found.is_empty(), "{kind} has {found:?}: the ledger would take it for the record's");
+        }
+        // Before `surface` and before `model` stand only these.
+        for early in ["Client", "Trace"] {
+            let found = names(&schema["$defs"][early]);
+            assert!(!found.iter().any(|name| name == "principal" || name == "tenant" || name == "model"), "{found:?}");
+        }
     }
 }

@@ -345,13 +345,14 @@ mod tests {
     fn sums_stop_at_their_bound_and_reports_still_come() {
         let (_directory, path) = file();
         let mut sqlite = Sqlite::open(&path, false).unwrap();
-        let dear = serde_json::json!({"id": "x", "outcome": "ok", "cost": {"nanousd": i64::MAX, "prices": ""}});
-        for run in ["a", "b"] {
+        for (run, tenant) in [("a", "t"), ("b", "t"), ("c", "u")] {
+            let cost = serde_json::json!({"nanousd": i64::MAX, "prices": ""});
+            let dear = serde_json::json!({"id": "x", "outcome": "ok", "tenant": tenant, "cost": cost});
             let mut batch = Batch::new(run, Position::start(), false);
             batch.add(&line(1, &dear)).unwrap();
             sqlite.fold(&batch).unwrap();
         }
-        assert_eq!((total(&mut sqlite).cost.0, total(&mut sqlite).requests), (i64::MAX as u64, 2));
+        assert_eq!((total(&mut sqlite).cost.0, total(&mut sqlite).requests), (i64::MAX as u64, 3));
     }
 
     #[test]
