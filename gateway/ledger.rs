@@ -2,7 +2,7 @@
 //!
 //! Nothing is written here that does not stand in the journal, and where the journal is folded up to is stored in the
 //! same transaction as the sums: after a crash the rest is folded again, and no nano-dollar is lost or counted twice.
-//! One thread does it ([`follow`]); requests know nothing of it. The sums are in an SQLite file of the journal's
+//! One thread does it (`follow`); requests know nothing of it. The sums are in an SQLite file of the journal's
 //! directory, or in a PostgreSQL that several gateways share.
 
 mod fold;

@@ -373,7 +373,7 @@ pub(super) mod tests {
         let evil = r#"x","usage":{"output_tokens":9},"cost":{"nanousd":9,"prices":""},"unpriced":true,"tenant":"evil"#;
         let record = json!({"id": "x", "outcome": "refused", "model": {"asked": evil, "route": "m"},
             "decisions": [{"why": evil, "rule": "\\\",\"cost\":{\"nanousd\":9}"}],
-            "attempts": [{"status": 503, "why": evil}]});
+            "attempts": [{"pool": "p", "status": 503, "why": evil}]});
         let mut batch = batch();
         batch.add(&line(1, &record)).unwrap();
         let row = &batch.rows.as_ref().unwrap()[0];
