@@ -154,7 +154,7 @@ impl LedgerMeters {
         registry.register("ledger_lag_lines", "Lines that are still to be folded", meters.lag.clone());
         registry.register("ledger_folded", "Records that were folded", meters.folded.clone());
         registry.register("ledger_failures", "Times that the ledger could not be used", meters.failures.clone());
-        registry.register("ledger_missed_lines", "Lines gone before they were folded", meters.missed.clone());
+        registry.register("ledger_missed_lines", "Lines lost before they were folded", meters.missed.clone());
         registry.register("ledger_healthy", "0 since the ledger failed", meters.healthy.clone());
         meters
     }
