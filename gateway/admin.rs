@@ -3,6 +3,7 @@
 pub mod access;
 mod denials;
 mod keys;
+mod usage;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -75,6 +76,12 @@ const PATHS: &[Entry] = &[
         "{\"tenant\": \"T\", \"name\": \"N\", \"expires_in\": \"90d\"}: makes a key, which is told only now",
     ),
     ("/admin/v1/keys/{name or prefix}", Method::DELETE, OWNER, "revokes a key, or all keys of a name"),
+    (
+        "/admin/v1/usage",
+        Method::GET,
+        VIEWER,
+        "?by=tenant,model,principal,day,hour&since=7d&until=&tenant=&model=&principal=&limit=&cursor=: what was spent",
+    ),
     ("/admin/v1/log", Method::GET, VIEWER, "what is logged, by module"),
     ("/admin/v1/log", Method::PUT, OPERATOR, "{\"levels\": \"info,infergate=debug\"}: logs more, or less, from now on"),
 ];
@@ -152,6 +159,7 @@ impl Admin {
             "/admin/upstreams" => json_answer(StatusCode::OK, &self.upstreams()),
             "/admin/v1/limits" => json_answer(StatusCode::OK, &limits(&self.house)),
             "/admin/v1/requests/{id}" => self.record(request.uri().path().rsplit('/').next().unwrap_or_default()).await,
+            "/admin/v1/usage" => self.usage(query).await,
             "/admin/v1/breaker" => self.breaker(query, by),
             "/admin/v1/keys" if *method == Method::GET => self.keys(),
             "/admin/v1/keys" => self.create_key(request.into_body(), by).await,
@@ -217,6 +225,25 @@ impl Admin {
                 answer(StatusCode::OK, "application/json", format!("{}\n", String::from_utf8_lossy(&line)))
             }
             Ok(None) => json_answer(StatusCode::NOT_FOUND, &json!({"error": "the journal has no record with this id"})),
+            Err(error) => json_answer(StatusCode::INTERNAL_SERVER_ERROR, &json!({"error": error.to_string()})),
+        }
+    }
+
+    /// What was spent, of all that is on record now.
+    async fn usage(&self, query: &str) -> Answer {
+        let Some(ledger) = self.house.ledger.clone() else {
+            return json_answer(StatusCode::CONFLICT, &json!({"error": "this gateway keeps no ledger"}));
+        };
+        let asked = match usage::asked(query) {
+            Ok(asked) => asked,
+            Err(error) => return json_answer(StatusCode::BAD_REQUEST, &json!({"error": error})),
+        };
+        if let Some(journal) = &self.house.journal {
+            let _ = tokio::time::timeout(FLUSH, journal.flush()).await;
+        }
+        match tokio::task::spawn_blocking(move || usage::told(&ledger, &asked)).await {
+            Ok(Ok(report)) => json_answer(StatusCode::OK, &report),
+            Ok(Err(error)) => json_answer(StatusCode::SERVICE_UNAVAILABLE, &json!({"error": error})),
             Err(error) => json_answer(StatusCode::INTERNAL_SERVER_ERROR, &json!({"error": error.to_string()})),
         }
     }

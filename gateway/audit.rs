@@ -11,7 +11,7 @@ mod keep;
 pub mod key;
 #[cfg(test)]
 mod made;
-mod private;
+pub(crate) mod private;
 pub mod read;
 pub mod record;
 pub mod search;

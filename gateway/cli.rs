@@ -9,6 +9,7 @@ mod reference;
 mod schema;
 mod serve;
 mod simulate;
+mod usage;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Command {
     Key(key::Key),
     /// Check a file of prices, or make one
     Prices(prices::Prices),
+    /// Tell what was used and what it cost, by tenant, model, principal, day or hour
+    Usage(Box<usage::Usage>),
     /// Print the JSON Schema of the policy
     Schema(schema::Schema),
     /// Print the reference of the policy as Markdown
@@ -73,6 +76,7 @@ pub fn run() -> ExitCode {
         Command::Schema(schema) => schema.run(),
         Command::Reference(reference) => reference.run(),
         Command::Simulate(simulate) => simulate.run(),
+        Command::Usage(usage) => usage.run(),
     };
     match done {
         Ok(code) => code,

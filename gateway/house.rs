@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::audit::journal::{Act, By, Journal};
+use crate::ledger::Ledger;
 use crate::policy::reload::InForce;
 use crate::relay::Connections;
 use crate::settings::Settings;
@@ -14,6 +15,8 @@ use crate::state::State;
 use crate::telemetry::Telemetry;
 use crate::telemetry::trace::Tracer;
 
+/// How long the end of the process waits for the ledger to have what the journal has.
+const FOLD: Duration = Duration::from_secs(2);
 /// How long requests that have been cut may take to settle.
 const LAST: Duration = Duration::from_millis(500);
 
@@ -32,6 +35,8 @@ pub struct House {
     pub tracer: Arc<Tracer>,
     /// The journal, if there is one.
     pub journal: Option<Arc<Journal>>,
+    /// The account of what was spent, folded from the journal.
+    pub ledger: Option<Arc<Ledger>>,
     /// The connections to upstreams.
     pub connections: Connections,
     /// Turns true when connections of clients are to be closed after their answer.
@@ -51,6 +56,7 @@ impl House {
             state: Arc::new(State::new(settings.bodies_bytes())),
             connections: Connections::new(settings.ca_file.as_deref(), settings.kept_connections),
             journal: None,
+            ledger: None,
             policy: InForce::default(),
             connections_closing,
             close_connections,
@@ -90,10 +96,13 @@ impl House {
         }
     }
 
-    /// The process ends: what the journal still holds goes to disk, and its run is closed.
+    /// The process ends: what the journal still holds goes to disk, and its run is closed; then it is folded.
     pub fn close_journal(&self) {
         if let Some(journal) = &self.journal {
             journal.close("the process ended");
+        }
+        if let Some(ledger) = &self.ledger {
+            ledger.close(FOLD);
         }
     }
 

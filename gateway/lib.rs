@@ -12,6 +12,7 @@
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
+//! | [`ledger`] | what was spent, by whom and when: folded from the journal |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
@@ -32,6 +33,7 @@ pub mod hex;
 pub mod house;
 pub mod identity;
 pub mod issuers;
+pub mod ledger;
 pub mod limits;
 pub mod local;
 pub mod logging;

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::admin::access;
+use crate::ledger;
 use crate::policy::Problems;
 use crate::policy::problem::{Document, Problem};
 use crate::secret::{Secret, SecretSource};
@@ -26,6 +27,8 @@ pub struct Settings {
     pub threads: Option<usize>,
     /// Where the journal lies.
     pub audit: Audit,
+    /// Where the account of what was spent is.
+    pub ledger: Ledger,
     /// How the process ends.
     pub shutdown: Shutdown,
     /// How much memory it may use.
@@ -51,6 +54,7 @@ impl Default for Settings {
             admin: Admin::default(),
             threads: None,
             audit: Audit::default(),
+            ledger: Ledger::default(),
             shutdown: Shutdown::default(),
             memory: Memory::default(),
             zone: None,
@@ -214,6 +218,68 @@ impl Audit {
     }
 }
 
+/// Where the account of what was spent is: sums by minute, hour and day, folded from the journal. `infergate usage`
+/// reads it.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ledger {
+    /// Whether there is one at all. Without a journal there is none.
+    pub enabled: bool,
+    /// An SQLite file, on a local disk. Absent: `ledger.sqlite3` in the journal's directory.
+    pub path: Option<PathBuf>,
+    /// A PostgreSQL server instead, for several gateways: `postgres://user@host:5432/database`. Every gateway folds its
+    /// own journal into it. TLS is required and checked unless the server is on this machine or the URL ends with
+    /// `?sslmode=disable`.
+    pub url: Option<String>,
+    /// The password for `url`.
+    pub password: Option<SecretSource>,
+    /// Whether a row for each request is kept beside the sums.
+    pub rows: Rows,
+    /// How many days minutes are kept; hours and days stay. A month's budget in a time zone that is half an hour off
+    /// needs 32.
+    #[schemars(range(min = 1, max = 36_500))]
+    pub keep_minutes_days: u32,
+    /// How many days the rows of requests are kept. Absent: for ever.
+    #[schemars(range(min = 1, max = 36_500))]
+    pub keep_rows_days: Option<u32>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        let (path, url, password) = (None, None, None);
+        Self { enabled: true, path, url, password, rows: Rows::None, keep_minutes_days: 35, keep_rows_days: None }
+    }
+}
+
+impl Ledger {
+    /// What is wrong with it, and where.
+    fn check(&self) -> Vec<(&'static str, String)> {
+        let mut wrong = Vec::new();
+        if let (Some(_), Some(_)) = (&self.path, &self.url) {
+            wrong.push(("ledger.path", "a ledger is in a file or on a server: `path` or `url`".to_owned()));
+        }
+        match &self.url {
+            Some(url) => wrong.extend(ledger::check_url(url).err().map(|message| ("ledger.url", message))),
+            None if self.password.is_some() => {
+                wrong.push(("ledger.password", "a file has none: it is for `url`".to_owned()))
+            }
+            None => {}
+        }
+        wrong
+    }
+}
+
+/// Which requests have a row of their own in the ledger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rows {
+    /// None: there are sums alone.
+    #[default]
+    None,
+    /// All that leave a record.
+    All,
+}
+
 /// How the process ends.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -316,6 +382,7 @@ impl Settings {
             let message = "`pepper` is missing: the keys were made with one";
             problems.push(document.problem("admin.keys", message));
         }
+        problems.extend(self.ledger.check().into_iter().map(|(path, message)| document.problem(path, message)));
         for (index, listener) in self.listeners.iter().enumerate() {
             if u32::from_str_radix(&listener.permissions, 8).is_err() {
                 let path = format!("listeners[{index}].permissions");
@@ -343,6 +410,17 @@ mod tests {
         let settings = Settings::parse("").unwrap();
         assert_eq!(settings.listeners[0].address, "127.0.0.1:8080");
         assert_eq!(settings.admin.address, "127.0.0.1:9090");
+    }
+
+    #[test]
+    fn a_wrong_ledger_is_told_at_its_place_and_no_password_with_it() {
+        let told = |text: &str| Settings::parse(text).unwrap_err().lines("settings.yaml").join("\n");
+        assert!(
+            told("ledger: {path: x, url: 'postgres://h/d'}").contains("1:10: ledger.path: a ledger is in a file or")
+        );
+        assert!(told("ledger: {password: {env: X}}").contains("ledger.password: a file has none"));
+        let told = told("ledger:\n  url: postgres://u:canary@h/d\n");
+        assert!(told.contains("2:") && told.contains("give it as `password`") && !told.contains("canary"), "{told}");
     }
 
     #[test]

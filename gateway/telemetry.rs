@@ -26,7 +26,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use self::evidence::Sinks;
-pub use self::evidence::{JournalMeters, SinkMeters, TraceMeters};
+pub use self::evidence::{JournalMeters, LedgerMeters, SinkMeters, TraceMeters};
 use self::genai::GenAi;
 pub use self::genai::Meters;
 pub use self::guards::GuardMeters;
@@ -165,6 +165,8 @@ pub struct Telemetry {
     loaded_at: AtomicU64,
     /// For the journal to keep.
     pub journal: JournalMeters,
+    /// For the ledger to keep.
+    pub ledger: LedgerMeters,
     /// For the exporter of traces to keep.
     pub traces: TraceMeters,
     /// Where runtimes tell of themselves.
@@ -257,6 +259,7 @@ impl Telemetry {
             relay_time: self_time.get_or_create_owned(&StageLabels { stage: "relay" }),
             loaded_at: AtomicU64::new(0),
             journal: JournalMeters::new(registry),
+            ledger: LedgerMeters::new(registry),
             traces: TraceMeters::new(registry),
             sinks: Sinks::new(registry),
             issuers: Issuers::new(registry),

@@ -12,6 +12,7 @@ mod failure;
 mod fuzz;
 mod guardrails;
 mod identity;
+mod ledger;
 mod lifecycle;
 mod limits;
 mod logs;

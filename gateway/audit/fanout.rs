@@ -9,7 +9,7 @@ mod file;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod nats;
-mod position;
+pub(crate) mod position;
 mod tail;
 
 use std::collections::BTreeMap;
@@ -28,6 +28,8 @@ use crate::egress::Egress;
 use crate::house::House;
 use crate::telemetry::{SinkMeters, Telemetry};
 
+/// The ledger keeps its positions as a sink does, under a name that no sink can have.
+pub(crate) const LEDGER: &str = ".ledger";
 /// How often the sinks of the policy are compared with those that run.
 const EVERY: Duration = Duration::from_secs(1);
 /// How often the positions are looked at when the process ends.

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -68,6 +68,8 @@ pub struct Journal {
     /// The last line on disk, for those who read along.
     committed: watch::Sender<u64>,
     meters: JournalMeters,
+    /// Whether a ledger is folded from it, which must have had what is to be removed.
+    feeds_ledger: AtomicBool,
     /// Has a clone for each thread that keeps it in order.
     pub(super) keepers: Arc<()>,
     writer: Mutex<Option<JoinHandle<()>>>,
@@ -179,6 +181,7 @@ impl Journal {
             durable: watch::Sender::new(0),
             committed: watch::Sender::new(0),
             meters,
+            feeds_ledger: AtomicBool::new(false),
             keepers: Arc::default(),
             writer: Mutex::default(),
         });
@@ -198,6 +201,16 @@ impl Journal {
     /// The name of this process's run.
     pub fn run(&self) -> &str {
         &self.run
+    }
+
+    /// From now on nothing is removed that the ledger has not folded.
+    pub(crate) fn wait_for_ledger(&self) {
+        self.feeds_ledger.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a ledger is folded from it.
+    pub(super) fn feeds_ledger(&self) -> bool {
+        self.feeds_ledger.load(Ordering::Relaxed)
     }
 
     /// From now on the policy says this of it.

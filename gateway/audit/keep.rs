@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
@@ -17,6 +17,9 @@ use crate::policy::file::Audit;
 /// Records are so alike that zstd's fastest levels make them much smaller: this one 8 to 1, at a quarter of the time that
 /// the usual level takes for 11 to 1. It is CPU that requests would like to have.
 const LEVEL: i32 = -1;
+
+/// How long the ledger is waited for, which is always a moment behind.
+const LEDGER: Duration = Duration::from_secs(2);
 
 /// A segment that retention removed.
 #[derive(Debug, Serialize)]
@@ -106,8 +109,8 @@ fn pack(path: &Path, fresh: &Path) -> io::Result<()> {
     target.sync_all()
 }
 
-/// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink has
-/// not had yet stays.
+/// Removes what is too old or too much, oldest first, and says so in the journal before it is gone. What a sink or
+/// the ledger has not had yet stays.
 fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
     let segments = finished(journal)?;
     let size = |segment: &Segment| std::fs::metadata(&segment.path).map(|file| file.len());
@@ -124,8 +127,9 @@ fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
             break;
         }
         let retired = told(&run, &segment)?;
-        if fanout::wanted(journal.directory(), &run.name, &sinks).is_some_and(|wanted| wanted <= retired.last) {
-            tracing::warn!(run = %run.name, segment = segment.number, "kept beyond its time: a sink has not had it yet");
+        let is_wanted = fanout::wanted(journal.directory(), &run.name, &sinks).is_some_and(|next| next <= retired.last);
+        if is_wanted || !is_folded(journal, &run, retired.last) {
+            tracing::warn!(run = %run.name, segment = segment.number, "kept beyond its time: a sink or the ledger has not had it yet");
             break;
         }
         total -= size(&segment)?;
@@ -141,6 +145,20 @@ fn retire(journal: &Journal, policy: &Audit) -> io::Result<()> {
         std::fs::remove_file(&segment.path)?;
         forget_empty(run)
     })
+}
+
+/// Whether the ledger has everything up to line `last`, where there is one.
+fn is_folded(journal: &Journal, run: &Run, last: u64) -> bool {
+    let begun = Instant::now();
+    let is_wanted =
+        || fanout::wanted(journal.directory(), &run.name, &[fanout::LEDGER]).is_some_and(|next| next <= last);
+    while journal.feeds_ledger() && is_wanted() {
+        if begun.elapsed() > LEDGER {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
 }
 
 /// What the journal remembers of a segment.

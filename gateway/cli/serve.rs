@@ -19,6 +19,7 @@ use crate::discover::Upstreams;
 use crate::egress::Egress;
 use crate::house::House;
 use crate::issuers;
+use crate::ledger::{Ledger, Place};
 use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
@@ -88,6 +89,7 @@ impl Serve {
         let settings = self.settings()?;
         let mut house = House::new(settings);
         house.journal = open_journal(&house)?;
+        house.ledger = start_ledger(&house)?;
         let house = Arc::new(house);
         let served = self.serve(&house, levels);
         house.close_journal();
@@ -167,6 +169,13 @@ fn open_journal(house: &House) -> Result<Option<Arc<Journal>>, String> {
             Ok(None)
         }
     }
+}
+
+/// The ledger that the settings name; none without a journal.
+fn start_ledger(house: &House) -> Result<Option<Arc<Ledger>>, String> {
+    let Some(journal) = house.journal.as_ref().filter(|_| house.settings.ledger.enabled) else { return Ok(None) };
+    let place = Place::of(&house.settings, Some(journal.directory()))?;
+    Ledger::start(place, &house.settings.ledger, journal, house.telemetry.ledger.clone()).map(Some)
 }
 
 impl Source {

@@ -133,6 +133,33 @@ impl Sinks {
     }
 }
 
+/// What the ledger tells of itself.
+#[derive(Clone, Debug, Default)]
+pub struct LedgerMeters {
+    /// Lines of this process's run that are not folded yet.
+    pub lag: Gauge,
+    /// Records that were folded.
+    pub folded: Counter,
+    /// Times that it could not be opened, read or written.
+    pub failures: Counter,
+    /// Lines that were removed or lost before they were folded.
+    pub missed: Counter,
+    /// 0 since the newest attempt failed, else 1.
+    pub healthy: Gauge,
+}
+
+impl LedgerMeters {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let meters = Self::default();
+        registry.register("ledger_lag_lines", "Lines that are still to be folded", meters.lag.clone());
+        registry.register("ledger_folded", "Records that were folded", meters.folded.clone());
+        registry.register("ledger_failures", "Times that the ledger could not be used", meters.failures.clone());
+        registry.register("ledger_missed_lines", "Lines lost before they were folded", meters.missed.clone());
+        registry.register("ledger_healthy", "0 since the ledger failed", meters.healthy.clone());
+        meters
+    }
+}
+
 /// What the exporter of traces tells of itself.
 #[derive(Clone, Debug, Default)]
 pub struct TraceMeters {

@@ -9,6 +9,7 @@ pub mod keys;
 pub mod load;
 pub mod nats;
 pub mod otlp;
+pub mod postgres;
 pub mod process;
 pub mod prometheus;
 pub mod requests;

@@ -14,22 +14,22 @@ const LOCK: &str = "lock";
 
 /// The directory of one sink.
 #[derive(Clone, Debug)]
-pub(super) struct Home(PathBuf);
+pub(crate) struct Home(PathBuf);
 
 impl Home {
-    pub(super) fn new(directory: &Path, name: &str) -> Self {
+    pub(crate) fn new(directory: &Path, name: &str) -> Self {
         Self(directory.join("sinks").join(name))
     }
 
     /// Makes it, if the sink is new. `since` is the first run that it then wants; empty: all of them.
-    pub(super) fn begin(&self, since: &str) -> io::Result<()> {
+    pub(crate) fn begin(&self, since: &str) -> io::Result<()> {
         fs::create_dir_all(&self.0)?;
         let path = self.0.join(SINCE);
         if path.exists() { Ok(()) } else { replace(&path, since) }
     }
 
     /// The right to deliver what other processes left, as long as the file lives; `None` if another one has it.
-    pub(super) fn lock(&self) -> io::Result<Option<File>> {
+    pub(crate) fn lock(&self) -> io::Result<Option<File>> {
         let file = File::options().create(true).truncate(false).write(true).open(self.0.join(LOCK))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
@@ -39,7 +39,7 @@ impl Home {
     }
 
     /// The next line that the sink wants of a run; `None` if it wants nothing of it. A sink without a home is new.
-    pub(super) fn wanted(&self, run: &str) -> Option<u64> {
+    pub(crate) fn wanted(&self, run: &str) -> Option<u64> {
         match fs::read_to_string(self.0.join(run)) {
             // A position that cannot be read is lost: everything is delivered again.
             Ok(text) => Some(text.trim().parse().unwrap_or(1)),
@@ -51,13 +51,18 @@ impl Home {
     }
 
     /// The position in a run, of which it wants everything if nothing is known.
-    pub(super) fn position(&self, run: &str) -> Position {
+    pub(crate) fn position(&self, run: &str) -> Position {
         let next = self.wanted(run).unwrap_or(1);
         Position { path: self.0.join(run), next, saved: 0, when: Instant::now() }
     }
 
+    /// A position that is known from elsewhere, whatever is on disk.
+    pub(crate) fn position_at(&self, run: &str, next: u64) -> Position {
+        Position { path: self.0.join(run), next, saved: 0, when: Instant::now() }
+    }
+
     /// Removes the positions in runs that `exists` does not know.
-    pub(super) fn sweep(&self, exists: impl Fn(&str) -> bool) -> io::Result<()> {
+    pub(crate) fn sweep(&self, exists: impl Fn(&str) -> bool) -> io::Result<()> {
         for entry in fs::read_dir(&self.0)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
             if name != SINCE && name != LOCK && !name.starts_with('.') && !exists(&name) {
@@ -70,7 +75,7 @@ impl Home {
 
 /// A sink's position in one run. It is written when it is dropped, too.
 #[derive(Debug)]
-pub(super) struct Position {
+pub(crate) struct Position {
     path: PathBuf,
     next: u64,
     /// What is on disk; 0 if nothing is.
@@ -80,23 +85,23 @@ pub(super) struct Position {
 
 impl Position {
     /// The next line that the sink wants.
-    pub(super) fn next(&self) -> u64 {
+    pub(crate) fn next(&self) -> u64 {
         self.next
     }
 
     /// Everything before `next` was delivered.
-    pub(super) fn advance(&mut self, next: u64) {
+    pub(crate) fn advance(&mut self, next: u64) {
         self.next = next.max(self.next);
     }
 
     /// How long it may still wait to be written; `None` if it is on disk.
-    pub(super) fn due(&self) -> Option<Duration> {
+    pub(crate) fn due(&self) -> Option<Duration> {
         (self.next != self.saved).then(|| EVERY.saturating_sub(self.when.elapsed()))
     }
 
     /// Writes it, on a thread that may block. Where that cannot be done it is tried again later: the sink goes on, and
     /// lines will come twice if the process ends before.
-    pub(super) async fn save(&mut self) {
+    pub(crate) async fn save(&mut self) {
         let (path, next) = (self.path.clone(), self.next);
         self.when = Instant::now();
         match tokio::task::spawn_blocking(move || replace(&path, &format!("{next}\n"))).await {
@@ -106,8 +111,31 @@ impl Position {
         }
     }
 
+    /// Writes it on this thread, which may block.
+    pub(crate) fn keep(&mut self) {
+        self.when = Instant::now();
+        match replace(&self.path, &format!("{}\n", self.next)) {
+            Ok(()) => self.saved = self.next,
+            Err(error) => self.complain(&error),
+        }
+    }
+
+    /// The same, where there is something new.
+    pub(crate) fn keep_if_changed(&mut self) {
+        if self.next != self.saved {
+            self.keep();
+        }
+    }
+
     /// The same, where some time has passed since the last time.
-    pub(super) async fn save_if_due(&mut self) {
+    pub(crate) fn keep_if_due(&mut self) {
+        if self.due().is_some_and(|wait| wait.is_zero()) {
+            self.keep();
+        }
+    }
+
+    /// [`Position::save`], where some time has passed since the last time.
+    pub(crate) async fn save_if_due(&mut self) {
         if self.due().is_some_and(|wait| wait.is_zero()) {
             self.save().await;
         }
