@@ -7,6 +7,7 @@
 //! | kind | what it decides | trait |
 //! |---|---|---|
 //! | authenticator | who asks, and who pays | [`authenticator::Authenticator`] |
+//! | guardrail | which text may pass, and how it is changed | [`guardrail::Finder`] |
 //! | provider | how one family of model servers wants to be spoken to | [`provider::Provider`] |
 //! | sink | what leaves of the audit journal, and in which shape | [`sink::Sink`] |
 //!
@@ -40,6 +41,7 @@
 //! ```
 
 pub mod authenticator;
+pub mod guardrail;
 pub mod operation;
 pub mod provider;
 pub mod secret;

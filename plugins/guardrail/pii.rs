@@ -1,0 +1,380 @@
+//! Personal data of known shapes: addresses, numbers and identity papers, told by their form, their check digits and
+//! the words before them. Never names, never street addresses: nothing here understands a sentence.
+
+mod checks;
+mod countries;
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::patterns::{Candidate, Judge, Pattern, Patterns, Ruling};
+use super::{Detector, Wrong};
+use checks::{context, digits, luhn, mod97};
+pub use countries::Country;
+
+/// Personal data of known shapes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Pii")]
+pub struct Config {
+    /// What is looked for.
+    pub find: Vec<Kind>,
+    /// The countries whose identity numbers are looked for.
+    pub countries: Vec<Country>,
+    /// What is none, written exactly so: the support desk's own address and number.
+    pub allow: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let find = vec![Kind::Email, Kind::Phone, Kind::Card, Kind::Iban, Kind::Ip, Kind::BirthDate];
+        Self { find, countries: vec![Country::Us], allow: Vec::new() }
+    }
+}
+
+/// A kind of personal data that is the same everywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+#[schemars(rename = "PiiKind")]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// E-mail addresses.
+    Email,
+    /// Phone numbers: international, of a common shape, or behind a word such as "call".
+    Phone,
+    /// Numbers of payment cards: issuer, length and check digit.
+    Card,
+    /// Bank accounts: country, length and check digits.
+    Iban,
+    /// IP addresses, but for those that mean this machine.
+    Ip,
+    /// Links. Not among the defaults.
+    Url,
+    /// Dates behind a word such as "born".
+    BirthDate,
+}
+
+/// Something to look for.
+pub(super) struct Entity {
+    pub label: &'static str,
+    pub expression: &'static str,
+    pub check: fn(&Candidate<'_>) -> Ruling,
+}
+
+/// In the order of precedence where two begin at the same place.
+const ENTITIES: &[(Kind, Entity)] = &[
+    (
+        Kind::Email,
+        Entity {
+            label: "email",
+            expression: r"(?i)\b[a-z0-9_][a-z0-9._%+\-]{0,63}@(?:[a-z0-9](?:[a-z0-9\-]{0,61}[a-z0-9])?\.){1,6}[a-z]{2,24}\b",
+            check: email,
+        },
+    ),
+    (
+        Kind::Url,
+        Entity {
+            label: "url",
+            expression: r"(?i)\b(?:https?://|www\.)[a-z0-9\-._~:/?#@!$&*+,;=%]{3,1000}",
+            check: url,
+        },
+    ),
+    (
+        Kind::Iban,
+        Entity { label: "iban", expression: r"(?i)\b[a-z]{2}[0-9]{2}(?:[ -]?[a-z0-9]{2,4}){2,8}\b", check: iban },
+    ),
+    (Kind::Card, Entity { label: "card", expression: r"\b[0-9](?:[ -]?[0-9]){11,18}\b", check: card }),
+    (
+        Kind::Ip,
+        Entity {
+            label: "ip",
+            expression: r"\b(?:(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])\.){3}(?:25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])\b",
+            check: ip4,
+        },
+    ),
+    (
+        Kind::Ip,
+        Entity { label: "ip", expression: r"(?i)\b[0-9a-f]{1,4}(?::[0-9a-f]{0,4}){2,7}", check: ip6 },
+    ),
+];
+
+/// Behind the identity numbers of countries, which have more of a shape.
+const LATER: &[(Kind, Entity)] = &[
+    (
+        Kind::BirthDate,
+        Entity {
+            label: "birth_date",
+            expression: r"(?i)\b(?:[0-9]{1,2}[./-] ?[0-9]{1,2}[./-] ?[0-9]{4}|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2}|[0-9]{1,2}(?:st|nd|rd|th|\.)? (?:of )?(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6},? [0-9]{4}|(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6} [0-9]{1,2}(?:st|nd|rd|th)?,? [0-9]{4})\b",
+            check: birth_date,
+        },
+    ),
+    (
+        Kind::Phone,
+        Entity {
+            label: "phone",
+            expression: r"\+?\(?\b[0-9]{1,8}\)?(?:[ .\-/]{1,2}\(?[0-9]{1,8}\)?|\([0-9]{1,4}\)[ .\-]?[0-9]{1,8}){1,6}(?: ?(?:x|ext\.?) ?[0-9]{1,5})?|\+?\b[0-9]{7,15}\b",
+            check: phone,
+        },
+    ),
+];
+
+pub(super) fn build(config: &Config, rule: usize) -> Result<Detector, Vec<Wrong>> {
+    if config.find.is_empty() && config.countries.is_empty() {
+        return Err(vec![(".find".to_owned(), "nothing is looked for: give a kind or a country".to_owned())]);
+    }
+    let asked = |list: &'static [(Kind, Entity)]| {
+        list.iter().filter(|(kind, _)| config.find.contains(kind)).map(|(_, entity)| entity)
+    };
+    let national = config.countries.iter().flat_map(|country| country.entities());
+    let entities: Vec<&Entity> = asked(ENTITIES).chain(national).chain(asked(LATER)).collect();
+    let told = |message: String| vec![(String::new(), message)];
+    let pattern = |entity: &&Entity| Pattern::ascii(rule, entity.label, entity.expression, None, 0);
+    let patterns = entities.iter().map(pattern).collect::<Result<Vec<_>, _>>().map_err(told)?;
+    let checks = entities.iter().map(|entity| entity.check).collect();
+    let judge = Checks { checks, allow: config.allow.clone() };
+    Ok(Detector::Own(vec![Arc::new(Patterns::new(patterns, judge, true).map_err(told)?)]))
+}
+
+/// The checks of the entities, in their order.
+struct Checks {
+    checks: Vec<fn(&Candidate<'_>) -> Ruling>,
+    allow: Vec<String>,
+}
+
+impl std::fmt::Debug for Checks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Checks({})", self.checks.len())
+    }
+}
+
+impl Judge for Checks {
+    fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
+        let Some(check) = self.checks.get(candidate.pattern) else { return Ruling::No };
+        match check(candidate) {
+            Ruling::Yes(start, end) if self.allow.iter().any(|allowed| allowed == candidate.part(start, end)) => Ruling::No,
+            ruling => ruling,
+        }
+    }
+
+    /// Most numbers are too short to be anything.
+    fn may_begin(&self, text: &[u8], start: usize, last: bool) -> bool {
+        if !text[start].is_ascii_digit() {
+            return true;
+        }
+        let (mut count, mut dots, mut spaced) = (0, 0, false);
+        for byte in &text[start..] {
+            match byte {
+                b'0'..=b'9' => count += 1,
+                b'.' => dots += 1,
+                b' ' => spaced = true,
+                b'-' | b'/' | b'(' | b')' => {}
+                // The first word may be more than a number.
+                b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'%' | b'@' | b'+' => return !spaced || byte.is_ascii_alphabetic(),
+                _ => return false,
+            }
+            if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
+                return true;
+            }
+        }
+        !last
+    }
+}
+
+/// Nothing with fewer digits is found that begins with one, but IPv4 addresses and what has letters.
+const DIGITS_MIN: usize = 6;
+
+fn email(candidate: &Candidate<'_>) -> Ruling {
+    let local = candidate.matched().split('@').next().unwrap_or_default();
+    if local.contains("..") { Ruling::No } else { candidate.yes() }
+}
+
+/// A sign at the end belongs to the sentence.
+fn url(candidate: &Candidate<'_>) -> Ruling {
+    let text = candidate.matched();
+    candidate.first(text.trim_end_matches(['.', ',', ';', ':', '!', '?', '*']).len())
+}
+
+/// What follows an account may look like more of it: only as much as its country wants counts.
+fn iban(candidate: &Candidate<'_>) -> Ruling {
+    let text = candidate.matched();
+    let Some(length) = text.get(..2).and_then(iban_length) else { return Ruling::No };
+    let mut signs = text.char_indices().filter(|(_, c)| c.is_ascii_alphanumeric());
+    let Some((last, _)) = signs.nth(length - 1) else { return Ruling::No };
+    let (account, rest) = text.split_at(last + 1);
+    if rest.starts_with(|c: char| c.is_ascii_alphanumeric()) || !mod97(account) {
+        return Ruling::No;
+    }
+    candidate.first(account.len())
+}
+
+fn iban_length(country: &str) -> Option<usize> {
+    let country = country.to_ascii_uppercase();
+    let at = IBAN_LENGTHS.split(' ').find_map(|entry| entry.strip_prefix(&country))?;
+    at.parse().ok()
+}
+
+/// The registry of ISO 13616.
+const IBAN_LENGTHS: &str = "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 \
+    DK18 DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 \
+    JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 \
+    PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 \
+    XK20 YE30";
+
+/// The longest part of the number that is a card, ending between groups.
+fn card(candidate: &Candidate<'_>) -> Ruling {
+    if glued_before(candidate, b"-.,_") {
+        return Ruling::No;
+    }
+    let text = candidate.matched();
+    for end in (12..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
+        let number = digits(&text[..end]);
+        if is_card(&number) {
+            return candidate.first(end);
+        }
+    }
+    Ruling::No
+}
+
+/// Whether a digit is the last of its group here.
+fn ends_a_group(text: &str, end: usize) -> bool {
+    let bytes = text.as_bytes();
+    let digit = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_digit);
+    digit(end - 1) && !digit(end)
+}
+
+/// Issuer, length and check digit.
+fn is_card(number: &[u8]) -> bool {
+    let head = |count: usize| number.iter().take(count).fold(0u32, |all, digit| all * 10 + u32::from(*digit));
+    let issuer = match (head(1), head(2), head(3), head(4)) {
+        (4, ..) => matches!(number.len(), 13 | 16 | 19),
+        (_, 34 | 37, ..) => number.len() == 15,
+        (_, 36 | 38 | 39, ..) | (_, _, 300..=305 | 309, _) => matches!(number.len(), 14..=19),
+        (_, 35, ..) => matches!(number.len(), 16..=19),
+        (_, _, _, 1800 | 2131) => number.len() == 15,
+        (_, 51..=55, ..) | (_, _, _, 2221..=2720) => number.len() == 16,
+        (_, 50 | 56..=59, ..) => matches!(number.len(), 12..=19),
+        (6, ..) => matches!(number.len(), 12..=19),
+        _ => false,
+    };
+    let same = number.windows(2).all(|pair| pair[0] == pair[1]);
+    issuer && !same && luhn(number)
+}
+
+/// Whether a digit and one of these signs stand directly before.
+fn glued_before(candidate: &Candidate<'_>, signs: &[u8]) -> bool {
+    match candidate.before().as_bytes() {
+        [.., digit, sign] => digit.is_ascii_digit() && signs.contains(sign),
+        _ => false,
+    }
+}
+
+/// Not a part of a longer row of numbers and dots, and not this machine.
+fn ip4(candidate: &Candidate<'_>) -> Ruling {
+    let (Some(next), Some(second)) = (candidate.after(0), candidate.after(1)) else { return Ruling::More };
+    let goes_on = next == Some(b'.') && second.is_some_and(|byte| byte.is_ascii_digit());
+    if goes_on || glued_before(candidate, b".") {
+        return Ruling::No;
+    }
+    let nobody = |ip: Ipv4Addr| ip.is_loopback() || ip.is_unspecified() || ip.is_broadcast();
+    if candidate.matched().parse().is_ok_and(|ip| !nobody(ip)) { candidate.yes() } else { Ruling::No }
+}
+
+fn ip6(candidate: &Candidate<'_>) -> Ruling {
+    let Some(next) = candidate.after(0) else { return Ruling::More };
+    let text = candidate.matched().strip_suffix(':').filter(|text| !text.ends_with(':')).unwrap_or(candidate.matched());
+    let parts = text.split(':').filter(|part| !part.is_empty()).count();
+    let goes_on = next.is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b':') && text == candidate.matched();
+    let number = text.bytes().any(|byte| byte.is_ascii_digit());
+    if goes_on || parts < 2 || !number || candidate.before().ends_with(':') {
+        return Ruling::No;
+    }
+    if text.parse::<Ipv6Addr>().is_ok() { candidate.first(text.len()) } else { Ruling::No }
+}
+
+const BORN: &[&str] = &[
+    "born", "birth", "birthdate", "birthday", "dob", "d.o.b", "geboren", "geb.", "geburts", "né le", "née le", "naissance",
+    "nacido", "nacida", "nacimiento", "nato il", "nata il", "nascita", "nascido", "nascimento", "geboorte", "urodz",
+];
+
+fn birth_date(candidate: &Candidate<'_>) -> Ruling {
+    if context(candidate, BORN, 40) { candidate.yes() } else { Ruling::No }
+}
+
+const CALL: &[&str] = &[
+    "phone", "telephone", "call", "tel", "mobile", "cell", "fax", "number", "contact", "text", "sms", "dial", "reach",
+    "ring", "whatsapp", "hotline", "landline", "telefon", "handy", "mobil", "rufnummer", "téléphone", "portable", "appel",
+    "teléfono", "móvil", "telefono", "cellulare", "telefone", "celular", "telefoon",
+];
+
+/// The longest part of a row of digits that is a phone number.
+fn phone(candidate: &Candidate<'_>) -> Ruling {
+    let (Some(next), Some(second)) = (candidate.after(0), candidate.after(1)) else { return Ruling::More };
+    let text = candidate.matched();
+    let before = candidate.before().as_bytes().last().copied().unwrap_or(b' ');
+    let glued = before.is_ascii_alphanumeric() || b".$/-_%#=&+".contains(&before);
+    if glued || glued_before(candidate, b",:") {
+        return Ruling::No;
+    }
+    let sticks = |byte: u8| byte.is_ascii_alphanumeric() || b"%_$".contains(&byte);
+    let goes_on = next.is_some_and(sticks)
+        || (next.is_some_and(|byte| b".,:-/".contains(&byte)) && second.is_some_and(|byte| byte.is_ascii_digit()));
+    let called = context(candidate, CALL, 60);
+    for end in (7..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
+        let whole = end == text.len();
+        // A part that is cut off must be a number by its shape alone.
+        let fits = if whole { !goes_on && is_phone(text, called) } else { is_phone(&text[..end], false) && shaped(&text[..end]) };
+        if fits {
+            let close = usize::from(text[end..].starts_with(')') && text[..end].contains('('));
+            return candidate.first(end + close);
+        }
+    }
+    Ruling::No
+}
+
+/// The groups of digits of a number, without an extension.
+fn groups(text: &str) -> Vec<&str> {
+    let number = text.split(['x', 'e']).next().unwrap_or_default();
+    number.split(|c: char| !c.is_ascii_digit()).filter(|group| !group.is_empty()).collect()
+}
+
+fn is_phone(text: &str, called: bool) -> bool {
+    let groups = groups(text);
+    let count: usize = groups.iter().map(|group| group.len()).sum();
+    if !(7..=15).contains(&count) || is_date(&groups) {
+        return false;
+    }
+    let thousands = groups.len() > 1
+        && groups[1..].iter().all(|group| group.len() == 3)
+        && text.contains([' ', '.'])
+        && !text.contains(['-', '(', '/']);
+    let even = (3..=6).contains(&groups.len()) && groups.iter().all(|group| (2..=4).contains(&group.len())) && count >= 8;
+    // Rows of years and amounts are even too.
+    let row = groups.len() > 2 && groups.iter().all(|group| group.len() == 4) || groups.iter().all(|group| group.len() == 3) && groups.len() > 4;
+    called || shaped(text) || (even && !thousands && !row)
+}
+
+/// Whether it is a number wherever it stands: international, or 3-3-4, or in parentheses.
+fn shaped(text: &str) -> bool {
+    let groups = groups(text);
+    let count: usize = groups.iter().map(|group| group.len()).sum();
+    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
+    let international = (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00")) && count >= 8;
+    let american = matches!(lengths[..], [3, 3, 4] | [1, 3, 3, 4]) && text.contains(['-', '.', '(', ' ']);
+    // Between blanks it may be the number of a house.
+    let local = matches!(lengths[..], [3, 4]) && text.contains(['-', '.']);
+    (7..=15).contains(&count) && (international || american || local)
+}
+
+/// A date, or a range of years.
+fn is_date(groups: &[&str]) -> bool {
+    let year = |text: &str| text.len() == 4 && (text.starts_with("19") || text.starts_with("20"));
+    let small = |text: &str| text.len() <= 2;
+    match groups {
+        [a, b, c] => (year(a) && small(b) && small(c)) || (small(a) && small(b) && year(c)),
+        [a, b] => year(a) && year(b),
+        [a] => a.len() == 8 && (year(&a[..4]) || year(&a[4..])),
+        _ => false,
+    }
+}
