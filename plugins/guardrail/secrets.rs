@@ -194,3 +194,88 @@ fn entropy(text: &str) -> f32 {
     };
     counts.iter().filter(|count| **count > 0).map(share).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::super::tests::{built, check_cuts, judged, scanner_of};
+    use super::*;
+
+    const KNOWN: &str = r#"[{"name":"s","in":["answer.content"],"verdict":"redact","secrets":{}}]"#;
+    const ASSIGNED: &str = r#"[{"name":"s","in":["answer.content"],"verdict":"redact","secrets":{"assigned":true}}]"#;
+
+    #[derive(Deserialize)]
+    struct Row {
+        text: String,
+        #[serde(default)]
+        secret: Option<(u64, u64)>,
+        #[serde(default)]
+        rule: String,
+    }
+
+    fn rows() -> Vec<Row> {
+        let file = include_str!("../../tests/fixtures/guardrails/secrets.jsonl");
+        let row = |line| Row { ..serde_json::from_str(line).unwrap() };
+        let mut rows: Vec<Row> = file.lines().map(row).collect();
+        rows.iter_mut().for_each(|row| row.text = row.text.replace('\u{a6}', ""));
+        rows
+    }
+
+    #[test]
+    fn secrets_of_many_providers_are_found_and_what_looks_alike_is_not() {
+        let scanner = scanner_of(ASSIGNED, "", "answer.content");
+        let (mut missed, mut false_alarms, mut count) = (Vec::new(), Vec::new(), (0, 0));
+        for row in rows() {
+            let found = scanner.judge(&row.text, &mut Default::default()).found;
+            match row.secret {
+                Some((start, end)) => {
+                    count.0 += 1;
+                    let covers = |one: &super::super::Found| one.range.start <= start && one.range.end >= end;
+                    if !found.iter().any(covers) {
+                        missed.push(format!("{}: {} {found:?}", row.rule, row.text));
+                    }
+                }
+                None => {
+                    count.1 += 1;
+                    false_alarms.extend(found.iter().map(|one| format!("{}: {}", one.label, row.text)));
+                }
+            }
+        }
+        assert_eq!(count, (162, 340));
+        assert_eq!((missed, false_alarms), (Vec::<String>::new(), Vec::<String>::new()));
+    }
+
+    #[test]
+    fn a_secret_is_never_half_released() {
+        let scanner = scanner_of(KNOWN, "", "answer.content");
+        for row in rows().iter().filter(|row| row.secret.is_some() && row.text.len() < 200).step_by(3) {
+            check_cuts(&scanner, &row.text);
+        }
+    }
+
+    #[test]
+    fn the_password_of_an_address_goes_and_the_address_stays() {
+        let (out, _) = judged(KNOWN, "answer.content", "see postgres://app:s3cr3t-w0rd@db:5432/x");
+        assert_eq!(out, "see postgres://app:[PASSWORD_IN_URL]@db:5432/x");
+    }
+
+    #[test]
+    fn a_rule_can_be_skipped_and_a_match_allowed() {
+        let key = "sk_live_4eC39HqLyjWDarjtT1zdp7dc";
+        let with = |more: &str| KNOWN.replace("\"secrets\":{", &format!("\"secrets\":{{{more}"));
+        let found = |json: &str| judged(json, "answer.content", key).1.found.len();
+        assert_eq!(found(KNOWN), 1);
+        assert_eq!(found(&with(r#""skip":["stripe-key"]"#)), 0);
+        assert_eq!(found(&with(r#""allow":["^sk_live_4eC3"]"#)), 0);
+        assert_eq!(built(&with(r#""skip":["nothing"]"#)).unwrap_err()[0].0, "[0].secrets.skip[0]");
+        assert_eq!(built(&with(r#""allow":["("]"#)).unwrap_err()[0].0, "[0].secrets.allow");
+    }
+
+    #[test]
+    fn a_text_of_one_letter_is_not_random() {
+        assert_eq!(entropy("aaaa"), 0.0);
+        assert_eq!(entropy("abab"), 1.0);
+        assert!(entropy("k3yf0x9z7b2m5qw1") > 3.5);
+    }
+}
