@@ -371,7 +371,10 @@ fn contradictions(config: &Config) -> Vec<Wrong> {
     }
     let answers = config.places.iter().any(|place| !place.is_prompt());
     if config.redact == Some(Redaction::Placeholder) && answers {
-        tell(".redact", "placeholders hide things from the model, so they are for prompts: take the answer's places out");
+        tell(
+            ".redact",
+            "placeholders hide things from the model, so they are for prompts: take the answer's places out",
+        );
     }
     let whole = config.size.is_some() || config.repetition.is_some() || config.language.is_some();
     if whole && config.verdict == Verdict::Redact {
@@ -546,7 +549,8 @@ mod tests {
             let (out, mut progress) = streamed(scanner, pieces);
             let mut wanted = expected.1.clone();
             // Rules that watch tell of what they find when it is released: sooner or later, but of the same.
-            let order = |a: &Found, b: &Found| (a.range.start, a.range.end, a.rule).cmp(&(b.range.start, b.range.end, b.rule));
+            let order =
+                |a: &Found, b: &Found| (a.range.start, a.range.end, a.rule).cmp(&(b.range.start, b.range.end, b.rule));
             progress.found.sort_by(order);
             wanted.found.sort_by(order);
             assert_eq!((out, progress), (expected.0.clone(), wanted), "{pieces:?}");
@@ -586,7 +590,15 @@ mod tests {
         let wrong = built(json).unwrap_err();
         let places: Vec<&str> = wrong.iter().map(|(path, _)| path.as_str()).collect();
         let expected = [
-            "[0]", "[1].name", "[1].in", "[2].name", "[2].redact", "[3].redact", "[3].regex.list[1]", "[4].verdict", "[5].size",
+            "[0]",
+            "[1].name",
+            "[1].in",
+            "[2].name",
+            "[2].redact",
+            "[3].redact",
+            "[3].regex.list[1]",
+            "[4].verdict",
+            "[5].size",
         ];
         assert_eq!(places, expected, "{wrong:?}");
     }
@@ -644,7 +656,9 @@ mod tests {
         let json = rules(&[r#"{"name":"a",CHAT,"verdict":"block","words":{"list":["attack at dawn"]}}"#]);
         let scanner = scanner_of(&json, "", "answer.content");
         let (mut stream, mut progress) = (scanner.stream(), Progress::default());
-        for (piece, released) in [("We att", 3), ("end. ", 11), ("Attack a", 11), ("ll", 21), (" attack", 22), ("ed", 30)] {
+        for (piece, released) in
+            [("We att", 3), ("end. ", 11), ("Attack a", 11), ("ll", 21), (" attack", 22), ("ed", 30)]
+        {
             stream.push(piece, &mut Placeholders::default(), &mut progress);
             assert_eq!(progress.released, released, "{piece}");
         }

@@ -135,9 +135,13 @@ impl Decoder {
                     edits.push(Edit { range, replacement: nines(part, text) });
                 }
                 Part::Text => {
-                    match edits.last_mut().filter(|last| last_text == Some(range.start) && last.range.end == range.start) {
+                    match edits
+                        .last_mut()
+                        .filter(|last| last_text == Some(range.start) && last.range.end == range.start)
+                    {
                         Some(last) => last.range.end = range.end,
-                        None => edits.push(Edit { range: range.clone(), replacement: replacement.take().unwrap_or_default() }),
+                        None => edits
+                            .push(Edit { range: range.clone(), replacement: replacement.take().unwrap_or_default() }),
                     }
                     last_text = Some(range.end);
                 }
@@ -530,7 +534,9 @@ mod tests {
 
     #[test]
     fn what_is_no_value_is_crossed_out() {
-        for (part, whole, expected) in [("tr", "tr", "tr"), ("secret", "secret", "xxxxxx"), ("-1.5e3", "-1.5e3", "-9.9e9")] {
+        for (part, whole, expected) in
+            [("tr", "tr", "tr"), ("secret", "secret", "xxxxxx"), ("-1.5e3", "-1.5e3", "-9.9e9")]
+        {
             assert_eq!(nines(part, whole), expected);
         }
     }

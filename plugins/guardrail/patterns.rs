@@ -45,12 +45,24 @@ pub(crate) const WINDOW_MAX: usize = 65_536;
 
 impl Pattern {
     /// Reads an expression, or says what is wrong with it.
-    pub fn new(rule: usize, label: &str, expression: &str, window: Option<usize>, group: usize) -> Result<Self, String> {
+    pub fn new(
+        rule: usize,
+        label: &str,
+        expression: &str,
+        window: Option<usize>,
+        group: usize,
+    ) -> Result<Self, String> {
         Self::parse(rule, label, expression, window, group, syntax::Config::new().utf8(true))
     }
 
     /// The same for bytes, as those write expressions who think of ASCII only: `\w` is `[0-9A-Za-z_]`.
-    pub fn ascii(rule: usize, label: &str, expression: &str, window: Option<usize>, group: usize) -> Result<Self, String> {
+    pub fn ascii(
+        rule: usize,
+        label: &str,
+        expression: &str,
+        window: Option<usize>,
+        group: usize,
+    ) -> Result<Self, String> {
         Self::parse(rule, label, expression, window, group, syntax::Config::new().unicode(false).utf8(false))
     }
 
@@ -299,7 +311,14 @@ fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
 
 impl<J: Judge + 'static> Finder for Patterns<J> {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
-        Box::new(Way { patterns: self, at: 0, patience: 0, until: Vec::new(), matching: Vec::new(), agreed: Vec::new() })
+        Box::new(Way {
+            patterns: self,
+            at: 0,
+            patience: 0,
+            until: Vec::new(),
+            matching: Vec::new(),
+            agreed: Vec::new(),
+        })
     }
 
     fn hold_max(&self) -> usize {

@@ -94,10 +94,7 @@ const ENTITIES: &[(Kind, Entity)] = &[
             check: ip4,
         },
     ),
-    (
-        Kind::Ip,
-        Entity { label: "ip", expression: r"(?i)\b[0-9a-f]{1,4}(?::[0-9a-f]{0,4}){2,7}", check: ip6 },
-    ),
+    (Kind::Ip, Entity { label: "ip", expression: r"(?i)\b[0-9a-f]{1,4}(?::[0-9a-f]{0,4}){2,7}", check: ip6 }),
 ];
 
 /// Behind the identity numbers of countries, which have more of a shape.
@@ -153,7 +150,9 @@ impl Judge for Checks {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
         let Some(check) = self.checks.get(candidate.pattern) else { return Ruling::No };
         match check(candidate) {
-            Ruling::Yes(start, end) if self.allow.iter().any(|allowed| allowed == candidate.part(start, end)) => Ruling::No,
+            Ruling::Yes(start, end) if self.allow.iter().any(|allowed| allowed == candidate.part(start, end)) => {
+                Ruling::No
+            }
             ruling => ruling,
         }
     }
@@ -171,7 +170,9 @@ impl Judge for Checks {
                 b' ' => spaced = true,
                 b'-' | b'/' | b'(' | b')' => {}
                 // The first word may be more than a number.
-                b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'%' | b'@' | b'+' => return !spaced || byte.is_ascii_alphabetic(),
+                b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'%' | b'@' | b'+' => {
+                    return !spaced || byte.is_ascii_alphabetic();
+                }
                 _ => return false,
             }
             if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
@@ -294,8 +295,28 @@ fn ip6(candidate: &Candidate<'_>) -> Ruling {
 }
 
 const BORN: &[&str] = &[
-    "born", "birth", "birthdate", "birthday", "dob", "d.o.b", "geboren", "geb.", "geburts", "né le", "née le", "naissance",
-    "nacido", "nacida", "nacimiento", "nato il", "nata il", "nascita", "nascido", "nascimento", "geboorte", "urodz",
+    "born",
+    "birth",
+    "birthdate",
+    "birthday",
+    "dob",
+    "d.o.b",
+    "geboren",
+    "geb.",
+    "geburts",
+    "né le",
+    "née le",
+    "naissance",
+    "nacido",
+    "nacida",
+    "nacimiento",
+    "nato il",
+    "nata il",
+    "nascita",
+    "nascido",
+    "nascimento",
+    "geboorte",
+    "urodz",
 ];
 
 fn birth_date(candidate: &Candidate<'_>) -> Ruling {
@@ -303,9 +324,37 @@ fn birth_date(candidate: &Candidate<'_>) -> Ruling {
 }
 
 const CALL: &[&str] = &[
-    "phone", "telephone", "call", "tel", "mobile", "cell", "fax", "number", "contact", "text", "sms", "dial", "reach",
-    "ring", "whatsapp", "hotline", "landline", "telefon", "handy", "mobil", "rufnummer", "téléphone", "portable", "appel",
-    "teléfono", "móvil", "telefono", "cellulare", "telefone", "celular", "telefoon",
+    "phone",
+    "telephone",
+    "call",
+    "tel",
+    "mobile",
+    "cell",
+    "fax",
+    "number",
+    "contact",
+    "text",
+    "sms",
+    "dial",
+    "reach",
+    "ring",
+    "whatsapp",
+    "hotline",
+    "landline",
+    "telefon",
+    "handy",
+    "mobil",
+    "rufnummer",
+    "téléphone",
+    "portable",
+    "appel",
+    "teléfono",
+    "móvil",
+    "telefono",
+    "cellulare",
+    "telefone",
+    "celular",
+    "telefoon",
 ];
 
 /// The longest part of a row of digits that is a phone number.
@@ -324,7 +373,11 @@ fn phone(candidate: &Candidate<'_>) -> Ruling {
     for end in (7..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
         let whole = end == text.len();
         // A part that is cut off must be a number by its shape alone.
-        let fits = if whole { !goes_on && is_phone(text, called) } else { is_phone(&text[..end], false) && shaped(&text[..end]) };
+        let fits = if whole {
+            !goes_on && is_phone(text, called)
+        } else {
+            is_phone(&text[..end], false) && shaped(&text[..end])
+        };
         if fits {
             let close = usize::from(text[end..].starts_with(')') && text[..end].contains('('));
             return candidate.first(end + close);
@@ -350,7 +403,8 @@ fn is_phone(text: &str, called: bool) -> bool {
         && groups[1..].iter().all(|group| group.len() == 3)
         && text.contains([' ', '.'])
         && !text.contains(['-', '(', '/']);
-    let even = (3..=6).contains(&groups.len()) && groups.iter().all(|group| (2..=4).contains(&group.len())) && count >= 8;
+    let even =
+        (3..=6).contains(&groups.len()) && groups.iter().all(|group| (2..=4).contains(&group.len())) && count >= 8;
     // Rows of amounts, and what is left of an account, are even too.
     let fours = groups.len() > 2 && groups[..groups.len() - 1].iter().all(|group| group.len() == 4);
     let threes = groups.len() > 4 && groups.iter().all(|group| group.len() == 3);
@@ -364,7 +418,9 @@ fn shaped(text: &str) -> bool {
     let groups = groups(text);
     let count: usize = groups.iter().map(|group| group.len()).sum();
     let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
-    let international = (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00") && !text.starts_with("000")) && count >= 8;
+    let international =
+        (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00") && !text.starts_with("000"))
+            && count >= 8;
     let american = matches!(lengths[..], [3, 3, 4] | [1, 3, 3, 4]) && text.contains(['-', '.', '(', ' ']);
     // Between blanks it may be the number of a house.
     let local = matches!(lengths[..], [3, 4]) && text.contains(['-', '.']);
@@ -457,7 +513,8 @@ mod tests {
             "pi is 3.14159265358979 and e 2.7182818284",
             "years 2019-2020, pages 100-200",
             "std::vec::Vec and a::b",
-            "12345678A", "X1234567A",
+            "12345678A",
+            "X1234567A",
             "the date 14 March 1987 was a Saturday",
             "order 123456789 of 42 items",
             "a@b, @home, x@y.z1",

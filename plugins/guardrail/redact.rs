@@ -33,7 +33,7 @@ pub enum Redaction {
 pub(crate) enum Style {
     Label,
     Mask,
-    Hash(hmac::Key),
+    Hash(Box<hmac::Key>),
     Drop,
     Placeholder,
 }
@@ -43,7 +43,7 @@ impl Style {
         match redaction {
             Redaction::Label => Self::Label,
             Redaction::Mask => Self::Mask,
-            Redaction::Hash => Self::Hash(hmac::Key::new(hmac::HMAC_SHA256, key)),
+            Redaction::Hash => Self::Hash(Box::new(hmac::Key::new(hmac::HMAC_SHA256, key))),
             Redaction::Drop => Self::Drop,
             Redaction::Placeholder => Self::Placeholder,
         }
@@ -259,7 +259,8 @@ mod tests {
     fn only_what_may_become_a_placeholder_waits() {
         let placeholders = people();
         let (mut restorer, mut progress) = (placeholders.restore(), Progress::default());
-        for (piece, released) in [("a <EM", 2), ("AIL", 2), ("X", 9), ("<b", 11), ("<PHONE_", 11), ("1", 11), (">", 20)] {
+        for (piece, released) in [("a <EM", 2), ("AIL", 2), ("X", 9), ("<b", 11), ("<PHONE_", 11), ("1", 11), (">", 20)]
+        {
             restorer.push(piece, &mut progress);
             assert_eq!(progress.released, released, "{piece}");
         }
@@ -276,7 +277,8 @@ mod tests {
     #[test]
     fn styles_show_nothing_of_the_original() {
         let mut none = Placeholders::default();
-        let with = |redaction| Style::new(redaction, b"key").replace("email", "ann@a.example", &mut Placeholders::default());
+        let with =
+            |redaction| Style::new(redaction, b"key").replace("email", "ann@a.example", &mut Placeholders::default());
         assert_eq!(with(Redaction::Label), "[EMAIL]");
         assert_eq!(with(Redaction::Mask), "***@*.*******");
         assert_eq!(with(Redaction::Drop), "");

@@ -56,7 +56,15 @@ const SLOTS: usize = 1024;
 impl Finder for Loops {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
         let ring = vec![0; (self.config.piece_bytes_max + GRAM).next_power_of_two()];
-        Box::new(Following { loops: self, ring, seen: Box::new([u64::MAX; SLOTS]), gram: 0, at: 0, distance: 0, run: 0 })
+        Box::new(Following {
+            loops: self,
+            ring,
+            seen: Box::new([u64::MAX; SLOTS]),
+            gram: 0,
+            at: 0,
+            distance: 0,
+            run: 0,
+        })
     }
 
     fn hold_max(&self) -> usize {
@@ -145,7 +153,8 @@ mod tests {
         let (out, progress) = judged(RULES, "answer.content", &text);
         assert_eq!(progress.blocked, Some(0));
         assert!(out.len() < 10 + 17 * 6, "{out}");
-        let rhyme = "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is a dream.";
+        let rhyme =
+            "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is a dream.";
         assert_eq!(judged(RULES, "answer.content", rhyme).1.blocked, None);
     }
 

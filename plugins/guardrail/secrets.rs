@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::patterns::{Candidate, Judge, Pattern, Patterns, Ruling};
 use super::stream::Finder;
-use super::{Detector, Wrong, World};
+use super::{Detector, World, Wrong};
 
 /// Keys, tokens and passwords.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -130,7 +130,9 @@ fn expressions(list: &[String]) -> Result<Option<meta::Regex>, String> {
         return Ok(None);
     }
     meta::Regex::new_many(list).map(Some).map_err(|error| match error.pattern() {
-        Some(index) => format!("[{}]: {}", index.as_usize(), error.syntax_error().map_or(error.to_string(), ToString::to_string)),
+        Some(index) => {
+            format!("[{}]: {}", index.as_usize(), error.syntax_error().map_or(error.to_string(), ToString::to_string))
+        }
         None => error.to_string(),
     })
 }

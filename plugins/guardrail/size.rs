@@ -127,7 +127,8 @@ mod tests {
     #[test]
     fn an_answer_ends_before_the_first_character_that_is_too_many() {
         let rules = r#"[{"name":"s","in":["answer.content"],"verdict":"block","size":{"characters_max":5}}]"#;
-        for (text, expected, blocked) in [("12345", "12345", false), ("äöü€56", "äöü€5", true), ("", "", false)] {
+        for (text, expected, blocked) in [("12345", "12345", false), ("äöü€56", "äöü€5", true), ("", "", false)]
+        {
             let (out, progress) = judged(rules, "answer.content", text);
             assert_eq!((out.as_str(), progress.blocked.is_some()), (expected, blocked), "{text}");
             same_however_cut(rules, "answer.content", text);

@@ -249,9 +249,10 @@ impl Half {
     fn advance(&mut self, window: &Window<'_>) {
         let known = self.found.len();
         let end = window.base + window.text.len() as u64;
-        self.decided = self.searches.iter_mut().map(|search| search.advance(window, &mut self.found)).fold(end, u64::min);
+        self.decided =
+            self.searches.iter_mut().map(|search| search.advance(window, &mut self.found)).fold(end, u64::min);
         if self.found.len() > known {
-            self.found.sort_by(|a, b| (a.range.start, a.rule, a.range.end).cmp(&(b.range.start, b.rule, b.range.end)));
+            self.found.sort_by_key(|found| (found.range.start, found.rule, found.range.end));
         }
     }
 
@@ -424,7 +425,15 @@ mod tests {
 
     #[test]
     fn an_expression_finds_what_its_own_engine_finds() {
-        for expression in ["a{2,3}b?", "a|ab", "(?:ab|a)(?:c|bcd)?", r"a.{0,3}?c", r"(?-u:\b)a[bc]{1,2}(?-u:\b)", "(?i)[AB]c", "^a|c$"] {
+        for expression in [
+            "a{2,3}b?",
+            "a|ab",
+            "(?:ab|a)(?:c|bcd)?",
+            r"a.{0,3}?c",
+            r"(?-u:\b)a[bc]{1,2}(?-u:\b)",
+            "(?i)[AB]c",
+            "^a|c$",
+        ] {
             let regex = meta::Regex::new(expression).unwrap();
             let scanner = scanner_of(&regexes(&[expression]), "", PLACE);
             for text in texts(&['a', 'b', 'c', ' '], 6) {
@@ -453,6 +462,26 @@ mod tests {
     }
 
     #[test]
+    fn words_far_before_count_the_same_though_they_were_forgotten() {
+        let json = format!(
+            r#"[{{"name":"p","in":["{PLACE}"],"verdict":"redact","pii":{{"find":["phone"],"countries":[]}}}},
+            {{"name":"f","in":["{PLACE}"],"verdict":"flag","pii":{{"find":["phone"],"countries":[]}}}}]"#
+        );
+        let scanner = scanner_of(&json, "", PLACE);
+        let mut counted = 0;
+        for gap in (0..700).step_by(3) {
+            let text = format!("{} call {}5551234567.", "né ".repeat(300), "é\n".repeat(gap / 3));
+            let whole = scanner.judge(&text, &mut Placeholders::default());
+            counted += usize::from(!whole.edits.is_empty());
+            for size in [1, 5, 64] {
+                let (out, all) = streamed(&scanner, &cut(&text, &[size]));
+                assert_eq!((out, all.found.len()), (whole.apply(&text), whole.found.len()), "{gap} in {size}");
+            }
+        }
+        assert!((10..40).contains(&counted), "{counted} of them have the word near");
+    }
+
+    #[test]
     fn a_match_is_cut_at_its_window() {
         let (out, progress) = judged(&regexes(&["a[^b]+b"]), PLACE, "a123b a12345b");
         assert_eq!(out, "[PATTERN] a12345b", "{progress:?}");
@@ -467,7 +496,8 @@ mod tests {
         let scanner = scanner_of(&json, "", PLACE);
         for len in [3000, 5000] {
             let text = format!("x <{}> y", "q".repeat(len));
-            let pieces: Vec<&str> = text.as_bytes().chunks(7).map(|piece| std::str::from_utf8(piece).unwrap()).collect();
+            let pieces: Vec<&str> =
+                text.as_bytes().chunks(7).map(|piece| std::str::from_utf8(piece).unwrap()).collect();
             let whole = scanner.judge(&text, &mut Placeholders::default()).apply(&text);
             assert_eq!(streamed(&scanner, &pieces).0, whole);
             assert_eq!(whole == "x [PATTERN] y", len == 3000);
@@ -488,13 +518,75 @@ mod tests {
         {"name":"seen","in":["answer.content"],"verdict":"flag","regex":{"list":["[a-z]{3}\\d"]}}]"#;
 
     const PARTS: &[&str] = &[
-        " ", " ", " ", ", ", ". ", "\n", "-", "@", "+", "(", ")", ":", "the ", "call ", "phone ", "born ", "ann", "bob@mail.example",
-        "4111 1111 1111 1111", "4111-1111", "378282246310005", "GB82 WEST 1234 5698 7654 32", "DE89370400440532013000",
-        "555-123-4567", "+46 (0)179 459 33", "078-05-1120", "192.168.17.4", "2001:db8::8a2e:370:7334", "https://a.example/x?y=1",
-        "14 March 1987", "1987-03-14", "12345678Z", "AB 12 34 56 C", "project ", "KESTREL", "Kestrel", "STRASSE", "straße", "ΣΟΦΌΣ",
-        "XK7", "xk7", "Ticket ", "abc-123", "é", "éclair", "<s>", "</s>", "abort ", "now", "again and ", "password = ", "hunter2hunter2",
-        "ghp_", "0123456789abcdefABCDEFghijklmnopqrst", "AKIA", "Z7Q2M4N6P8R3T5V2", "-----BEGIN PRIVATE KEY-----", "MIIEvQIBADANBgkqhkiG9w0B",
-        "eyJhbGciOiJIUzI1NiJ9", ".eyJzdWIiOiIxIn0", ".c2lnbmF0dXJl", "postgres://u:", "p4ssw0rd!@h", "😀", "世界", "a1", "7", "19", "2024",
+        " ",
+        " ",
+        " ",
+        ", ",
+        ". ",
+        "\n",
+        "-",
+        "@",
+        "+",
+        "(",
+        ")",
+        ":",
+        "the ",
+        "call ",
+        "phone ",
+        "born ",
+        "ann",
+        "bob@mail.example",
+        "4111 1111 1111 1111",
+        "4111-1111",
+        "378282246310005",
+        "GB82 WEST 1234 5698 7654 32",
+        "DE89370400440532013000",
+        "555-123-4567",
+        "+46 (0)179 459 33",
+        "078-05-1120",
+        "192.168.17.4",
+        "2001:db8::8a2e:370:7334",
+        "https://a.example/x?y=1",
+        "14 March 1987",
+        "1987-03-14",
+        "12345678Z",
+        "AB 12 34 56 C",
+        "project ",
+        "KESTREL",
+        "Kestrel",
+        "STRASSE",
+        "straße",
+        "ΣΟΦΌΣ",
+        "XK7",
+        "xk7",
+        "Ticket ",
+        "abc-123",
+        "é",
+        "éclair",
+        "<s>",
+        "</s>",
+        "abort ",
+        "now",
+        "again and ",
+        "password = ",
+        "hunter2hunter2",
+        "ghp_",
+        "0123456789abcdefABCDEFghijklmnopqrst",
+        "AKIA",
+        "Z7Q2M4N6P8R3T5V2",
+        "-----BEGIN PRIVATE KEY-----",
+        "MIIEvQIBADANBgkqhkiG9w0B",
+        "eyJhbGciOiJIUzI1NiJ9",
+        ".eyJzdWIiOiIxIn0",
+        ".c2lnbmF0dXJl",
+        "postgres://u:",
+        "p4ssw0rd!@h",
+        "😀",
+        "世界",
+        "a1",
+        "7",
+        "19",
+        "2024",
     ];
 
     fn text() -> impl Strategy<Value = String> {

@@ -70,8 +70,8 @@ fn fold(byte: u8) -> u8 {
 /// How often a byte stands in prose, about, in a thousand.
 fn frequency(byte: u8) -> f32 {
     const LETTERS: [f32; 26] = [
-        65., 12., 22., 34., 102., 18., 16., 49., 56., 1.2, 6.2, 32., 19., 56., 60., 15., 0.8, 48., 51., 73., 22., 8., 19.,
-        1.2, 16., 0.6,
+        65., 12., 22., 34., 102., 18., 16., 49., 56., 1.2, 6.2, 32., 19., 56., 60., 15., 0.8, 48., 51., 73., 22., 8.,
+        19., 1.2, 16., 0.6,
     ];
     match byte {
         b'a'..=b'z' => LETTERS[usize::from(byte - b'a')],
@@ -203,7 +203,9 @@ fn letters(hir: &Hir) -> Option<Vec<u8>> {
         HirKind::Class(class) => {
             let bytes: Vec<u8> = first_bytes(class).bytes().collect();
             match bytes[..] {
-                [upper, lower] if upper.is_ascii_uppercase() && lower == upper.to_ascii_lowercase() => Some(vec![lower]),
+                [upper, lower] if upper.is_ascii_uppercase() && lower == upper.to_ascii_lowercase() => {
+                    Some(vec![lower])
+                }
                 _ => None,
             }
         }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::stream::{Finder, Found, Search, Window, patient};
 use super::triggers::{Need, Triggers};
-use super::{Detector, Wrong, World};
+use super::{Detector, World, Wrong};
 
 /// Words and phrases. Upper and lower case count as equal in every alphabet that has them, one letter for one letter
 /// (so `ß` is not `SS`); accents count.
@@ -310,7 +310,10 @@ mod tests {
 
     #[test]
     fn words_stand_alone_unless_told_otherwise() {
-        assert_eq!(out(r#"{"list":["cat"]}"#, "cat concat cats (cat) écat cat9"), "[WORD] concat cats ([WORD]) écat cat9");
+        assert_eq!(
+            out(r#"{"list":["cat"]}"#, "cat concat cats (cat) écat cat9"),
+            "[WORD] concat cats ([WORD]) écat cat9"
+        );
         assert_eq!(out(r#"{"list":["cat"],"whole":false}"#, "concat cats"), "con[WORD] [WORD]s");
     }
 
@@ -323,7 +326,8 @@ mod tests {
     fn many_words_are_as_good_as_few() {
         let list: Vec<String> = (0..5000).map(|n| format!("word number {n}")).collect();
         let json = rule(&format!(r#"{{"list":{}}}"#, serde_json::to_string(&list).unwrap()));
-        let (out, progress) = judged(&json, "answer.content", "a word number 4711, Word Number 12345 and word number 0");
+        let (out, progress) =
+            judged(&json, "answer.content", "a word number 4711, Word Number 12345 and word number 0");
         assert_eq!((out.as_str(), progress.found.len()), ("a [WORD], Word Number 12345 and [WORD]", 2));
     }
 

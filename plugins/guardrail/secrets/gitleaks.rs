@@ -91,7 +91,8 @@ fn without_lead(expression: &str) -> String {
 }
 
 fn allow(list: &List) -> Result<Allow, String> {
-    let regexes: Option<meta::Regex> = expressions(&list.regexes).map_err(|message| format!("allowlist.regexes{message}"))?;
+    let regexes: Option<meta::Regex> =
+        expressions(&list.regexes).map_err(|message| format!("allowlist.regexes{message}"))?;
     Ok(Allow {
         regexes,
         stopwords: list.stopwords.iter().map(|word| word.to_ascii_lowercase()).collect(),

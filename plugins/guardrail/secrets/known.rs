@@ -18,7 +18,11 @@ const RULES: &[(&str, &str, f32)] = &[
     ("databricks-token", r"\bdapi[a-f0-9]{32}(?:-[0-9])?\b", 3.0),
     ("digitalocean-token", r"\bdo[opr]_v1_[a-f0-9]{64}\b", 3.0),
     ("discord-token", r"\b[MNO][A-Za-z0-9_\-]{23,25}\.[A-Za-z0-9_\-]{6}\.[A-Za-z0-9_\-]{27,38}", 4.0),
-    ("discord-webhook", r"https://(?:ptb\.|canary\.)?discord(?:app)?\.com/api/webhooks/[0-9]{17,20}/[A-Za-z0-9_\-]{60,80}", 4.0),
+    (
+        "discord-webhook",
+        r"https://(?:ptb\.|canary\.)?discord(?:app)?\.com/api/webhooks/[0-9]{17,20}/[A-Za-z0-9_\-]{60,80}",
+        4.0,
+    ),
     ("docker-token", r"\bdckr_(?:pat|oat)_[A-Za-z0-9_\-]{27,36}", 3.0),
     ("doppler-token", r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.(?:[a-z0-9_\-]{2,35}\.)?[A-Za-z0-9]{40,44}\b", 3.5),
     ("dropbox-token", r"\bsl\.[A-Za-z0-9_\-]{130,200}", 4.0),
@@ -26,7 +30,11 @@ const RULES: &[(&str, &str, f32)] = &[
     ("figma-token", r"\bfig[dorp]_[A-Za-z0-9_\-]{40,50}", 3.5),
     ("github-fine-grained-token", r"\bgithub_pat_[A-Za-z0-9_]{82}\b", 3.5),
     ("github-token", r"\bgh[pousr]_[A-Za-z0-9]{36,251}\b", 3.0),
-    ("gitlab-token", r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat|agent|imt|oas|ffct)-(?:[a-z0-9]{1,4}_)?[A-Za-z0-9_\-]{20,64}", 3.0),
+    (
+        "gitlab-token",
+        r"\bgl(?:pat|dt|rt|cbt|ptt|ft|soat|agent|imt|oas|ffct)-(?:[a-z0-9]{1,4}_)?[A-Za-z0-9_\-]{20,64}",
+        3.0,
+    ),
     ("google-api-key", r"\bAIza[A-Za-z0-9_\-]{35}", 3.5),
     ("google-oauth-secret", r"\bGOCSPX-[A-Za-z0-9_\-]{28}", 3.0),
     ("google-oauth-token", r"\bya29\.[A-Za-z0-9_\-]{30,400}", 3.5),
@@ -56,7 +64,11 @@ const RULES: &[(&str, &str, f32)] = &[
     ("shopify-token", r"\bshp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}\b", 3.0),
     ("slack-app-token", r"\bxapp-[0-9]-[A-Z0-9]{8,14}-[0-9]{8,16}-[a-z0-9]{40,70}\b", 3.0),
     ("slack-token", r"\bxox[abeoprs](?:\.xox[bp])?-(?:[0-9]{1,14}-){0,3}[A-Za-z0-9\-]{10,160}", 3.0),
-    ("slack-webhook", r"https://hooks\.slack\.com/(?:services|workflows|triggers)/[A-Z0-9]{8,12}/[A-Z0-9]{8,20}/[A-Za-z0-9/]{20,46}", 3.5),
+    (
+        "slack-webhook",
+        r"https://hooks\.slack\.com/(?:services|workflows|triggers)/[A-Z0-9]{8,12}/[A-Z0-9]{8,20}/[A-Za-z0-9/]{20,46}",
+        3.5,
+    ),
     ("square-token", r"\b(?:EAAA|sq0(?:atp|csp|idp)-)[A-Za-z0-9_\-]{22,64}", 3.5),
     ("stripe-key", r"\b(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{16,120}\b", 3.0),
     ("stripe-webhook-secret", r"\bwhsec_[A-Za-z0-9+/]{32,64}", 3.5),
@@ -113,7 +125,8 @@ pub(super) fn assigned(rule: usize) -> Result<Rule, String> {
 
 /// Keys of documentation.
 fn samples() -> Allow {
-    let stopwords = ["example", "xxxxxx", "your_", "your-", "placeholder", "abcdefghijklmnop", "0123456789ab", "redacted"];
+    let stopwords =
+        ["example", "xxxxxx", "your_", "your-", "placeholder", "abcdefghijklmnop", "0123456789ab", "redacted"];
     Allow { stopwords: stopwords.map(str::to_owned).to_vec(), ..Allow::default() }
 }
 
@@ -130,7 +143,8 @@ fn looks_random(text: &str) -> bool {
 fn is_placeholder(text: &str) -> bool {
     let lower = text.to_ascii_lowercase();
     let masked = lower.bytes().all(|byte| byte == b'*' || byte == b'x' || byte == b'.' || byte == b'-');
-    let word = ["password", "passwd", "pass", "secret", "changeme", "pwd", "token", "example"].contains(&lower.as_str());
+    let word =
+        ["password", "passwd", "pass", "secret", "changeme", "pwd", "token", "example"].contains(&lower.as_str());
     let hint = ["your", "example", "placeholder", "changeme", "redacted", "process.env", "os.environ", "getenv"];
     masked || word || text.starts_with(['$', '%', '{', '[']) || hint.iter().any(|hint| lower.contains(hint))
 }
