@@ -359,10 +359,14 @@ impl<J: Judge + 'static> Search for Way<J> {
         let patterns = Arc::clone(&self.patterns);
         let mut cache = patterns.caches.get();
         let mut hits = patterns.triggers.as_ref().map(|triggers| (triggers.search(), sure(triggers, window)));
-        let mut start = (self.at - window.base) as usize;
+        // Up to `open`, matches may begin anywhere.
+        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
         while start < len {
-            if let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure) {
-                start = hits.next(window.text.as_bytes(), start).min(*sure);
+            if start >= open
+                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
+            {
+                let (first, last) = hits.next(window.text.as_bytes(), start);
+                (start, open) = (first.min(*sure), last.saturating_add(1));
             }
             if start >= len {
                 break;

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::patterns::{Candidate, Judge, Pattern, Patterns, Ruling};
 use super::{Detector, Wrong};
-use checks::{context, digits, luhn, mod97};
+use checks::{Before, digits, luhn, mod97, searched};
 pub use countries::Country;
 
 /// Personal data of known shapes.
@@ -157,10 +157,13 @@ impl Judge for Checks {
         }
     }
 
-    /// Most numbers are too short to be anything.
+    /// Most numbers are too short to be anything, or go on with what is before.
     fn may_begin(&self, text: &[u8], start: usize, last: bool) -> bool {
         if !text[start].is_ascii_digit() {
             return true;
+        }
+        if start >= 2 && b"-.,/:_".contains(&text[start - 1]) && text[start - 2].is_ascii_digit() {
+            return false;
         }
         let (mut count, mut dots, mut spaced) = (0, 0, false);
         for byte in &text[start..] {
@@ -169,10 +172,11 @@ impl Judge for Checks {
                 b'.' => dots += 1,
                 b' ' => spaced = true,
                 b'-' | b'/' | b'(' | b')' => {}
-                // The first word may be more than a number.
-                b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'%' | b'@' | b'+' => {
-                    return !spaced || byte.is_ascii_alphabetic();
+                // A day may be followed by its month; else only the first word may be more than a number.
+                b'a'..=b'z' | b'A'..=b'Z' => {
+                    return !spaced || (count <= 2 && MONTHS.contains(&byte.to_ascii_lowercase()));
                 }
+                b':' | b'_' | b'%' | b'@' | b'+' => return !spaced,
                 _ => return false,
             }
             if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
@@ -182,6 +186,9 @@ impl Judge for Checks {
         !last
     }
 }
+
+/// How months begin, and `of`.
+const MONTHS: &[u8] = b"jfmasondo";
 
 /// Nothing with fewer digits is found that begins with one, but IPv4 addresses and what has letters.
 const DIGITS_MIN: usize = 6;
@@ -294,68 +301,72 @@ fn ip6(candidate: &Candidate<'_>) -> Ruling {
     if text.parse::<Ipv6Addr>().is_ok() { candidate.first(text.len()) } else { Ruling::No }
 }
 
-const BORN: &[&str] = &[
-    "born",
-    "birth",
-    "birthdate",
-    "birthday",
-    "dob",
-    "d.o.b",
-    "geboren",
-    "geb.",
-    "geburts",
-    "né le",
-    "née le",
-    "naissance",
-    "nacido",
-    "nacida",
-    "nacimiento",
-    "nato il",
-    "nata il",
-    "nascita",
-    "nascido",
-    "nascimento",
-    "geboorte",
-    "urodz",
-];
+static BORN: Before = Before::new(|| {
+    searched(&[
+        "born",
+        "birth",
+        "birthdate",
+        "birthday",
+        "dob",
+        "d.o.b",
+        "geboren",
+        "geb.",
+        "geburts",
+        "né le",
+        "née le",
+        "naissance",
+        "nacido",
+        "nacida",
+        "nacimiento",
+        "nato il",
+        "nata il",
+        "nascita",
+        "nascido",
+        "nascimento",
+        "geboorte",
+        "urodz",
+    ])
+});
 
 fn birth_date(candidate: &Candidate<'_>) -> Ruling {
-    if context(candidate, BORN, 40) { candidate.yes() } else { Ruling::No }
+    if BORN.stands(candidate, 40) { candidate.yes() } else { Ruling::No }
 }
 
-const CALL: &[&str] = &[
-    "phone",
-    "telephone",
-    "call",
-    "tel",
-    "mobile",
-    "cell",
-    "fax",
-    "number",
-    "contact",
-    "text",
-    "sms",
-    "dial",
-    "reach",
-    "ring",
-    "whatsapp",
-    "hotline",
-    "landline",
-    "telefon",
-    "handy",
-    "mobil",
-    "rufnummer",
-    "téléphone",
-    "portable",
-    "appel",
-    "teléfono",
-    "móvil",
-    "telefono",
-    "cellulare",
-    "telefone",
-    "celular",
-    "telefoon",
-];
+static CALL: Before = Before::new(|| {
+    searched(&[
+        "phone",
+        "telephone",
+        "call",
+        "tel",
+        "mobile",
+        "cell",
+        "fax",
+        "number",
+        "contact",
+        "text",
+        "sms",
+        "dial",
+        "reach",
+        "ring",
+        "whatsapp",
+        "hotline",
+        "landline",
+        "telefon",
+        "handy",
+        "mobil",
+        "rufnummer",
+        "téléphone",
+        "portable",
+        "appel",
+        "teléfono",
+        "móvil",
+        "telefono",
+        "cellulare",
+        "telefone",
+        "celular",
+        "telefoon",
+    ])
+});
 
 /// The longest part of a row of digits that is a phone number.
 fn phone(candidate: &Candidate<'_>) -> Ruling {
@@ -369,12 +380,11 @@ fn phone(candidate: &Candidate<'_>) -> Ruling {
     let sticks = |byte: u8| byte.is_ascii_alphanumeric() || b"%_$".contains(&byte);
     let goes_on = next.is_some_and(sticks)
         || (next.is_some_and(|byte| b".,:-/".contains(&byte)) && second.is_some_and(|byte| byte.is_ascii_digit()));
-    let called = context(candidate, CALL, 60);
     for end in (7..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
         let whole = end == text.len();
         // A part that is cut off must be a number by its shape alone.
         let fits = if whole {
-            !goes_on && is_phone(text, called)
+            !goes_on && (is_phone(text, false) || (is_phone(text, true) && CALL.stands(candidate, 60)))
         } else {
             is_phone(&text[..end], false) && shaped(&text[..end])
         };

@@ -179,14 +179,18 @@ impl Search for Reading {
             return self.at;
         }
         let words = Arc::clone(&self.words);
-        let mut start = (self.at - window.base) as usize;
+        // Up to `open`, matches may begin anywhere.
+        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
         let mut hits = words.triggers.as_ref().map(|triggers| {
             let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
             (triggers.search(), sure)
         });
         while start < len {
-            if let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure) {
-                start = hits.next(window.text.as_bytes(), start).min(*sure);
+            if start >= open
+                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
+            {
+                let (first, last) = hits.next(window.text.as_bytes(), start);
+                (start, open) = (first.min(*sure), last.saturating_add(1));
             }
             if start >= len || !self.look(&words, window, start) {
                 break;
