@@ -65,7 +65,8 @@ fn digits(bytes: usize) -> String {
     while text.len() < bytes {
         let (day, hour, ms) = (next(28) + 1, next(24), next(1000));
         let (took, rows, id, status) = (next(5000), next(1_000_000), next(100_000), next(600));
-        text += &format!("2026-11-{day:02} {hour:02}:17:31.{ms:03} took {took} ms, {rows} rows; id={id} status={status}\n");
+        text +=
+            &format!("2026-11-{day:02} {hour:02}:17:31.{ms:03} took {took} ms, {rows} rows; id={id} status={status}\n");
     }
     text.truncate(bytes);
     text

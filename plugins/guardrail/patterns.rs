@@ -217,8 +217,9 @@ pub(crate) enum Ruling {
 pub(crate) trait Judge: Debug + Send + Sync {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling;
 
-    /// Whether a match may begin at this place, where that can be said at little cost. True whenever more text might
-    /// change it.
+    /// Whether a match may begin at this place, where that can be said at little cost. False only if no expression can
+    /// match here, whatever follows: a match that is known before this looks at what is behind it would else depend on
+    /// the pieces.
     fn may_begin(&self, _text: &[u8], _start: usize, _last: bool) -> bool {
         true
     }
