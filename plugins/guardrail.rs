@@ -498,7 +498,7 @@ mod tests {
         serde_json::from_value(place.into()).unwrap()
     }
 
-    fn scanner_of(json: &str, file: &str, place: &str) -> Arc<Scanner> {
+    pub fn scanner_of(json: &str, file: &str, place: &str) -> Arc<Scanner> {
         Arc::clone(built_with(json, file).unwrap().scanner(at(place)).unwrap())
     }
 

@@ -217,8 +217,9 @@ pub(crate) enum Ruling {
 pub(crate) trait Judge: Debug + Send + Sync {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling;
 
-    /// Whether a match may begin at this place, where that can be said at little cost. True whenever more text might
-    /// change it.
+    /// Whether a match may begin at this place, where that can be said at little cost. False only if no expression can
+    /// match here, whatever follows: a match that is known before this looks at what is behind it would else depend on
+    /// the pieces.
     fn may_begin(&self, _text: &[u8], _start: usize, _last: bool) -> bool {
         true
     }
@@ -359,10 +360,14 @@ impl<J: Judge + 'static> Search for Way<J> {
         let patterns = Arc::clone(&self.patterns);
         let mut cache = patterns.caches.get();
         let mut hits = patterns.triggers.as_ref().map(|triggers| (triggers.search(), sure(triggers, window)));
-        let mut start = (self.at - window.base) as usize;
+        // Up to `open`, matches may begin anywhere.
+        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
         while start < len {
-            if let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure) {
-                start = hits.next(window.text.as_bytes(), start).min(*sure);
+            if start >= open
+                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
+            {
+                let (first, last) = hits.next(window.text.as_bytes(), start);
+                (start, open) = (first.min(*sure), last.saturating_add(1));
             }
             if start >= len {
                 break;

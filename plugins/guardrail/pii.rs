@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::patterns::{Candidate, Judge, Pattern, Patterns, Ruling};
 use super::{Detector, Wrong};
-use checks::{context, digits, luhn, mod97};
+use checks::{Before, digits, luhn, mod97, searched};
 pub use countries::Country;
 
 /// Personal data of known shapes.
@@ -111,7 +111,7 @@ const LATER: &[(Kind, Entity)] = &[
         Kind::Phone,
         Entity {
             label: "phone",
-            expression: r"\+?\(?\b[0-9]{1,8}\)?(?:[ .\-/]{1,2}\(?[0-9]{1,8}\)?|\([0-9]{1,4}\)[ .\-]?[0-9]{1,8}){1,6}(?: ?(?:x|ext\.?) ?[0-9]{1,5})?|\+?\b[0-9]{7,15}\b",
+            expression: r"\+?\(?\b[0-9]{1,8}\)?(?:[ .\-/]{0,2}\([0-9]{1,5}\)[ .\-]?[0-9]{1,8}|[ .\-/]{1,2}\(?[0-9]{1,8}\)?){1,6}(?: ?(?:x|ext\.?) ?[0-9]{1,5})?|\+?\b[0-9]{7,15}\b",
             check: phone,
         },
     ),
@@ -157,10 +157,13 @@ impl Judge for Checks {
         }
     }
 
-    /// Most numbers are too short to be anything.
+    /// Most numbers are too short to be anything, or go on with what is before.
     fn may_begin(&self, text: &[u8], start: usize, last: bool) -> bool {
         if !text[start].is_ascii_digit() {
             return true;
+        }
+        if start >= 2 && b"-.,/:_".contains(&text[start - 1]) && text[start - 2].is_ascii_digit() {
+            return false;
         }
         let (mut count, mut dots, mut spaced) = (0, 0, false);
         for byte in &text[start..] {
@@ -169,10 +172,11 @@ impl Judge for Checks {
                 b'.' => dots += 1,
                 b' ' => spaced = true,
                 b'-' | b'/' | b'(' | b')' => {}
-                // The first word may be more than a number.
-                b'a'..=b'z' | b'A'..=b'Z' | b':' | b'_' | b'%' | b'@' | b'+' => {
-                    return !spaced || byte.is_ascii_alphabetic();
+                // A day may be followed by its month; else only the first word may be more than a number.
+                b'a'..=b'z' | b'A'..=b'Z' => {
+                    return !spaced || (count <= 2 && MONTHS.contains(&byte.to_ascii_lowercase()));
                 }
+                b':' | b'_' | b'%' | b'@' | b'+' => return !spaced,
                 _ => return false,
             }
             if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
@@ -182,6 +186,9 @@ impl Judge for Checks {
         !last
     }
 }
+
+/// How months begin, and `of`.
+const MONTHS: &[u8] = b"jfmasondo";
 
 /// Nothing with fewer digits is found that begins with one, but IPv4 addresses and what has letters.
 const DIGITS_MIN: usize = 6;
@@ -294,68 +301,72 @@ fn ip6(candidate: &Candidate<'_>) -> Ruling {
     if text.parse::<Ipv6Addr>().is_ok() { candidate.first(text.len()) } else { Ruling::No }
 }
 
-const BORN: &[&str] = &[
-    "born",
-    "birth",
-    "birthdate",
-    "birthday",
-    "dob",
-    "d.o.b",
-    "geboren",
-    "geb.",
-    "geburts",
-    "né le",
-    "née le",
-    "naissance",
-    "nacido",
-    "nacida",
-    "nacimiento",
-    "nato il",
-    "nata il",
-    "nascita",
-    "nascido",
-    "nascimento",
-    "geboorte",
-    "urodz",
-];
+static BORN: Before = Before::new(|| {
+    searched(&[
+        "born",
+        "birth",
+        "birthdate",
+        "birthday",
+        "dob",
+        "d.o.b",
+        "geboren",
+        "geb.",
+        "geburts",
+        "né le",
+        "née le",
+        "naissance",
+        "nacido",
+        "nacida",
+        "nacimiento",
+        "nato il",
+        "nata il",
+        "nascita",
+        "nascido",
+        "nascimento",
+        "geboorte",
+        "urodz",
+    ])
+});
 
 fn birth_date(candidate: &Candidate<'_>) -> Ruling {
-    if context(candidate, BORN, 40) { candidate.yes() } else { Ruling::No }
+    if BORN.stands(candidate, 40) { candidate.yes() } else { Ruling::No }
 }
 
-const CALL: &[&str] = &[
-    "phone",
-    "telephone",
-    "call",
-    "tel",
-    "mobile",
-    "cell",
-    "fax",
-    "number",
-    "contact",
-    "text",
-    "sms",
-    "dial",
-    "reach",
-    "ring",
-    "whatsapp",
-    "hotline",
-    "landline",
-    "telefon",
-    "handy",
-    "mobil",
-    "rufnummer",
-    "téléphone",
-    "portable",
-    "appel",
-    "teléfono",
-    "móvil",
-    "telefono",
-    "cellulare",
-    "telefone",
-    "celular",
-    "telefoon",
-];
+static CALL: Before = Before::new(|| {
+    searched(&[
+        "phone",
+        "telephone",
+        "call",
+        "tel",
+        "mobile",
+        "cell",
+        "fax",
+        "number",
+        "contact",
+        "text",
+        "sms",
+        "dial",
+        "reach",
+        "ring",
+        "whatsapp",
+        "hotline",
+        "landline",
+        "telefon",
+        "handy",
+        "mobil",
+        "rufnummer",
+        "téléphone",
+        "portable",
+        "appel",
+        "teléfono",
+        "móvil",
+        "telefono",
+        "cellulare",
+        "telefone",
+        "celular",
+        "telefoon",
+    ])
+});
 
 /// The longest part of a row of digits that is a phone number.
 fn phone(candidate: &Candidate<'_>) -> Ruling {
@@ -369,12 +380,11 @@ fn phone(candidate: &Candidate<'_>) -> Ruling {
     let sticks = |byte: u8| byte.is_ascii_alphanumeric() || b"%_$".contains(&byte);
     let goes_on = next.is_some_and(sticks)
         || (next.is_some_and(|byte| b".,:-/".contains(&byte)) && second.is_some_and(|byte| byte.is_ascii_digit()));
-    let called = context(candidate, CALL, 60);
     for end in (7..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
         let whole = end == text.len();
         // A part that is cut off must be a number by its shape alone.
         let fits = if whole {
-            !goes_on && is_phone(text, called)
+            !goes_on && (is_phone(text, false) || (is_phone(text, true) && CALL.stands(candidate, 60)))
         } else {
             is_phone(&text[..end], false) && shaped(&text[..end])
         };
@@ -395,7 +405,8 @@ fn groups(text: &str) -> Vec<&str> {
 fn is_phone(text: &str, called: bool) -> bool {
     let groups = groups(text);
     let count: usize = groups.iter().map(|group| group.len()).sum();
-    if !(7..=15).contains(&count) || is_date(&groups) {
+    let same = groups.concat().bytes().collect::<std::collections::BTreeSet<u8>>().len() < 2;
+    if !(7..=15).contains(&count) || same || is_date(&groups) {
         return false;
     }
     let thousands = groups.len() > 1
@@ -404,9 +415,11 @@ fn is_phone(text: &str, called: bool) -> bool {
         && !text.contains(['-', '(', '/']);
     let even =
         (3..=6).contains(&groups.len()) && groups.iter().all(|group| (2..=4).contains(&group.len())) && count >= 8;
-    // Rows of years and amounts are even too.
-    let row = groups.len() > 2 && groups.iter().all(|group| group.len() == 4)
-        || groups.iter().all(|group| group.len() == 3) && groups.len() > 4;
+    // Rows of amounts, and what is left of an account, are even too.
+    let fours = groups.len() > 2 && groups[..groups.len() - 1].iter().all(|group| group.len() == 4);
+    let threes = groups.len() > 4 && groups.iter().all(|group| group.len() == 3);
+    let american_id = matches!(groups[..], [a, b, c] if (a.len(), b.len(), c.len()) == (3, 2, 4));
+    let row = (fours && !text.starts_with('0')) || threes || american_id;
     called || shaped(text) || (even && !thousands && !row)
 }
 
@@ -415,7 +428,9 @@ fn shaped(text: &str) -> bool {
     let groups = groups(text);
     let count: usize = groups.iter().map(|group| group.len()).sum();
     let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
-    let international = (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00")) && count >= 8;
+    let international =
+        (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00") && !text.starts_with("000"))
+            && count >= 8;
     let american = matches!(lengths[..], [3, 3, 4] | [1, 3, 3, 4]) && text.contains(['-', '.', '(', ' ']);
     // Between blanks it may be the number of a house.
     let local = matches!(lengths[..], [3, 4]) && text.contains(['-', '.']);
@@ -431,5 +446,107 @@ fn is_date(groups: &[&str]) -> bool {
         [a, b] => year(a) && year(b),
         [a] => a.len() == 8 && (year(&a[..4]) || year(&a[4..])),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, LazyLock};
+
+    use super::super::Scanner;
+    use super::super::redact::Placeholders;
+    use super::super::tests::{built, check_cuts, judged, scanner_of};
+
+    const COUNTRIES: &str = r#"["au","be","br","ca","ch","de","es","fr","gb","in","it","nl","pl","se","us"]"#;
+
+    fn rule(more: &str) -> String {
+        let find = r#"["email","phone","card","iban","ip","url","birth_date"]"#;
+        format!(
+            r#"[{{"name":"p","in":["prompt.user"],"verdict":"redact","pii":{{"find":{find},"countries":{COUNTRIES}{more}}}}}]"#
+        )
+    }
+
+    static SCANNER: LazyLock<Arc<Scanner>> = LazyLock::new(|| scanner_of(&rule(""), "", "prompt.user"));
+
+    fn out(text: &str) -> String {
+        check_cuts(&SCANNER, text);
+        SCANNER.judge(text, &mut Placeholders::default()).apply(text)
+    }
+
+    #[test]
+    fn what_is_found() {
+        for (text, expected) in [
+            ("write to Ann.O+x@mail.a-b.example.", "write to [EMAIL]."),
+            ("see https://a.example/x?y=1, or www.b.example.", "see [URL], or [URL]."),
+            ("IBAN gb82 WEST 1234 5698 7654 32 and more", "IBAN [IBAN] and more"),
+            ("DE89370400440532013000;", "[IBAN];"),
+            ("card 4111 1111 1111 1111 12/27", "card [CARD] 12/27"),
+            ("378282246310005 or 6011-1111-1111-1117", "[CARD] or [CARD]"),
+            ("from 192.168.17.4: or 2001:db8::8a2e:370:7334.", "from [IP]: or [IP]."),
+            ("+46 (0)179 459 33 fax", "[PHONE] fax"),
+            ("(555) 123-4567, 555.123.4567 x12", "[PHONE], [PHONE]"),
+            ("call 5551234567 now", "call [PHONE] now"),
+            ("I was born on 14 March 1987.", "I was born on [BIRTH_DATE]."),
+            ("DOB: 03/14/1987", "DOB: [BIRTH_DATE]"),
+            ("SSN 078-05-1120", "SSN [US_SSN]"),
+            ("passport: C01X00T47", "passport: [DE_ID]"),
+            ("DNI 12345678Z", "DNI [ES_ID]"),
+            ("AB 12 34 56 C", "[GB_NINO]"),
+            ("RSSMRA85T10A562S", "[IT_FISCAL_CODE]"),
+            ("CPF 529.982.247-25", "CPF [BR_CPF]"),
+            ("Aadhaar 2341 2341 2346", "Aadhaar [IN_AADHAAR]"),
+            ("AHV 756.9217.0769.85", "AHV [CH_AHV]"),
+            ("BSN: 111222333", "BSN: [NL_BSN]"),
+            ("PESEL 44051401359", "PESEL [PL_PESEL]"),
+            ("SIN 130 692 544", "SIN [CA_SIN]"),
+            ("NHS 943 476 5919", "NHS [GB_NHS]"),
+            ("1 84 12 76 451 089 46", "[FR_NIR]"),
+            ("Steuer-ID 86 095 742 719", "Steuer-ID [DE_TAX_ID]"),
+            ("TFN 123 456 782", "TFN [AU_TFN]"),
+            ("85.07.30-033.28", "[BE_NRN]"),
+            ("811228-9874", "[SE_PERSONNUMMER]"),
+        ] {
+            assert_eq!(out(text), expected);
+        }
+    }
+
+    #[test]
+    fn what_only_looks_like_it_stays() {
+        for text in [
+            "4111 1111 1111 1112 has a wrong check digit",
+            "0000 0000 0000 0000",
+            "GB82 WEST 1234 5698 7654 33",
+            "version 1.2.3.4.5, 300.1.2.3 and localhost 127.0.0.1",
+            "at 12:30:45 on 2026-11-22 or 22.11.2026",
+            "000-12-3456, 666-12-3456, 900-12-3456",
+            "1 000 000 000 people, 10 000 000 more",
+            "pi is 3.14159265358979 and e 2.7182818284",
+            "years 2019-2020, pages 100-200",
+            "std::vec::Vec and a::b",
+            "12345678A",
+            "X1234567A",
+            "the date 14 March 1987 was a Saturday",
+            "order 123456789 of 42 items",
+            "a@b, @home, x@y.z1",
+            "$5551234567 and 5551234567%",
+        ] {
+            assert_eq!(out(text), text);
+        }
+    }
+
+    #[test]
+    fn what_is_allowed_stays() {
+        let json = rule(r#","allow":["help@a.example"]"#);
+        let (out, _) = judged(&json, "prompt.user", "help@a.example or ann@a.example");
+        assert_eq!(out, "help@a.example or [EMAIL]");
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_not_found() {
+        let json = r#"[{"name":"p","in":["prompt.user"],"verdict":"redact","pii":{"find":["card"],"countries":[]}}]"#;
+        let text = "ann@a.example, 555-123-4567, 078-05-1120";
+        assert_eq!(judged(json, "prompt.user", text).0, text);
+        let nothing = r#"[{"name":"p","in":["prompt.user"],"verdict":"redact","pii":{"find":[],"countries":[]}}]"#;
+        assert!(built(nothing).unwrap_err()[0].1.contains("nothing is looked for"));
     }
 }

@@ -159,6 +159,12 @@ mod tests {
     }
 
     #[test]
+    fn a_list_whose_lines_differ_is_no_loop() {
+        let list: String = (10..60).map(|n| format!("item {n} is fine, ")).collect();
+        assert_eq!(judged(RULES, "answer.content", &list).1.blocked, None);
+    }
+
+    #[test]
     fn where_it_is_cut_does_not_depend_on_the_pieces() {
         let text = format!("a {}", "né, non! ".repeat(9));
         assert!(judged(RULES, "answer.content", &text).1.blocked.is_some());

@@ -105,11 +105,12 @@ pub(super) fn build(config: &Config, rule: usize, world: &mut World<'_>) -> Resu
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    finders(rules, &shared).map(Detector::Own).map_err(|message| vec![(String::new(), message)])
+    let compact = !config.assigned && config.gitleaks.is_none();
+    finders(rules, &shared, compact).map(Detector::Own).map_err(|message| vec![(String::new(), message)])
 }
 
 /// One search for all rules that bound themselves, one for each window of the others.
-fn finders(rules: Vec<Rule>, shared: &Allow) -> Result<Vec<Arc<dyn Finder>>, String> {
+fn finders(rules: Vec<Rule>, shared: &Allow, compact: bool) -> Result<Vec<Arc<dyn Finder>>, String> {
     let mut by_window: BTreeMap<usize, Vec<Rule>> = BTreeMap::new();
     for mut rule in rules {
         if shared.regexes.is_some() {
@@ -119,7 +120,7 @@ fn finders(rules: Vec<Rule>, shared: &Allow) -> Result<Vec<Arc<dyn Finder>>, Str
     }
     let finder = |rules: Vec<Rule>| {
         let (patterns, wants) = rules.into_iter().map(|rule| (rule.pattern, rule.wants)).unzip();
-        Ok(Arc::new(Patterns::new(patterns, Doubts { wants }, true)?) as Arc<dyn Finder>)
+        Ok(Arc::new(Patterns::new(patterns, Doubts { wants, compact }, true)?) as Arc<dyn Finder>)
     };
     by_window.into_values().map(finder).collect()
 }
@@ -141,7 +142,12 @@ fn expressions(list: &[String]) -> Result<Option<meta::Regex>, String> {
 #[derive(Debug)]
 struct Doubts {
     wants: Vec<Wants>,
+    /// Whether all rules are those of [`known`], which begin with so many signs in a row.
+    compact: bool,
 }
+
+/// The built-in rules begin with so many bytes without a blank, but for `aws ... secret` and `-----BEGIN `.
+const COMPACT: usize = 10;
 
 impl Judge for Doubts {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
@@ -154,6 +160,15 @@ impl Judge for Doubts {
         } else {
             Ruling::No
         }
+    }
+
+    fn may_begin(&self, text: &[u8], start: usize, last: bool) -> bool {
+        let rest = &text[start..];
+        if !self.compact || matches!(rest[0], b'a' | b'A' | b'-') {
+            return true;
+        }
+        let near = &rest[..rest.len().min(COMPACT)];
+        !near.iter().any(u8::is_ascii_whitespace) && (near.len() == COMPACT || !last)
     }
 }
 
@@ -195,4 +210,89 @@ fn entropy(text: &str) -> f32 {
         -share * share.log2()
     };
     counts.iter().filter(|count| **count > 0).map(share).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::super::tests::{built, check_cuts, judged, scanner_of};
+    use super::*;
+
+    const KNOWN: &str = r#"[{"name":"s","in":["answer.content"],"verdict":"redact","secrets":{}}]"#;
+    const ASSIGNED: &str = r#"[{"name":"s","in":["answer.content"],"verdict":"redact","secrets":{"assigned":true}}]"#;
+
+    #[derive(Deserialize)]
+    struct Row {
+        text: String,
+        #[serde(default)]
+        secret: Option<(u64, u64)>,
+        #[serde(default)]
+        rule: String,
+    }
+
+    fn rows() -> Vec<Row> {
+        let file = include_str!("../../tests/fixtures/guardrails/secrets.jsonl");
+        let row = |line| Row { ..serde_json::from_str(line).unwrap() };
+        let mut rows: Vec<Row> = file.lines().map(row).collect();
+        rows.iter_mut().for_each(|row| row.text = row.text.replace('\u{a6}', ""));
+        rows
+    }
+
+    #[test]
+    fn secrets_of_many_providers_are_found_and_what_looks_alike_is_not() {
+        let scanner = scanner_of(ASSIGNED, "", "answer.content");
+        let (mut missed, mut false_alarms, mut count) = (Vec::new(), Vec::new(), (0, 0));
+        for row in rows() {
+            let found = scanner.judge(&row.text, &mut Default::default()).found;
+            match row.secret {
+                Some((start, end)) => {
+                    count.0 += 1;
+                    let covers = |one: &super::super::Found| one.range.start <= start && one.range.end >= end;
+                    if !found.iter().any(covers) {
+                        missed.push(format!("{}: {} {found:?}", row.rule, row.text));
+                    }
+                }
+                None => {
+                    count.1 += 1;
+                    false_alarms.extend(found.iter().map(|one| format!("{}: {}", one.label, row.text)));
+                }
+            }
+        }
+        assert_eq!(count, (162, 340));
+        assert_eq!((missed, false_alarms), (Vec::<String>::new(), Vec::<String>::new()));
+    }
+
+    #[test]
+    fn a_secret_is_never_half_released() {
+        let scanner = scanner_of(KNOWN, "", "answer.content");
+        for row in rows().iter().filter(|row| row.secret.is_some() && row.text.len() < 200).step_by(3) {
+            check_cuts(&scanner, &row.text);
+        }
+    }
+
+    #[test]
+    fn the_password_of_an_address_goes_and_the_address_stays() {
+        let (out, _) = judged(KNOWN, "answer.content", "see postgres://app:s3cr3t-w0rd@db:5432/x");
+        assert_eq!(out, "see postgres://app:[PASSWORD_IN_URL]@db:5432/x");
+    }
+
+    #[test]
+    fn a_rule_can_be_skipped_and_a_match_allowed() {
+        let key = "sk_live_4eC39HqLyjWDarjtT1zdp7dc";
+        let with = |more: &str| KNOWN.replace("\"secrets\":{", &format!("\"secrets\":{{{more}"));
+        let found = |json: &str| judged(json, "answer.content", key).1.found.len();
+        assert_eq!(found(KNOWN), 1);
+        assert_eq!(found(&with(r#""skip":["stripe-key"]"#)), 0);
+        assert_eq!(found(&with(r#""allow":["^sk_live_4eC3"]"#)), 0);
+        assert_eq!(built(&with(r#""skip":["nothing"]"#)).unwrap_err()[0].0, "[0].secrets.skip[0]");
+        assert_eq!(built(&with(r#""allow":["("]"#)).unwrap_err()[0].0, "[0].secrets.allow");
+    }
+
+    #[test]
+    fn a_text_of_one_letter_is_not_random() {
+        assert_eq!(entropy("aaaa"), 0.0);
+        assert_eq!(entropy("abab"), 1.0);
+        assert!(entropy("k3yf0x9z7b2m5qw1") > 3.5);
+    }
 }

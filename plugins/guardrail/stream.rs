@@ -122,7 +122,9 @@ impl Scanner {
 
     /// The most bytes that are ever held back.
     pub fn hold_max(&self) -> usize {
-        self.enforcing.iter().map(|finder| finder.hold_max()).max().unwrap_or(0)
+        let one = self.enforcing.iter().map(|finder| finder.hold_max()).max().unwrap_or(0);
+        // A match, what overlaps it, and what overlaps that.
+        if one > 0 { 2 * one + JOIN_MAX as usize } else { 0 }
     }
 
     /// Begins a text that comes in pieces.
@@ -223,6 +225,8 @@ struct Half {
     base: u64,
     decided: u64,
     released: u64,
+    /// The end of the last edit.
+    settled: u64,
 }
 
 impl Half {
@@ -234,6 +238,7 @@ impl Half {
             base: 0,
             decided: 0,
             released: 0,
+            settled: 0,
         }
     }
 
@@ -247,7 +252,7 @@ impl Half {
         self.decided =
             self.searches.iter_mut().map(|search| search.advance(window, &mut self.found)).fold(end, u64::min);
         if self.found.len() > known {
-            self.found.sort_by(|a, b| (a.range.start, a.rule, a.range.end).cmp(&(b.range.start, b.rule, b.range.end)));
+            self.found.sort_by_key(|found| (found.range.start, found.rule, found.range.end));
         }
     }
 
@@ -257,18 +262,22 @@ impl Half {
         self.released = self.decided;
         while let Some(first) = self.found.get(told).filter(|found| found.range.start < self.decided) {
             let (group, end) = overlapping(&self.found[told..]);
+            let start = first.range.start.max(self.settled);
             if end > self.decided {
-                self.released = first.range.start;
+                self.released = start;
                 break;
             }
             let blocking = group.iter().find(|found| matches!(acts.get(found.rule), Some(Act::Block)));
             progress.blocked = blocking.map(|found| found.rule);
             progress.found.extend_from_slice(group);
             if progress.blocked.is_some() {
-                self.released = first.range.start;
+                self.released = start;
                 break;
             }
-            progress.edits.extend(edit(first, end, acts, window, placeholders));
+            if end > start {
+                progress.edits.extend(edit(first, start..end, acts, window, placeholders));
+            }
+            self.settled = self.settled.max(end);
             told += group.len();
         }
         self.found.drain(..told);
@@ -307,11 +316,16 @@ impl Half {
     }
 }
 
+/// Matches that begin so much later than the first are no longer joined to it, however they overlap: a chain of them
+/// would be held without end. Their edit begins where the one before ends.
+const JOIN_MAX: u64 = 1024;
+
 /// The first matches, as long as they overlap, and where they end.
 fn overlapping(found: &[Found]) -> (&[Found], u64) {
     let (mut count, mut end) = (0, 0);
+    let bound = found.first().map_or(0, |first| first.range.start + JOIN_MAX);
     for next in found {
-        if count > 0 && next.range.start >= end {
+        if count > 0 && (next.range.start >= end || next.range.start >= bound) {
             break;
         }
         count += 1;
@@ -320,9 +334,14 @@ fn overlapping(found: &[Found]) -> (&[Found], u64) {
     (&found[..count], end)
 }
 
-fn edit(first: &Found, end: u64, acts: &[Act], window: &Window<'_>, placeholders: &mut Placeholders) -> Option<Edit> {
+fn edit(
+    first: &Found,
+    range: Range<u64>,
+    acts: &[Act],
+    window: &Window<'_>,
+    placeholders: &mut Placeholders,
+) -> Option<Edit> {
     let Some(Act::Redact(style)) = acts.get(first.rule) else { return None };
-    let range = first.range.start..end;
     let at = |offset: u64| (offset - window.base) as usize;
     let original = window.text.get(at(range.start)..at(range.end))?;
     Some(Edit { replacement: style.replace(&first.label, original, placeholders), range })
@@ -339,4 +358,270 @@ pub(crate) fn patient(at: u64, window: &Window<'_>) -> u64 {
     let end = window.base + window.text.len() as u64;
     let held = end - at;
     if held > IMPATIENT { end + held / 8 } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use regex_automata::meta;
+
+    use super::super::tests::{check_cuts, judged, scanner_of, streamed};
+    use super::*;
+
+    const PLACE: &str = "answer.content";
+
+    fn regexes(list: &[&str]) -> String {
+        let list = serde_json::to_string(list).unwrap();
+        format!(r#"[{{"name":"r","in":["{PLACE}"],"verdict":"redact","regex":{{"list":{list},"window":6}}}}]"#)
+    }
+
+    /// Every text of these letters up to a length.
+    fn texts(letters: &[char], longest: usize) -> Vec<String> {
+        let mut all = vec![String::new()];
+        let mut last = 0;
+        for _ in 0..longest {
+            let next: Vec<String> =
+                all[last..].iter().flat_map(|text| letters.iter().map(move |c| format!("{text}{c}"))).collect();
+            last = all.len();
+            all.extend(next);
+        }
+        all
+    }
+
+    /// Every way to cut a text.
+    fn cuts(text: &str) -> impl Iterator<Item = Vec<&str>> {
+        let places: Vec<usize> = (1..text.len()).filter(|at| text.is_char_boundary(*at)).collect();
+        (0u32..1 << places.len()).map(move |mask| {
+            let mut ends = vec![0];
+            ends.extend(places.iter().enumerate().filter(|(nth, _)| mask >> nth & 1 == 1).map(|(_, at)| *at));
+            ends.push(text.len());
+            ends.windows(2).map(|pair| &text[pair[0]..pair[1]]).collect()
+        })
+    }
+
+    #[test]
+    fn every_short_text_in_every_cut_leaves_as_the_whole() {
+        let json = format!(
+            r#"[{{"name":"a","in":["{PLACE}"],"verdict":"redact","redact":"mask","regex":{{"list":["a{{2,3}}b?"]}}}},
+            {{"name":"b","in":["{PLACE}"],"verdict":"redact","regex":{{"list":["\\bb.{{0,2}}é","^b$"],"label":"b"}}}},
+            {{"name":"c","in":["{PLACE}"],"verdict":"redact","redact":"drop","words":{{"list":["É a","b"],"label":"c"}}}},
+            {{"name":"d","in":["{PLACE}"],"verdict":"block","regex":{{"list":["bab+"],"window":5}}}},
+            {{"name":"e","in":["{PLACE}"],"verdict":"flag","words":{{"list":["ab"],"whole":false}}}}]"#
+        );
+        let scanner = scanner_of(&json, "", PLACE);
+        let mut edited = 0;
+        for text in texts(&['a', 'b', ' ', 'é'], 5) {
+            let progress = scanner.judge(&text, &mut Placeholders::default());
+            let expected = progress.apply(&text);
+            edited += usize::from(expected != text);
+            for pieces in cuts(&text) {
+                let (out, all) = streamed(&scanner, &pieces);
+                assert_eq!((&out, all.blocked), (&expected, progress.blocked), "{pieces:?}");
+                assert_eq!(all.found.len(), progress.found.len(), "{pieces:?}");
+            }
+        }
+        assert!(edited > 500, "{edited} texts show something");
+    }
+
+    #[test]
+    fn an_expression_finds_what_its_own_engine_finds() {
+        for expression in [
+            "a{2,3}b?",
+            "a|ab",
+            "(?:ab|a)(?:c|bcd)?",
+            r"a.{0,3}?c",
+            r"(?-u:\b)a[bc]{1,2}(?-u:\b)",
+            "(?i)[AB]c",
+            "^a|c$",
+        ] {
+            let regex = meta::Regex::new(expression).unwrap();
+            let scanner = scanner_of(&regexes(&[expression]), "", PLACE);
+            for text in texts(&['a', 'b', 'c', ' '], 6) {
+                let found = scanner.judge(&text, &mut Placeholders::default()).found;
+                let ours: Vec<Range<u64>> = found.into_iter().map(|found| found.range).collect();
+                let theirs: Vec<Range<u64>> =
+                    regex.find_iter(&text).map(|found| found.start() as u64..found.end() as u64).collect();
+                assert_eq!(ours, theirs, "{expression} in {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_of_matches_that_overlap_is_not_held_without_end() {
+        let json = format!(
+            r#"[{{"name":"a","in":["{PLACE}"],"verdict":"redact","regex":{{"list":["a[a-z]{{8}}z"],"label":"a"}}}},
+            {{"name":"b","in":["{PLACE}"],"verdict":"redact","regex":{{"list":["x[a-z]{{8}}y"],"label":"b"}}}}]"#
+        );
+        let scanner = scanner_of(&json, "", PLACE);
+        // From each a to a z, from each x to a y, without end.
+        let text = "abbbyxbbbz".repeat(600);
+        let whole = scanner.judge(&text, &mut Placeholders::default());
+        assert!(whole.edits.len() > 3 && whole.edits.len() < 20, "{}", whole.edits.len());
+        let pieces: Vec<&str> = text.as_bytes().chunks(7).map(|piece| std::str::from_utf8(piece).unwrap()).collect();
+        assert_eq!(streamed(&scanner, &pieces), (whole.apply(&text), whole));
+    }
+
+    #[test]
+    fn words_far_before_count_the_same_though_they_were_forgotten() {
+        let secrets = r#""secrets":{"known":false,"gitleaks":"/rules.toml"}"#;
+        let json = format!(
+            r#"[{{"name":"p","in":["{PLACE}"],"verdict":"redact",{secrets}}},
+            {{"name":"f","in":["{PLACE}"],"verdict":"flag",{secrets}}}]"#
+        );
+        let file = include_str!("../../tests/fixtures/guardrails/gitleaks.toml");
+        let scanner = scanner_of(&json, file, PLACE);
+        let mut counted = 0;
+        for gap in (0..700).step_by(3) {
+            let text = format!("{} vault {} 77-55-33.", "né ".repeat(300), "é\n".repeat(gap / 3));
+            let whole = scanner.judge(&text, &mut Placeholders::default());
+            counted += usize::from(!whole.edits.is_empty());
+            for size in [1, 5, 64] {
+                let (out, all) = streamed(&scanner, &cut(&text, &[size]));
+                assert_eq!((out, all.found.len()), (whole.apply(&text), whole.found.len()), "{gap} in {size}");
+            }
+        }
+        assert!((10..40).contains(&counted), "{counted} of them have the word near");
+    }
+
+    #[test]
+    fn a_match_is_cut_at_its_window() {
+        let (out, progress) = judged(&regexes(&["a[^b]+b"]), PLACE, "a123b a12345b");
+        assert_eq!(out, "[PATTERN] a12345b", "{progress:?}");
+        check_cuts(&scanner_of(&regexes(&["a[^b]+b"]), "", PLACE), "a123b a12345b aab");
+    }
+
+    #[test]
+    fn a_long_wait_is_looked_at_again_only_now_and_then_and_ends_the_same() {
+        let json = format!(
+            r#"[{{"name":"r","in":["{PLACE}"],"verdict":"redact","regex":{{"list":["<[a-z]+>"],"window":4000}}}}]"#
+        );
+        let scanner = scanner_of(&json, "", PLACE);
+        for len in [3000, 5000] {
+            let text = format!("x <{}> y", "q".repeat(len));
+            let pieces: Vec<&str> =
+                text.as_bytes().chunks(7).map(|piece| std::str::from_utf8(piece).unwrap()).collect();
+            let whole = scanner.judge(&text, &mut Placeholders::default()).apply(&text);
+            assert_eq!(streamed(&scanner, &pieces).0, whole);
+            assert_eq!(whole == "x [PATTERN] y", len == 3000);
+        }
+    }
+
+    /// All kinds at once.
+    const ALL: &str = r#"[
+        {"name":"pii","in":["answer.content"],"verdict":"redact","pii":{"find":["email","phone","card","iban","ip","url","birth_date"],
+            "countries":["au","be","br","ca","ch","de","es","fr","gb","in","it","nl","pl","se","us"]}},
+        {"name":"keys","in":["answer.content"],"verdict":"redact","secrets":{"assigned":true}},
+        {"name":"words","in":["answer.content"],"verdict":"redact","redact":"mask","words":{"list":["Project Kestrel","straße","σοφός"]}},
+        {"name":"raw","in":["answer.content"],"verdict":"redact","words":{"list":["XK7"],"case":true,"whole":false}},
+        {"name":"regex","in":["answer.content"],"verdict":"redact","regex":{"list":["(?i)ticket [a-z]{2,4}-\\d{1,6}","\\bé\\w{1,4}"]}},
+        {"name":"tags","in":["answer.content"],"verdict":"redact","regex":{"list":["<s>.*?</s>"],"window":40}},
+        {"name":"stop","in":["answer.content"],"verdict":"block","words":{"list":["abort now"]}},
+        {"name":"loop","in":["answer.content"],"verdict":"block","repetition":{"times":5,"piece_bytes_max":40,"bytes_min":40}},
+        {"name":"seen","in":["answer.content"],"verdict":"flag","regex":{"list":["[a-z]{3}\\d"]}}]"#;
+
+    const PARTS: &[&str] = &[
+        " ",
+        " ",
+        " ",
+        ", ",
+        ". ",
+        "\n",
+        "-",
+        "@",
+        "+",
+        "(",
+        ")",
+        ":",
+        "the ",
+        "call ",
+        "phone ",
+        "born ",
+        "ann",
+        "bob@mail.example",
+        "4111 1111 1111 1111",
+        "4111-1111",
+        "378282246310005",
+        "GB82 WEST 1234 5698 7654 32",
+        "DE89370400440532013000",
+        "555-123-4567",
+        "+46 (0)179 459 33",
+        "078-05-1120",
+        "192.168.17.4",
+        "2001:db8::8a2e:370:7334",
+        "https://a.example/x?y=1",
+        "14 March 1987",
+        "1987-03-14",
+        "12345678Z",
+        "AB 12 34 56 C",
+        "project ",
+        "KESTREL",
+        "Kestrel",
+        "STRASSE",
+        "straße",
+        "ΣΟΦΌΣ",
+        "XK7",
+        "xk7",
+        "Ticket ",
+        "abc-123",
+        "é",
+        "éclair",
+        "<s>",
+        "</s>",
+        "abort ",
+        "now",
+        "again and ",
+        "password = ",
+        "hunter2hunter2",
+        "ghp_",
+        "0123456789abcdefABCDEFghijklmnopqrst",
+        "AKIA",
+        "Z7Q2M4N6P8R3T5V2",
+        "-----BEGIN PRIVATE KEY-----",
+        "MIIEvQIBADANBgkqhkiG9w0B",
+        "eyJhbGciOiJIUzI1NiJ9",
+        ".eyJzdWIiOiIxIn0",
+        ".c2lnbmF0dXJl",
+        "postgres://u:",
+        "p4ssw0rd!@h",
+        "😀",
+        "世界",
+        "a1",
+        "7",
+        "19",
+        "2024",
+    ];
+
+    fn text() -> impl Strategy<Value = String> {
+        proptest::collection::vec((0..PARTS.len()).prop_map(|at| PARTS[at]), 0..40).prop_map(|parts| parts.concat())
+    }
+
+    fn cut<'t>(text: &'t str, sizes: &[usize]) -> Vec<&'t str> {
+        let (mut pieces, mut at) = (Vec::new(), 0);
+        for size in sizes.iter().cycle() {
+            if at >= text.len() {
+                break;
+            }
+            let end = text.ceil_char_boundary((at + size).min(text.len()));
+            pieces.push(&text[at..end]);
+            at = end;
+        }
+        pieces
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_text_and_the_cuts_the_same_leaves(text in text(), sizes in proptest::collection::vec(1usize..24, 1..12)) {
+            thread_local!(static SCANNER: Arc<Scanner> = scanner_of(ALL, "", PLACE));
+            let scanner = SCANNER.with(Arc::clone);
+            let whole = scanner.judge(&text, &mut Placeholders::default());
+            let (out, all) = streamed(&scanner, &cut(&text, &sizes));
+            prop_assert_eq!(out, whole.apply(&text));
+            prop_assert_eq!(all.blocked, whole.blocked);
+            let sorted = |mut found: Vec<Found>| {
+                found.sort_by_key(|found| (found.range.start, found.range.end, found.rule));
+                found
+            };
+            prop_assert_eq!(sorted(all.found), sorted(whole.found));
+        }
+    }
 }

@@ -5,6 +5,7 @@
 //! and chosen by what it costs on prose. Bytes are looked for with vector compares, literals by hashed trigrams that are
 //! sampled every few bytes, as Wu and Manber do. A trigger is a suspicion, never a verdict.
 
+use memchr::memmem;
 use regex_syntax::hir::{Class, Hir, HirKind};
 
 /// A set of bytes.
@@ -58,6 +59,8 @@ pub(crate) struct Need {
     bytes: ByteSet,
     /// Folded with [`fold`].
     literals: Vec<Vec<u8>>,
+    /// As they are.
+    exact: Vec<Vec<u8>>,
     /// From the start of a match to the start of what it contains.
     pub reach: usize,
 }
@@ -79,7 +82,7 @@ fn frequency(byte: u8) -> f32 {
         b' ' => 170.,
         b'.' | b',' | b'\n' => 11.,
         b'-' | b'\'' | b'"' => 4.,
-        b'0'..=b'9' => 2.,
+        b'0'..=b'9' => 0.5,
         128.. => 3.,
         _ => 0.7,
     }
@@ -87,7 +90,7 @@ fn frequency(byte: u8) -> f32 {
 
 impl Need {
     fn of_bytes(bytes: ByteSet) -> Self {
-        Self { bytes, literals: Vec::new(), reach: 0 }
+        Self { bytes, literals: Vec::new(), exact: Vec::new(), reach: 0 }
     }
 
     /// What a literal needs. With `folded`, its letters stand for both cases.
@@ -113,16 +116,17 @@ impl Need {
     /// The cheapest need of things in a row.
     fn of_all(parts: &[Hir], window: usize) -> Option<Self> {
         let mut best = Best::default();
-        let (mut run, mut run_at, mut at) = (Vec::new(), Some(0), Some(0usize));
+        let (mut run, mut folded, mut run_at, mut at) = (Vec::new(), false, Some(0), Some(0usize));
         for part in parts {
             match letters(part) {
-                Some(mut letters) => {
+                Some((mut letters, either)) => {
                     if run.is_empty() {
-                        run_at = at;
+                        (run_at, folded) = (at, false);
                     }
                     run.append(&mut letters);
+                    folded |= either;
                 }
-                None => best.literal(&std::mem::take(&mut run), true, run_at),
+                None => best.literal(&std::mem::take(&mut run), folded, run_at),
             }
             if let (Some(need), Some(at)) = (Self::of(part, window), at) {
                 best.offer(Self { reach: need.reach + at, ..need });
@@ -130,7 +134,7 @@ impl Need {
             let next = part.properties().maximum_len().zip(at).map_or(window, |(len, at)| len + at);
             at = Some(next.min(window));
         }
-        best.literal(&run, true, run_at);
+        best.literal(&run, folded, run_at);
         best.take()
     }
 
@@ -145,17 +149,18 @@ impl Need {
     fn join(&mut self, mut other: Self) {
         self.bytes.union(&other.bytes);
         self.literals.append(&mut other.literals);
+        self.exact.append(&mut other.exact);
         self.reach = self.reach.max(other.reach);
     }
 
     /// About what looking for it costs, in nanoseconds for a thousand bytes of prose.
     fn cost(&self) -> f32 {
         let shortest = self.literals.iter().map(Vec::len).min();
-        let looking = shortest.map_or(100., |len| 1200. / (len - 2) as f32);
+        let looking = shortest.map_or(100., |len| 1200. / (len - 2) as f32) + 400. * self.exact.len() as f32;
         let bytes: f32 = self.bytes.bytes().map(frequency).sum();
         // With every other rule that needs bytes, suspicions become more.
         let hits = bytes + self.literals.iter().map(|literal| if literal.len() > 4 { 0.2 } else { 1. }).sum::<f32>();
-        looking + hits * (10 * self.reach + 40) as f32
+        looking + (hits + 0.1 * self.exact.len() as f32) * (10 * self.reach.max(NEAR) + 40) as f32
     }
 }
 
@@ -187,7 +192,11 @@ impl Best {
         }
         if literal.len() >= 3 && literal.is_ascii() {
             let folded = literal.iter().map(|byte| fold(*byte)).collect();
-            self.offer(Need { bytes: ByteSet::EMPTY, literals: vec![folded], reach: at });
+            self.offer(Need { literals: vec![folded], reach: at, ..Need::of_bytes(ByteSet::EMPTY) });
+        }
+        // A search of its own, which pays where a suspicion is dear.
+        if literal.len() >= 3 && !folded {
+            self.offer(Need { exact: vec![literal.to_vec()], reach: at, ..Need::of_bytes(ByteSet::EMPTY) });
         }
     }
 
@@ -196,15 +205,15 @@ impl Best {
     }
 }
 
-/// The bytes of something that is one literal but for the case of its letters, in lower case.
-fn letters(hir: &Hir) -> Option<Vec<u8>> {
+/// The bytes of something that is one literal but for the case of its letters, and whether it is so.
+fn letters(hir: &Hir) -> Option<(Vec<u8>, bool)> {
     match hir.kind() {
-        HirKind::Literal(literal) if literal.0.is_ascii() => Some(literal.0.to_ascii_lowercase()),
+        HirKind::Literal(literal) if literal.0.is_ascii() => Some((literal.0.to_vec(), false)),
         HirKind::Class(class) => {
             let bytes: Vec<u8> = first_bytes(class).bytes().collect();
             match bytes[..] {
                 [upper, lower] if upper.is_ascii_uppercase() && lower == upper.to_ascii_lowercase() => {
-                    Some(vec![lower])
+                    Some((vec![lower], true))
                 }
                 _ => None,
             }
@@ -247,26 +256,35 @@ struct Part {
 enum Probe {
     Bytes(Bytes),
     Grams(Grams),
+    Text(memmem::Finder<'static>),
 }
 
 /// Needs with a longer reach are looked for on their own, or each suspicion of another would cost as much as theirs.
 const NEAR: usize = 4;
 
+/// So many literals are looked for each on its own.
+const SEARCHES_MAX: usize = 12;
+
 impl Triggers {
     /// The triggers for rules with these needs; None if a rule may begin anywhere.
     pub fn new(needs: &[Option<Need>]) -> Option<Self> {
-        let mut parts: Vec<Need> = Vec::new();
+        let (mut parts, mut alone): (Vec<Need>, usize) = (Vec::new(), 0);
         for need in needs {
-            for need in split(need.as_ref()?) {
+            for mut need in split(need.as_ref()?) {
+                if alone > SEARCHES_MAX {
+                    need.literals.extend(need.exact.drain(..).map(|text| text.into_iter().map(fold).collect()));
+                }
+                alone += need.exact.len();
                 match parts.iter_mut().find(|part| together(part, &need)) {
                     Some(part) => part.join(need),
                     None => parts.push(need),
                 }
             }
         }
-        let longest = parts.iter().flat_map(|need| &need.literals).map(Vec::len).max().unwrap_or(1);
+        let longest =
+            parts.iter().flat_map(|need| need.literals.iter().chain(&need.exact)).map(Vec::len).max().unwrap_or(1);
         let zone = parts.iter().map(|need| need.reach).max().unwrap_or(0) + longest;
-        let parts = parts.iter().filter(|need| !need.bytes.is_empty() || !need.literals.is_empty()).map(part).collect();
+        let parts = parts.iter().map(part).collect();
         Some(Self { parts, zone })
     }
 
@@ -278,18 +296,27 @@ impl Triggers {
 
 /// Bytes and literals apart.
 fn split(need: &Need) -> impl Iterator<Item = Need> {
-    let bytes = Need { literals: Vec::new(), ..need.clone() };
-    let literals = Need { bytes: ByteSet::EMPTY, ..need.clone() };
-    [bytes, literals].into_iter().filter(|need| !need.bytes.is_empty() || !need.literals.is_empty())
+    let none = Need { reach: need.reach, ..Need::of_bytes(ByteSet::EMPTY) };
+    let bytes = Need { bytes: need.bytes, ..none.clone() };
+    let literals = Need { literals: need.literals.clone(), ..none.clone() };
+    let exact = need.exact.iter().map(move |text| Need { exact: vec![text.clone()], ..none.clone() });
+    let used = |need: &Need| !need.bytes.is_empty() || !need.literals.is_empty() || !need.exact.is_empty();
+    [bytes, literals].into_iter().chain(exact.collect::<Vec<_>>()).filter(used)
 }
 
 fn together(a: &Need, b: &Need) -> bool {
+    if !a.exact.is_empty() || !b.exact.is_empty() {
+        return a.exact == b.exact;
+    }
     let near = |need: &Need| need.reach <= NEAR;
     let alike = a.bytes == b.bytes || (near(a) && near(b));
     a.literals.is_empty() == b.literals.is_empty() && (if a.literals.is_empty() { alike } else { near(a) == near(b) })
 }
 
 fn part(need: &Need) -> Part {
+    if let Some(text) = need.exact.first() {
+        return Part { probe: Probe::Text(memmem::Finder::new(text).into_owned()), reach: need.reach };
+    }
     match need.literals.is_empty() {
         true => Part { probe: Probe::Bytes(Bytes::new(need.bytes)), reach: need.reach },
         false => {
@@ -303,21 +330,29 @@ fn part(need: &Need) -> Part {
 /// A search for places where matches may begin.
 pub(crate) struct Hits<'t> {
     triggers: &'t Triggers,
-    next: Vec<Option<usize>>,
+    /// For each part the next hits that lie so near to each other that matches may begin at every place between.
+    next: Vec<Option<(usize, usize)>>,
 }
 
 impl Hits<'_> {
-    /// The first place from `from` on where a match may begin, or the text's length.
-    pub fn next(&mut self, text: &[u8], from: usize) -> usize {
-        let mut best = text.len();
+    /// The first place from `from` on where a match may begin (or the text's length), and the last place behind it up
+    /// to which that is true of every place.
+    pub fn next(&mut self, text: &[u8], from: usize) -> (usize, usize) {
+        let (mut first, mut last) = (text.len(), text.len());
         for (part, next) in self.triggers.parts.iter().zip(&mut self.next) {
-            let hit = match *next {
-                Some(hit) if hit >= from => hit,
-                _ => *next.insert(part.probe.find(text, from)),
+            let (hit, end) = match *next {
+                Some(hits) if hits.1 >= from => hits,
+                _ => {
+                    let hit = part.probe.find(text, from);
+                    *next.insert((hit, part.probe.run(text, hit, part.reach)))
+                }
             };
-            best = best.min(hit.saturating_sub(part.reach).max(from));
+            let start = hit.saturating_sub(part.reach).max(from);
+            if start < first || (start == first && end > last) {
+                (first, last) = (start, end);
+            }
         }
-        best
+        (first, last)
     }
 }
 
@@ -328,10 +363,29 @@ impl Probe {
         let found = match self {
             Self::Bytes(bytes) => bytes.find(rest),
             Self::Grams(grams) => grams.find(rest),
+            Self::Text(finder) => finder.find(rest),
         };
         found.map_or(usize::MAX, |at| at + from)
     }
 }
+
+impl Probe {
+    /// The last of the hits from `hit` on of which none is further than `reach` from the one before.
+    fn run(&self, text: &[u8], hit: usize, reach: usize) -> usize {
+        let Self::Bytes(bytes) = self else { return hit };
+        let (mut end, mut at) = (hit, hit.saturating_add(1));
+        while at < text.len() && at <= end + reach + 1 && end < hit + RUN_MAX {
+            if bytes.has(text[at]) {
+                end = at;
+            }
+            at += 1;
+        }
+        end
+    }
+}
+
+/// Looking ahead further than this is left for later.
+const RUN_MAX: usize = 256;
 
 /// Finds a byte of a set.
 #[derive(Debug)]
@@ -339,25 +393,33 @@ enum Bytes {
     One(u8),
     Two(u8, u8),
     Three(u8, u8, u8),
-    Ranges([(u8, u8); RANGES]),
+    Ranges(Box<[(u8, u8)]>),
     Many(Box<[bool; 256]>),
 }
 
 /// Up to so many ranges, comparing is faster than a table.
-const RANGES: usize = 8;
+const RANGES: usize = 12;
 
 impl Bytes {
     fn new(set: ByteSet) -> Self {
         let all: Vec<u8> = set.bytes().collect();
         let ranges = set.ranges();
-        match (&all[..], ranges.first()) {
-            ([a], _) => Self::One(*a),
-            ([a, b], _) => Self::Two(*a, *b),
-            ([a, b, c], _) => Self::Three(*a, *b, *c),
-            (_, Some(first)) if ranges.len() <= RANGES => {
-                Self::Ranges(std::array::from_fn(|index| *ranges.get(index).unwrap_or(first)))
-            }
+        match all[..] {
+            [a] => Self::One(a),
+            [a, b] => Self::Two(a, b),
+            [a, b, c] => Self::Three(a, b, c),
+            _ if ranges.len() <= RANGES => Self::Ranges(ranges.into()),
             _ => Self::Many(Box::new(std::array::from_fn(|byte| set.has(byte as u8)))),
+        }
+    }
+
+    fn has(&self, byte: u8) -> bool {
+        match self {
+            Self::One(a) => byte == *a,
+            Self::Two(a, b) => byte == *a || byte == *b,
+            Self::Three(a, b, c) => byte == *a || byte == *b || byte == *c,
+            Self::Ranges(ranges) => ranges.iter().any(|(low, high)| byte.wrapping_sub(*low) <= high - low),
+            Self::Many(table) => table[usize::from(byte)],
         }
     }
 
@@ -372,8 +434,13 @@ impl Bytes {
     }
 }
 
-fn in_ranges(ranges: &[(u8, u8); RANGES], text: &[u8]) -> Option<usize> {
+fn in_ranges(ranges: &[(u8, u8)], text: &[u8]) -> Option<usize> {
     let within = |byte: u8| ranges.iter().any(|(low, high)| byte.wrapping_sub(*low) <= high - low);
+    // Where there is one there are more: the next bytes first.
+    let near = text.len().min(8);
+    if let Some(at) = text[..near].iter().position(|byte| within(*byte)) {
+        return Some(at);
+    }
     let (chunks, _) = text.as_chunks::<32>();
     // Written so that the compiler makes vector compares of it.
     let suspicious = |chunk: &[u8; 32]| {
@@ -449,9 +516,9 @@ mod tests {
         let mut hits = triggers.search();
         let (mut at, mut all) = (0, Vec::new());
         while at < text.len() {
-            at = hits.next(text.as_bytes(), at);
-            all.push(at);
-            at += 1;
+            let (first, last) = hits.next(text.as_bytes(), at);
+            all.extend(first..=last);
+            at = last.max(first) + 1;
         }
         all.retain(|at| *at < text.len());
         all

@@ -179,14 +179,18 @@ impl Search for Reading {
             return self.at;
         }
         let words = Arc::clone(&self.words);
-        let mut start = (self.at - window.base) as usize;
+        // Up to `open`, matches may begin anywhere.
+        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
         let mut hits = words.triggers.as_ref().map(|triggers| {
             let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
             (triggers.search(), sure)
         });
         while start < len {
-            if let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure) {
-                start = hits.next(window.text.as_bytes(), start).min(*sure);
+            if start >= open
+                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
+            {
+                let (first, last) = hits.next(window.text.as_bytes(), start);
+                (start, open) = (first.min(*sure), last.saturating_add(1));
             }
             if start >= len || !self.look(&words, window, start) {
                 break;
@@ -284,4 +288,60 @@ fn c_len(lead: u8) -> usize {
 /// Whether no letter or digit stands directly before.
 fn free_before(text: &str, start: usize) -> bool {
     !text[..start].chars().next_back().is_some_and(char::is_alphanumeric)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{built, built_with, judged, same_however_cut};
+
+    fn rule(words: &str) -> String {
+        format!(r#"[{{"name":"w","in":["answer.content"],"verdict":"redact","words":{words}}}]"#)
+    }
+
+    fn out(words: &str, text: &str) -> String {
+        same_however_cut(&rule(words), "answer.content", text);
+        judged(&rule(words), "answer.content", text).0
+    }
+
+    #[test]
+    fn case_does_not_count_in_any_alphabet() {
+        let words = r#"{"list":["Straße","Σοφός","ЁЛКА","kelvin"]}"#;
+        let text = "STRAßE σοφόσ ёлка KELVIN";
+        assert_eq!(out(words, "straße Ёлка Kelvin"), "[WORD] [WORD] [WORD]");
+        assert_eq!(out(words, text), "[WORD] σοφόσ [WORD] [WORD]", "a final sigma is another letter");
+        assert_eq!(out(r#"{"list":["Kelvin"],"case":true}"#, "kelvin Kelvin"), "kelvin [WORD]");
+    }
+
+    #[test]
+    fn words_stand_alone_unless_told_otherwise() {
+        assert_eq!(
+            out(r#"{"list":["cat"]}"#, "cat concat cats (cat) écat cat9"),
+            "[WORD] concat cats ([WORD]) écat cat9"
+        );
+        assert_eq!(out(r#"{"list":["cat"],"whole":false}"#, "concat cats"), "con[WORD] [WORD]s");
+    }
+
+    #[test]
+    fn the_longest_word_counts() {
+        assert_eq!(out(r#"{"list":["a","a b","a b c d"],"label":"x"}"#, "a b c e a b c d a"), "[X] c e [X] [X]");
+    }
+
+    #[test]
+    fn many_words_are_as_good_as_few() {
+        let list: Vec<String> = (0..5000).map(|n| format!("word number {n}")).collect();
+        let json = rule(&format!(r#"{{"list":{}}}"#, serde_json::to_string(&list).unwrap()));
+        let (out, progress) =
+            judged(&json, "answer.content", "a word number 4711, Word Number 12345 and word number 0");
+        assert_eq!((out.as_str(), progress.found.len()), ("a [WORD], Word Number 12345 and [WORD]", 2));
+    }
+
+    #[test]
+    fn a_file_has_one_word_a_line() {
+        let json = rule(r#"{"file":"/words"}"#);
+        let file = "# comment\n  one\n\ntwo three\n";
+        let (out, _) = super::super::tests::judged_with(&json, file, "answer.content", "one, two three # comment");
+        assert_eq!(out, "[WORD], [WORD] # comment");
+        assert!(built_with(&rule(r#"{"list":[" "]}"#), "").unwrap_err()[0].0.ends_with(".list[0]"));
+        assert!(built(&rule("{}")).unwrap_err()[0].1.contains("no words"));
+    }
 }

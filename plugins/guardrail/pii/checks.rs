@@ -1,5 +1,9 @@
 //! Check digits, and words that stand before something.
 
+use std::sync::LazyLock;
+
+use aho_corasick::AhoCorasick;
+
 use super::Candidate;
 
 /// The digits of a text as numbers.
@@ -74,14 +78,42 @@ pub fn mod11_10(number: &[u8]) -> bool {
     (11 - body.iter().fold(10, step)) % 10 == u32::from(*check)
 }
 
-/// Whether one of these words begins within the last `within` bytes before the match.
+/// Words that stand before something, in either case.
+pub struct Before(LazyLock<Option<AhoCorasick>>);
+
+impl Before {
+    /// Words of a list, in lower case.
+    pub const fn new(make: fn() -> Option<AhoCorasick>) -> Self {
+        Self(LazyLock::new(make))
+    }
+
+    /// Whether one of them begins within the last `within` bytes before the match.
+    pub fn stands(&self, candidate: &Candidate<'_>, within: usize) -> bool {
+        let near = near(candidate, within);
+        let Some(words) = self.0.as_ref() else { return false };
+        words.find_overlapping_iter(near).any(|word| begins_a_word(near, word.start()))
+    }
+}
+
+/// A search for these words.
+pub fn searched(words: &[&str]) -> Option<AhoCorasick> {
+    AhoCorasick::builder().ascii_case_insensitive(true).build(words).ok()
+}
+
+/// Whether one of a few words begins within the last `within` bytes before the match.
 pub fn context(candidate: &Candidate<'_>, words: &[&str], within: usize) -> bool {
-    let before = candidate.before();
-    let near = &before[before.ceil_char_boundary(before.len().saturating_sub(within))..];
-    let lower = near.to_lowercase();
-    let stands = |word: &&str| {
-        let begins = |at: usize| !lower[..at].chars().next_back().is_some_and(char::is_alphabetic);
-        lower.match_indices(*word).any(|(at, _)| begins(at))
+    let near = near(candidate, within);
+    let here = |at: usize, word: &str| {
+        near.as_bytes().get(at..at + word.len()).is_some_and(|bytes| bytes.eq_ignore_ascii_case(word.as_bytes()))
     };
-    words.iter().any(stands)
+    (0..near.len()).any(|at| words.iter().any(|word| here(at, word)) && begins_a_word(near, at))
+}
+
+fn near<'t>(candidate: &Candidate<'t>, within: usize) -> &'t str {
+    let before = candidate.before();
+    &before[before.ceil_char_boundary(before.len().saturating_sub(within))..]
+}
+
+fn begins_a_word(text: &str, at: usize) -> bool {
+    text.get(..at).is_some_and(|before| !before.chars().next_back().is_some_and(char::is_alphabetic))
 }

@@ -53,7 +53,7 @@ impl Country {
     pub(super) fn entities(self) -> &'static [Entity] {
         match self {
             Self::Au => entities! {
-                "au_tfn" r"\b[0-9]{3} ?[0-9]{3} ?[0-9]{3}\b" |c| said(c, &["tfn", "tax file"], |n| weighted(n, &[1, 4, 3, 7, 5, 8, 6, 9, 10]) % 11 == 0);
+                "au_tfn" r"\b[0-9]{3} ?[0-9]{3} ?[0-9]{3}\b" |c| said(c, &["tfn", "tax file"], |n| weighted(n, &[1, 4, 3, 7, 5, 8, 6, 9, 10]).is_multiple_of(11));
             },
             Self::Be => entities! {
                 "be_nrn" r"\b[0-9]{2}\.[0-9]{2}\.[0-9]{2}-[0-9]{3}\.[0-9]{2}\b" |c| checked(c, belgian);
@@ -67,7 +67,7 @@ impl Country {
                 "ca_sin" r"\b[1-9][0-9]{8}\b" |c| said(c, &["sin", "social insurance"], luhn);
             },
             Self::Ch => entities! {
-                "ch_ahv" r"\b756\.?[0-9]{4}\.?[0-9]{4}\.?[0-9]{2}\b" |c| checked(c, |n| weighted(n, &[1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1]) % 10 == 0);
+                "ch_ahv" r"\b756\.?[0-9]{4}\.?[0-9]{4}\.?[0-9]{2}\b" |c| checked(c, |n| weighted(n, &[1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1]).is_multiple_of(10));
             },
             Self::De => entities! {
                 "de_tax_id" r"\b[1-9][0-9] ?[0-9]{3} ?[0-9]{3} ?[0-9]{3}\b" |c| said(c, &["steuer", "tax", "tin", "idnr", "id-nr"], mod11_10);
@@ -81,7 +81,7 @@ impl Country {
             },
             Self::Gb => entities! {
                 "gb_nino" r"(?i)\b[a-ceghj-prstw-z][a-ceghj-npr-tw-z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[a-d]\b" british;
-                "gb_nhs" r"\b[0-9]{3}[ -]?[0-9]{3}[ -]?[0-9]{4}\b" |c| said(c, &["nhs"], |n| weighted(n, &[10, 9, 8, 7, 6, 5, 4, 3, 2, 1]) % 11 == 0);
+                "gb_nhs" r"\b[0-9]{3}[ -]?[0-9]{3}[ -]?[0-9]{4}\b" |c| said(c, &["nhs"], |n| weighted(n, &[10, 9, 8, 7, 6, 5, 4, 3, 2, 1]).is_multiple_of(11));
                 "gb_passport" r"\b[0-9]{9}\b" |c| near(c, &["passport"]);
             },
             Self::In => entities! {
@@ -93,7 +93,7 @@ impl Country {
                 "it_fiscal_code" r"(?i)\b[a-z]{6}[0-9]{2}[a-ehlmprst][0-9]{2}[a-z][0-9]{3}[a-z]\b" italian;
             },
             Self::Nl => entities! {
-                "nl_bsn" r"\b[0-9]{9}\b" |c| said(c, &["bsn", "burgerservice", "sofi"], |n| (weighted(n, &[9, 8, 7, 6, 5, 4, 3, 2]) + 11 * 11 - u32::from(n[8])) % 11 == 0);
+                "nl_bsn" r"\b[0-9]{9}\b" |c| said(c, &["bsn", "burgerservice", "sofi"], |n| (weighted(n, &[9, 8, 7, 6, 5, 4, 3, 2]) + 11 * 11 - u32::from(n[8])).is_multiple_of(11));
             },
             Self::Pl => entities! {
                 "pl_pesel" r"\b[0-9]{11}\b" |c| checked(c, polish);
@@ -161,7 +161,7 @@ fn cpf(number: &[u8]) -> bool {
 fn polish(number: &[u8]) -> bool {
     let (month, day) = (value(&number[2..4]) % 20, value(&number[4..6]));
     let date = (1..=12).contains(&month) && (1..=31).contains(&day);
-    date && weighted(number, &[1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1]) % 10 == 0
+    date && weighted(number, &[1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1]).is_multiple_of(10)
 }
 
 /// The letter is the number modulo 23; X, Y and Z stand for 0, 1 and 2.
