@@ -32,7 +32,7 @@ impl Embedding {
     }
 
     /// What texts that stand one after another are about.
-    pub fn of_parts(parts: &[&str]) -> Self {
+    pub fn of_parts<T: AsRef<str>>(parts: &[T]) -> Self {
         let mut sum = Sum::new();
         let mut first = [0; MOST_TOKENS];
         match read(parts, &mut first) {
@@ -111,10 +111,10 @@ enum Read {
     TooMany,
 }
 
-fn read(parts: &[&str], into: &mut [u16; MOST_TOKENS]) -> Read {
+fn read<T: AsRef<str>>(parts: &[T], into: &mut [u16; MOST_TOKENS]) -> Read {
     let mut count = 0;
     let flow = parts.iter().try_for_each(|part| {
-        tokens::each(part, |id| match into.get_mut(count) {
+        tokens::each(part.as_ref(), |id| match into.get_mut(count) {
             Some(slot) => {
                 *slot = id;
                 count += 1;
@@ -135,9 +135,9 @@ struct Last {
 impl Last {
     /// A space parts words whatever is around it, so reading may begin at any. It begins near the end, and where that
     /// holds too few tokens, farther before.
-    fn of(parts: &[&str]) -> Self {
-        let all: usize = parts.iter().map(|part| part.len()).sum();
-        let mut bytes = 8 * HALF;
+    fn of<T: AsRef<str>>(parts: &[T]) -> Self {
+        let all = parts.iter().map(|part| part.as_ref().len()).sum();
+        let mut bytes: usize = 8 * HALF;
         loop {
             let mut last = Self { ids: [0; HALF], seen: 0 };
             last.read(parts, bytes);
@@ -148,9 +148,9 @@ impl Last {
         }
     }
 
-    fn read(&mut self, parts: &[&str], bytes: usize) {
-        let mut ahead: usize = parts.iter().map(|part| part.len()).sum();
-        for part in parts {
+    fn read<T: AsRef<str>>(&mut self, parts: &[T], bytes: usize) {
+        let mut ahead: usize = parts.iter().map(|part| part.as_ref().len()).sum();
+        for part in parts.iter().map(T::as_ref) {
             let skipped = ahead.saturating_sub(bytes);
             ahead -= part.len();
             if skipped < part.len() {

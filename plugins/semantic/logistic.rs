@@ -23,15 +23,18 @@ pub(crate) struct Regression<'a> {
 
 const MEMORY: usize = 10;
 const MOST_STEPS: usize = 200;
-const TOLERANCE: f64 = 1e-3;
+
+/// How steep the slope may be where training ends, for each example.
+const TOLERANCE: f64 = 5e-6;
 
 impl Regression<'_> {
     /// The weights, class by class. There is no constant: give a feature that is always 1 for one.
     pub(crate) fn fit(&self) -> Vec<f32> {
         let mut point = Point::at(self, vec![0.0; self.count * self.width]);
         let mut history = VecDeque::with_capacity(MEMORY);
+        let flat = TOLERANCE * self.strength * self.classes.len() as f64;
         for _ in 0..MOST_STEPS {
-            if largest(&point.slope) <= TOLERANCE {
+            if largest(&point.slope) <= flat {
                 break;
             }
             let Some(next) = self.step(&point, &direction(&point.slope, &history)) else { break };
@@ -65,15 +68,16 @@ impl Regression<'_> {
     /// The loss, and its slope into `slope`.
     fn loss(&self, weights: &[f64], slope: &mut [f64]) -> f64 {
         let mut loss = 0.0;
-        let mut shares = vec![0.0; self.count];
-        for (row, class) in self.features.chunks_exact(self.width).zip(self.classes) {
+        let (mut shares, mut row) = (vec![0.0; self.count], vec![0.0; self.width]);
+        for (features, class) in self.features.chunks_exact(self.width).zip(self.classes) {
+            row.iter_mut().zip(features).for_each(|(x, feature)| *x = f64::from(*feature));
             for (share, weights) in shares.iter_mut().zip(weights.chunks_exact(self.width)) {
-                *share = product(weights, row);
+                *share = inner(weights, &row);
             }
             loss += normalise(&mut shares, *class);
             shares[*class] -= 1.0;
             for (share, slope) in shares.iter().zip(slope.chunks_exact_mut(self.width)) {
-                add(slope, *share, row);
+                add_scaled(slope, *share, &row);
             }
         }
         loss
@@ -91,24 +95,6 @@ fn normalise(logits: &mut [f64], class: usize) -> f64 {
     }
     logits.iter_mut().for_each(|share| *share /= sum);
     ln(sum) - own
-}
-
-fn product(weights: &[f64], row: &[f32]) -> f64 {
-    let mut lanes = [0.0; 8];
-    let ((weights, last_weights), (row, last_row)) = (weights.as_chunks::<8>(), row.as_chunks::<8>());
-    for (weights, row) in weights.iter().zip(row) {
-        for ((lane, weight), x) in lanes.iter_mut().zip(weights).zip(row) {
-            *lane += weight * f64::from(*x);
-        }
-    }
-    let rest: f64 = last_weights.iter().zip(last_row).map(|(weight, x)| weight * f64::from(*x)).sum();
-    lanes.iter().sum::<f64>() + rest
-}
-
-fn add(slope: &mut [f64], share: f64, row: &[f32]) {
-    for (slope, x) in slope.iter_mut().zip(row) {
-        *slope += share * f64::from(*x);
-    }
 }
 
 struct Point {
