@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! cargo run --release -p infergate-plugins --example accuracy -- --train F --test F [--test F]... [--shots 5,10,20]
-//! cargo run --release -p infergate-plugins --example accuracy -- --difficulty F [--difficulty F]... [--write F]
+//! cargo run --release -p infergate-plugins --example accuracy -- --difficulty F [--difficulty F]...
+//! cargo run --release -p infergate-plugins --example accuracy -- --calibrate F [--calibrate F]... [--write F]
 //! cargo run --release -p infergate-plugins --example accuracy -- --attacks F [--benign F]...
 //! ```
 //!
 //! A row of the first and the last has `text` and `label`; labels that the training file does not have are out of
-//! scope. A row of the second has `text`, `weak_ok` and `strong_ok`.
+//! scope. A row of the others has `text`, `weak_ok` and `strong_ok`.
 
 use std::error::Error;
 use std::time::Instant;
@@ -32,10 +33,9 @@ fn main() -> Result<(), Failure> {
     }
     if !given("--difficulty").is_empty() {
         difficulty(&read(&given("--difficulty"))?);
-        if let Some(path) = given("--write").first() {
-            let trained = Difficulty::train(&read(&given("--difficulty"))?, false);
-            std::fs::write(path, serde_json::to_string(&trained)? + "\n")?;
-        }
+    }
+    if !given("--calibrate").is_empty() {
+        calibrate(&read(&given("--calibrate"))?, given("--write").first().copied())?;
     }
     if !given("--attacks").is_empty() {
         injection(&read(&given("--attacks"))?, &given("--benign"))?;
@@ -64,7 +64,12 @@ fn routes(train: &[Row], test: &[Row], shots: &str) -> Result<(), Failure> {
             mean += found.mean_accuracy / count;
             area += found.auroc.unwrap_or(f64::NAN) / count;
         }
-        println!("shots {shots}: accuracy {:.1} (labels alike {:.1}), AUROC {:.1}", accuracy * 1e2, mean * 1e2, area * 1e2);
+        println!(
+            "shots {shots}: accuracy {:.1} (labels alike {:.1}), AUROC {:.1}",
+            accuracy * 1e2,
+            mean * 1e2,
+            area * 1e2
+        );
     }
     Ok(())
 }
@@ -121,12 +126,26 @@ fn difficulty(prompts: &[Labelled]) {
     }
 }
 
+/// The default, with its shares as they are in these prompts.
+fn calibrate(prompts: &[Labelled], path: Option<&str>) -> Result<(), Failure> {
+    let mut default = Difficulty::counters_only().ok_or("the default is broken")?;
+    default.calibrate(prompts.iter().map(|prompt| prompt.text.as_str()));
+    let scores: Vec<f32> = prompts.iter().map(|prompt| default.score(&prompt.text)).collect();
+    println!("the default: APGR {:.3}", recovered(prompts, &scores));
+    if let Some(path) = path {
+        std::fs::write(path, serde_json::to_string(&default)? + "\n")?;
+    }
+    Ok(())
+}
+
 /// Each prompt's score from a training that did not see it.
 fn crossed(prompts: &[Labelled], embedded: bool, draw: u64) -> Vec<f32> {
-    let fold = |at: usize| ((at as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_mul(draw) >> 40) as usize % FOLDS;
+    let fold =
+        |at: usize| ((at as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_mul(draw) >> 40) as usize % FOLDS;
     let mut scores = vec![0.0; prompts.len()];
     for out in 0..FOLDS {
-        let train: Vec<Labelled> = (0..prompts.len()).filter(|at| fold(*at) != out).map(|at| prompts[at].clone()).collect();
+        let train: Vec<Labelled> =
+            (0..prompts.len()).filter(|at| fold(*at) != out).map(|at| prompts[at].clone()).collect();
         let trained = Difficulty::train(&train, embedded);
         for at in (0..prompts.len()).filter(|at| fold(*at) == out) {
             scores[at] = trained.score(&prompts[at].text);
@@ -149,8 +168,7 @@ fn recovered(prompts: &[Labelled], scores: &[f32]) -> f64 {
 }
 
 fn injection(attacks: &[Row], benign: &[&str]) -> Result<(), Failure> {
-    let kinds: [(&str, fn(&str) -> f32); 2] = [("score", Injection::score), ("plain", Injection::plain)];
-    for (name, score) in kinds {
+    for (name, score) in [("score", Injection::score as fn(&str) -> f32), ("plain", Injection::plain)] {
         let high: Vec<f32> = attacks.iter().map(|row| score(&row.text)).collect();
         let above = |of: &[f32], least: f32| of.iter().filter(|x| **x > least).count() as f64 * 1e2 / of.len() as f64;
         let (strict, wide) = (Injection::ONE_IN_A_HUNDRED, Injection::MOST_ATTACKS);

@@ -46,8 +46,7 @@ mod tests {
     #[test]
     fn the_model_is_the_one_that_the_manifest_names() {
         use sha2::{Digest, Sha256};
-        let manifest: serde_json::Value =
-            serde_json::from_str(include_str!("semantic/model/MANIFEST.json")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_str(include_str!("semantic/model/MANIFEST.json")).unwrap();
         let files = manifest["files"].as_array().unwrap();
         assert_eq!(files.len(), 6);
         for file in files {

@@ -23,8 +23,8 @@ pub struct Config {
     pub weak: String,
     /// The model for what is difficult.
     pub strong: String,
-    /// The share of prompts for the strong model, from 0 to 1, as they were when the score was trained. Yours differ:
-    /// look at the metrics, and set the threshold instead.
+    /// The share of prompts for the strong model, from 0 to 1, of prompts like exam questions. Yours differ: look at the
+    /// metrics, and set the threshold instead.
     #[serde(default = "half")]
     pub strong_share: f32,
     /// The score from which on the strong model answers, from -1 to 1. It stands before the share.
@@ -67,13 +67,14 @@ pub struct Difficulty {
     deviations: [f32; COUNTERS],
     strong: Vec<f32>,
     weak: Vec<f32>,
-    /// The scores of the prompts it was trained on, at each hundredth.
+    /// The scores of the prompts it was trained on or calibrated with, at each hundredth.
     hundredths: Vec<f32>,
 }
 
 impl Difficulty {
-    /// The counters-only default, trained on RouteLLM's released answers to MMLU and GSM8K (Mixtral-8x7B against
-    /// GPT-4), or nothing if the file in the binary is broken, which a test rules out.
+    /// The counters-only default: weights set by hand, so that what is long, and full of numbers, commas, symbols and
+    /// repetition, counts as difficult. Its means are those of the questions of MMLU and GSM8K that RouteLLM released.
+    /// Nothing if the file in the binary is broken, which a test rules out.
     pub fn counters_only() -> Option<Self> {
         Self::read(include_str!("difficulty/counters.json")).ok()
     }
@@ -93,15 +94,21 @@ impl Difficulty {
         let counters: Vec<_> = prompts.iter().map(|prompt| counters(&prompt.text)).collect();
         let (means, deviations) = spread(&counters);
         let width = if embedded { DIMENSIONS } else { 0 } + COUNTERS + 1;
-        let mut trained = Self { means, deviations, strong: vec![0.0; width], weak: vec![0.0; width], hundredths: Vec::new() };
+        let mut trained =
+            Self { means, deviations, strong: vec![0.0; width], weak: vec![0.0; width], hundredths: Vec::new() };
         let features: Vec<f32> = prompts.iter().flat_map(|prompt| trained.features(&prompt.text)).collect();
         trained.strong = head(&features, width, prompts.iter().map(|prompt| prompt.strong_ok));
         trained.weak = head(&features, width, prompts.iter().map(|prompt| prompt.weak_ok));
-        let mut scores: Vec<f32> = prompts.iter().map(|prompt| trained.score(&prompt.text)).collect();
+        trained.calibrate(prompts.iter().map(|prompt| prompt.text.as_str()));
+        trained
+    }
+
+    /// Makes shares mean those of such texts, one's own traffic for instance. They need no labels.
+    pub fn calibrate<'a>(&mut self, texts: impl Iterator<Item = &'a str>) {
+        let mut scores: Vec<f32> = texts.map(|text| self.score(text)).collect();
         scores.sort_by(f32::total_cmp);
         let hundredth = |at: usize| scores.get((scores.len().max(1) - 1) * at / 100).copied().unwrap_or(0.0);
-        trained.hundredths = (0..=100).map(hundredth).collect();
-        trained
+        self.hundredths = (0..=100).map(hundredth).collect();
     }
 
     /// How much likelier the strong model is right, from -1 to 1.
@@ -123,10 +130,14 @@ impl Difficulty {
         (likely(strong) - likely(weak)) as f32
     }
 
-    /// The score that `share` of the prompts it was trained on are above.
+    /// The score that `share` of the prompts it was calibrated with are above; none is where the share is 0, and all
+    /// are where it is 1, others too.
     pub fn threshold(&self, share: f32) -> f32 {
-        let at = ((1.0 - share.clamp(0.0, 1.0)) * 100.0).round() as usize;
-        self.hundredths.get(at).copied().unwrap_or(f32::MAX)
+        match share {
+            ..=0.0 => f32::MAX,
+            1.0.. => f32::MIN,
+            _ => self.hundredths.get(((1.0 - share) * 100.0).round() as usize).copied().unwrap_or(f32::MAX),
+        }
     }
 
     fn features(&self, text: &str) -> Vec<f32> {
@@ -155,7 +166,8 @@ fn spread(counters: &[[f32; COUNTERS]]) -> ([f32; COUNTERS], [f32; COUNTERS]) {
     let (mut means, mut deviations) = ([0.0; COUNTERS], [1.0; COUNTERS]);
     for at in 0..COUNTERS {
         let mean = counters.iter().map(|row| f64::from(row[at])).sum::<f64>() / count;
-        let variance = counters.iter().map(|row| (f64::from(row[at]) - mean) * (f64::from(row[at]) - mean)).sum::<f64>();
+        let variance =
+            counters.iter().map(|row| (f64::from(row[at]) - mean) * (f64::from(row[at]) - mean)).sum::<f64>();
         means[at] = mean as f32;
         deviations[at] = ((variance / count).sqrt() as f32).max(1e-3);
     }
@@ -251,8 +263,20 @@ impl Counts {
     }
 }
 
-const ASKS: [&str; 12] =
-    ["prove", "why", "how", "explain", "derive", "show", "calculate", "determine", "find", "analyze", "compare", "evaluate"];
+const ASKS: [&str; 12] = [
+    "prove",
+    "why",
+    "how",
+    "explain",
+    "derive",
+    "show",
+    "calculate",
+    "determine",
+    "find",
+    "analyze",
+    "compare",
+    "evaluate",
+];
 
 fn is_maths(letter: char) -> bool {
     matches!(letter, '=' | '+' | '*' | '/' | '^' | '\\' | '<' | '>' | '$' | '%' | '∀'..='⋿' | '×' | '÷' | '±')
@@ -268,7 +292,8 @@ pub struct Pair {
 }
 
 pub(super) fn build(config: &Config) -> Result<Pair, Wrong> {
-    let trained = Difficulty::counters_only().ok_or_else(|| (String::new(), "the default score is broken".to_owned()))?;
+    let trained =
+        Difficulty::counters_only().ok_or_else(|| (String::new(), "the default score is broken".to_owned()))?;
     Pair::of(config, trained)
 }
 
@@ -321,8 +346,12 @@ mod tests {
     /// Prompts of which the weak model gets the long ones wrong.
     fn labelled() -> Vec<Labelled> {
         let prompt = |n: usize| {
-            let hard = n % 2 == 0;
-            let text = if hard { format!("Prove, for all {n}, that 1 + {n} = {n} + 1, and explain why").repeat(1 + n % 5) } else { format!("Say hello {n}") };
+            let hard = n.is_multiple_of(2);
+            let text = if hard {
+                format!("Prove, for all {n}, that 1 + {n} = {n} + 1, and explain why").repeat(1 + n % 5)
+            } else {
+                format!("Say hello {n}")
+            };
             Labelled { text, weak_ok: !hard, strong_ok: true }
         };
         (0..60).map(prompt).collect()
@@ -347,7 +376,12 @@ mod tests {
         let default = Difficulty::counters_only().unwrap();
         let hard = "A train leaves at 9:40 and travels 120 km at 80 km/h, then 45 km at 30 km/h, waits 12 minutes, and \
                     goes back at 66 km/h. If 3 of 7 such trains are late by 5 minutes, when is the last one back?";
-        assert!(default.score(hard) > default.score("Say hello."), "{} {}", default.score(hard), default.score("Say hello."));
+        assert!(
+            default.score(hard) > default.score("Say hello."),
+            "{} {}",
+            default.score(hard),
+            default.score("Say hello.")
+        );
     }
 
     #[test]
@@ -356,10 +390,12 @@ mod tests {
             let json = format!(r#"[{{"difficulty": {{"weak": "w", "strong": "s"{more}}}}}]"#);
             asked(built(&json).unwrap()[0].router.as_ref(), "What is the capital of France?")
         };
-        let model = |answer| if let Answer::Route(Choice { model, .. }) = answer { model.to_string() } else { String::new() };
+        let model =
+            |answer| if let Answer::Route(Choice { model, .. }) = answer { model.to_string() } else { String::new() };
         assert_eq!(model(ask(r#","threshold": 1"#)), "w");
         assert_eq!(model(ask(r#","threshold": -1"#)), "s");
         assert_eq!(model(ask(r#","strong_share": 1"#)), "s");
+        assert_eq!(model(ask(r#","strong_share": 0"#)), "w");
     }
 
     #[test]

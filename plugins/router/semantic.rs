@@ -153,7 +153,10 @@ impl Semantic {
         });
         let twins = self.report.twins.iter().map(|twins| {
             let [a, b] = &twins.labels;
-            let message = format!("{b} is hard to tell from {a} (cosine {:.2}): join them or sharpen their examples", twins.cosine);
+            let message = format!(
+                "{b} is hard to tell from {a} (cosine {:.2}): join them or sharpen their examples",
+                twins.cosine
+            );
             (format!(".routes[{}]", route(b)), message)
         });
         let unknown = self.report.unknown.iter().map(|at| {
@@ -200,7 +203,9 @@ mod tests {
     #[test]
     fn a_prompt_goes_to_the_model_of_its_route() {
         let router = &router("")[0].router;
-        for (text, model) in [("implement quicksort in c++", "coder"), ("move 20 euros to my checking account", "small")] {
+        for (text, model) in
+            [("implement quicksort in c++", "coder"), ("move 20 euros to my checking account", "small")]
+        {
             let Answer::Route(choice) = asked(router.as_ref(), text) else { panic!("{text} passes") };
             assert_eq!(&*choice.model, model);
             assert!(choice.score > 0.5 && choice.margin > 0.0);
@@ -238,13 +243,16 @@ mod tests {
             {"name": "a", "model": "m", "examples": ["hello"]}, {"name": "a", "model": "", "examples": []}]}},
             {"semantic": {"routes": []}}]"#;
         let paths: Vec<String> = built(json).unwrap_err().into_iter().map(|(path, _)| path).collect();
-        assert_eq!(paths, [
-            "[0].semantic.routes[1].model",
-            "[0].semantic.routes[1].name",
-            "[0].semantic.routes[1].examples",
-            "[0].semantic.least_margin",
-            "[1].semantic.routes",
-        ]);
+        assert_eq!(
+            paths,
+            [
+                "[0].semantic.routes[1].model",
+                "[0].semantic.routes[1].name",
+                "[0].semantic.routes[1].examples",
+                "[0].semantic.least_margin",
+                "[1].semantic.routes",
+            ]
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod language;
 
 use std::sync::Arc;
 
-use aho_corasick::{AhoCorasick, MatchKind};
+use aho_corasick::{AhoCorasick, AhoCorasickBuilder, AhoCorasickKind, MatchKind};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -126,7 +126,7 @@ fn stands_alone(text: &str, start: usize, end: usize) -> bool {
     let goes_on = |at: Option<&u8>| at.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_');
     let word = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_alphanumeric);
     let before = start.checked_sub(1).and_then(|at| bytes.get(at));
-    !(word(start) && goes_on(before)) && !(word(end - 1) && goes_on(bytes.get(end)))
+    !(word(start) && goes_on(before) || word(end - 1) && goes_on(bytes.get(end)))
 }
 
 #[derive(Clone, Copy)]
@@ -161,8 +161,10 @@ const LISTS: [(Kind, &[&str]); 4] = [
 static KIND_OF: std::sync::LazyLock<Vec<Kind>> =
     std::sync::LazyLock::new(|| LISTS.iter().flat_map(|(kind, words)| words.iter().map(|_| *kind)).collect());
 
-static WORDS: std::sync::LazyLock<Automaton> =
-    std::sync::LazyLock::new(|| Automaton::of(LISTS.iter().flat_map(|(_, words)| words.iter().copied())));
+static WORDS: std::sync::LazyLock<Automaton> = std::sync::LazyLock::new(|| {
+    let words = LISTS.iter().flat_map(|(_, words)| words.iter().copied());
+    Automaton(builder().kind(Some(AhoCorasickKind::DFA)).build(words).ok())
+});
 
 /// An automaton over words, whatever their case. It finds nothing where there is too much to look for, which
 /// [`build`] refuses.
@@ -171,13 +173,18 @@ struct Automaton(Option<AhoCorasick>);
 
 impl Automaton {
     fn of<'a>(words: impl Iterator<Item = &'a str>) -> Self {
-        let mut builder = AhoCorasick::builder();
-        Self(builder.ascii_case_insensitive(true).match_kind(MatchKind::LeftmostLongest).build(words).ok())
+        Self(builder().build(words).ok())
     }
 
     fn find_iter<'a>(&'a self, text: &'a str) -> impl Iterator<Item = aho_corasick::Match> + 'a {
         self.0.iter().flat_map(move |automaton| automaton.find_iter(text))
     }
+}
+
+fn builder() -> AhoCorasickBuilder {
+    let mut builder = AhoCorasick::builder();
+    builder.ascii_case_insensitive(true).match_kind(MatchKind::LeftmostLongest);
+    builder
 }
 
 /// A rule over signals: all that it names must hold.
@@ -269,17 +276,19 @@ impl Rule {
             && is(config.code, signals.code)
             && is(config.maths, signals.maths)
             && is(config.structured, signals.structured)
-            && config.languages.as_ref().is_none_or(|codes| {
-                signals.language.is_some_and(|language| codes.iter().any(|code| code == language))
-            })
+            && config
+                .languages
+                .as_ref()
+                .is_none_or(|codes| signals.language.is_some_and(|language| codes.iter().any(|code| code == language)))
             && self.words.as_ref().is_none_or(|words| said(words, prompt))
     }
 }
 
 fn said(words: &Automaton, prompt: &Prompt<'_>) -> bool {
-    prompt.asked().iter().any(|span| {
-        words.find_iter(span.text).any(|found| stands_alone(span.text, found.start(), found.end()))
-    })
+    prompt
+        .asked()
+        .iter()
+        .any(|span| words.find_iter(span.text).any(|found| stands_alone(span.text, found.start(), found.end())))
 }
 
 impl Router for Rule {
@@ -322,7 +331,9 @@ mod tests {
         ] {
             assert!(signals(text).code, "{text}");
         }
-        for text in ["What is the dress code for a wedding?", "My trust in the classroom decoder is gone", "rusty nails"] {
+        for text in
+            ["What is the dress code for a wedding?", "My trust in the classroom decoder is gone", "rusty nails"]
+        {
             assert!(!signals(text).code, "{text}");
         }
     }

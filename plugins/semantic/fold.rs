@@ -89,7 +89,7 @@ fn compatible(letter: char, plain: &mut String) {
 /// Whether a letter is no form of another; that it may be written in parts, as `é` may, makes it none.
 fn stands_for_itself(letter: char) -> bool {
     let (mut canonical, mut compatible) = (0_u64, 0_u64);
-    let add = |sum: &mut u64, part: char| *sum = (*sum << 21 | *sum >> 43) ^ u64::from(u32::from(part));
+    let add = |sum: &mut u64, part: char| *sum = sum.rotate_left(21) ^ u64::from(u32::from(part));
     decompose_canonical(letter, |part| add(&mut canonical, part));
     decompose_compatible(letter, |part| add(&mut compatible, part));
     canonical == compatible

@@ -20,7 +20,7 @@ impl Injection {
     pub const ONE_IN_A_HUNDRED: f32 = -0.321_753_83;
 
     /// Above this, 95 of a hundred jailbreaks were found, and one benign text in twenty.
-    pub const MOST_ATTACKS: f32 = -2.139_597_9;
+    pub const MOST_ATTACKS: f32 = -2.139_598;
 
     /// How much `text` looks like an attack: the most of what it says, of what it says in disguise, and of what is
     /// packed into it.

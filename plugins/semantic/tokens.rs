@@ -228,8 +228,7 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn of(text: &'static str) -> Self {
-        let mut built =
-            Self { text: text.as_bytes(), ends: Vec::with_capacity(IDS + 1), slots: vec![EMPTY; SLOTS] };
+        let mut built = Self { text: text.as_bytes(), ends: Vec::with_capacity(IDS + 1), slots: vec![EMPTY; SLOTS] };
         built.ends.push(0);
         for line in text.split_inclusive('\n').take(IDS) {
             let id = built.ends.len() as u32 - 1;

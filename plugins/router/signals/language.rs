@@ -13,17 +13,19 @@ pub(super) const KNOWN: [&str; 23] = [
 const LATIN: usize = 10;
 
 /// Enough to tell.
-const MOST_WORDS: usize = 400;
+const MOST_WORDS: usize = 200;
+const MOST_LETTERS: usize = 1000;
 
 /// The language of texts that belong together, if one is clearly ahead.
 pub(super) fn guess<'a>(texts: impl Iterator<Item = &'a str> + Clone) -> Option<&'static str> {
     let mut scripts = [0_u32; KNOWN.len()];
     let (mut latin, mut seen) = (0_u32, 0);
-    for letter in texts.clone().flat_map(str::chars).take(8 * MOST_WORDS).filter(|c| c.is_alphabetic()) {
+    for letter in texts.clone().flat_map(str::chars).take(MOST_LETTERS).filter(|c| c.is_alphabetic()) {
         seen += 1;
-        match script(letter) {
-            Some(language) => scripts[language] += 1,
-            None => latin += u32::from(u32::from(letter) < 0x250),
+        if u32::from(letter) < 0x250 {
+            latin += 1;
+        } else if let Some(language) = script(letter) {
+            scripts[language] += 1;
         }
     }
     if seen == 0 {
