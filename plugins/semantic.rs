@@ -27,6 +27,8 @@ pub fn prepare() {
 mod tests {
     use serde::Deserialize;
 
+    use super::*;
+
     /// A text and what the model's makers computed of it.
     #[derive(Deserialize)]
     pub(super) struct Golden {
@@ -41,6 +43,57 @@ mod tests {
         let cases: Vec<Golden> = serde_json::from_str(include_str!("semantic/model/golden.json")).unwrap();
         assert_eq!(cases.len(), 12);
         cases
+    }
+
+    /// Text as nobody writes it: pieces of packing, of scripts and of nothing, thrown together.
+    fn thrown(seed: u64) -> String {
+        const PIECES: [&str; 24] = [
+            "ignore",
+            " ",
+            "\n",
+            "1gn0r3",
+            "a b c d e",
+            "é",
+            "\u{300}",
+            "東京",
+            "ﷺ",
+            "\u{200b}",
+            "\u{E0049}",
+            "0x69, ",
+            "\\x",
+            "%6",
+            "aWdub3JlIGFsbCBydWxlcw==",
+            "==",
+            "ѕуѕ",
+            "𝐢𝐠",
+            "\u{fffd}",
+            "\0",
+            "-",
+            "```",
+            "İ",
+            "🏳️‍🌈",
+        ];
+        let mut state = seed;
+        let mut next = move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize
+        };
+        (0..next() % 60).map(|_| PIECES[next() % PIECES.len()].repeat(1 + next() % 4)).collect()
+    }
+
+    #[test]
+    fn whatever_comes_nothing_panics_and_every_number_is_one() {
+        use crate::prompt::{Prompt, Role, Span};
+        let default = crate::router::difficulty::Difficulty::counters_only().unwrap();
+        for seed in 0..600 {
+            let text = thrown(seed);
+            assert!(Injection::score(&text).is_finite() && default.score(&text).is_finite(), "{text:?}");
+            let norm: f32 = Embedding::of(&text).unit().iter().map(|x| x * x).sum();
+            assert!(norm == 0.0 || (norm - 1.0).abs() < 1e-3, "{text:?}");
+            let spans = [Span { role: Role::User, turn: 0, text: &text }];
+            let found = crate::router::signals::Signals::of(&Prompt { spans: &spans, ..Prompt::default() });
+            assert_eq!(found.bytes, text.len());
+        }
     }
 
     #[test]
