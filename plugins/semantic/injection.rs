@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 
 use super::embed::{DIMENSIONS, Sum, Vector, dot};
 use super::fold::Folded;
+use super::logistic::ln;
 use super::tokens;
 
 /// The classifier. Scores are log odds: above [`Injection::ONE_IN_A_HUNDRED`] about one benign text in a hundred is
@@ -41,6 +42,11 @@ impl Injection {
     }
 }
 
+/// The more windows, the likelier one of them looks like an attack by chance: what the logarithm of their number takes
+/// off the score. So much keeps one in a hundred of documents of 2,000 benign tokens above the threshold that one in a
+/// hundred short texts are above; without it 13 are.
+const WINDOW_ODDS: f32 = 0.65;
+
 /// A window is two of these, and begins at each.
 const STRIDE: usize = 64;
 
@@ -50,12 +56,14 @@ struct Reader {
     blocks: [Block; 2],
     whole: Features,
     last: Option<u16>,
+    /// The highest score of a window, and how many there were.
     most: f32,
+    windows: u32,
 }
 
 impl Reader {
     fn new() -> Self {
-        Self { blocks: [Block::new(), Block::new()], whole: Features::new(), last: None, most: f32::MIN }
+        Self { blocks: [Block::new(), Block::new()], whole: Features::new(), last: None, most: f32::MIN, windows: 0 }
     }
 
     fn read(&mut self, id: u16) {
@@ -86,12 +94,14 @@ impl Reader {
             features.add(&block.sum.vector);
         }
         self.most = self.most.max(features.score());
+        self.windows += 1;
     }
 
     fn score(mut self) -> f32 {
         self.window();
         self.whole.add(&self.blocks[1].sum.vector);
-        self.most.max(self.whole.score())
+        let chances = WINDOW_ODDS * ln(f64::from(self.windows)) as f32;
+        (self.most - chances).max(self.whole.score())
     }
 }
 
@@ -229,6 +239,13 @@ mod tests {
             let text = format!("{}{attack}{}", &filler[..at], &filler[at..]);
             assert!(Injection::score(&text) > Injection::ONE_IN_A_HUNDRED, "at {at}: {}", Injection::score(&text));
         }
+    }
+
+    #[test]
+    fn a_long_text_must_look_more_like_an_attack_than_a_short_one() {
+        let filler = "The harvest was good that year, and the mill by the river ran late into the evening. ";
+        let score = |sentences| Injection::score(&format!("{ATTACK} {}", filler.repeat(sentences)));
+        assert!(score(10) > score(100) + 0.5, "{} {}", score(10), score(100));
     }
 
     #[test]
