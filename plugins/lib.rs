@@ -9,6 +9,7 @@
 //! | authenticator | who asks, and who pays | [`authenticator::Authenticator`] |
 //! | guardrail | which text may pass, and how it is changed | [`guardrail::Finder`] |
 //! | provider | how one family of model servers wants to be spoken to | [`provider::Provider`] |
+//! | router | which model answers a request that leaves it open | [`router::Router`] |
 //! | sink | what leaves of the audit journal, and in which shape | [`sink::Sink`] |
 //!
 //! # A whole plugin
@@ -43,6 +44,9 @@
 pub mod authenticator;
 pub mod guardrail;
 pub mod operation;
+pub mod prompt;
 pub mod provider;
+pub mod router;
 pub mod secret;
+pub mod semantic;
 pub mod sink;

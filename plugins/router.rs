@@ -1,0 +1,161 @@
+//! Routers: which model answers a request that leaves it open. They are asked in order, and the first answer wins.
+
+pub mod difficulty;
+pub mod evaluation;
+pub mod semantic;
+pub mod signals;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::prompt::Prompt;
+
+/// One way of choosing.
+pub trait Router: Debug + Send + Sync {
+    /// The word for it in `policy.yaml`.
+    fn kind(&self) -> &'static str;
+
+    /// The model for this prompt, as far as it is for this router to say.
+    fn ask(&self, prompt: &Prompt<'_>) -> Answer;
+
+    /// The models that it may choose.
+    fn models(&self) -> Vec<Arc<str>>;
+}
+
+/// What a router says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// This model.
+    Route(Choice),
+    /// That is not for it to say: the next one is asked.
+    Pass(Why),
+}
+
+/// A model that was chosen, and how clearly: for the header and the record.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// The model.
+    pub model: Arc<str>,
+    /// The name of the route or the rule that chose it.
+    pub route: Arc<str>,
+    /// How likely it is the right one, or how difficult the prompt is; 1 where there was nothing to weigh.
+    pub score: f32,
+    /// How far that is from another choice.
+    pub margin: f32,
+}
+
+/// Why a router does not choose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Why {
+    /// Nothing is asked, or nothing that its vocabulary knows.
+    Unknown,
+    /// What is asked is like none of its examples: their likeness, and the least that would do.
+    OutOfScope(f32, f32),
+    /// Two routes are about as good: the margin, and the least that would do.
+    Unsure(f32, f32),
+    /// Its conditions do not hold.
+    Unmatched,
+}
+
+/// One way of choosing. Exactly one of the kinds must be given.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Router")]
+pub struct Config {
+    /// By what the prompt is about, told by examples.
+    #[serde(default)]
+    pub semantic: Option<semantic::Config>,
+    /// By what can be counted: size, language, code, maths, words.
+    #[serde(default)]
+    pub signals: Option<signals::Config>,
+    /// By how difficult it is: one of two models.
+    #[serde(default)]
+    pub difficulty: Option<difficulty::Config>,
+}
+
+/// What is wrong, or not good: the key below the list of routers, like `[0].semantic.routes[1].examples`, and what to
+/// do.
+pub type Wrong = (String, String);
+
+/// A router, and what is not good about it though it works.
+#[derive(Debug)]
+pub struct Built {
+    /// The router.
+    pub router: Arc<dyn Router>,
+    /// What `check` warns of.
+    pub warnings: Vec<Wrong>,
+}
+
+/// The routers of a policy, or all that is wrong with them.
+pub fn build(configs: &[Config]) -> Result<Vec<Built>, Vec<Wrong>> {
+    let (mut built, mut wrong) = (Vec::new(), Vec::new());
+    for (index, config) in configs.iter().enumerate() {
+        let at = |(path, message): Wrong| (format!("[{index}]{path}"), message);
+        match one(config) {
+            Ok(one) => built.push(Built { warnings: one.warnings.into_iter().map(at).collect(), ..one }),
+            Err(found) => wrong.extend(found.into_iter().map(at)),
+        }
+    }
+    if wrong.is_empty() { Ok(built) } else { Err(wrong) }
+}
+
+fn one(config: &Config) -> Result<Built, Vec<Wrong>> {
+    match config {
+        Config { semantic: Some(config), signals: None, difficulty: None } => {
+            let below = |(path, message): Wrong| (format!(".semantic{path}"), message);
+            let build = semantic::build(config).map_err(|wrong| wrong.into_iter().map(below).collect::<Vec<_>>())?;
+            let warnings = build.warnings().into_iter().map(below).collect();
+            Ok(Built { router: Arc::new(build), warnings })
+        }
+        Config { semantic: None, signals: Some(config), difficulty: None } => {
+            let below = |(path, message): Wrong| vec![(format!(".signals{path}"), message)];
+            Ok(Built { router: Arc::new(signals::build(config).map_err(below)?), warnings: Vec::new() })
+        }
+        Config { semantic: None, signals: None, difficulty: Some(config) } => {
+            let below = |(path, message): Wrong| vec![(format!(".difficulty{path}"), message)];
+            Ok(Built { router: Arc::new(difficulty::build(config).map_err(below)?), warnings: Vec::new() })
+        }
+        _ => Err(vec![(String::new(), "give exactly one of: semantic, signals, difficulty".to_owned())]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prompt::{Role, Span};
+
+    /// The routers that this JSON configures.
+    pub(super) fn built(json: &str) -> Result<Vec<Built>, Vec<Wrong>> {
+        build(&serde_json::from_str::<Vec<Config>>(json).unwrap())
+    }
+
+    /// What a router says when the user asks `text`.
+    pub(super) fn asked(router: &dyn Router, text: &str) -> Answer {
+        let spans = [Span { role: Role::User, turn: 0, text }];
+        router.ask(&Prompt { spans: &spans, ..Prompt::default() })
+    }
+
+    #[test]
+    fn exactly_one_kind_must_be_given() {
+        let both = r#"[{}, {"signals": {"model": "m", "code": true}, "difficulty": {"weak": "a", "strong": "b"}}]"#;
+        let wrong = built(both).unwrap_err();
+        assert_eq!(wrong.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["[0]", "[1]"]);
+        assert!(wrong[0].1.contains("exactly one"));
+    }
+
+    #[test]
+    fn each_kind_is_called_by_its_key() {
+        for (kind, config) in [
+            ("semantic", r#"{"routes": [{"name": "n", "model": "m", "examples": ["fix this bug"]}]}"#),
+            ("signals", r#"{"model": "m", "code": true}"#),
+            ("difficulty", r#"{"weak": "w", "strong": "s"}"#),
+        ] {
+            let router = &built(&format!(r#"[{{"{kind}": {config}}}]"#)).unwrap()[0].router;
+            assert_eq!(router.kind(), kind);
+            assert!(!router.models().is_empty());
+        }
+    }
+}
