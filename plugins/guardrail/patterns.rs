@@ -20,7 +20,7 @@ use regex_automata::{Anchored, Input, MatchKind, meta};
 use regex_syntax::hir::Hir;
 
 use super::stream::{Finder, Found, IMPATIENT, Search, Window, look_back, patient};
-use super::triggers::{Need, Triggers};
+use super::triggers::{Crowd, Need, Triggers};
 
 /// One expression.
 #[derive(Clone, Debug)]
@@ -362,12 +362,14 @@ impl<J: Judge + 'static> Search for Way<J> {
         let mut hits = patterns.triggers.as_ref().map(|triggers| (triggers.search(), sure(triggers, window)));
         // Up to `open`, matches may begin anywhere.
         let (mut start, mut open) = ((self.at - window.base) as usize, 0);
+        let mut crowd = Crowd::default();
         while start < len {
             if start >= open
                 && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
             {
                 let (first, last) = hits.next(window.text.as_bytes(), start);
-                (start, open) = (first.min(*sure), last.saturating_add(1));
+                open = last.saturating_add(1).max(crowd.open(start, first));
+                start = first.min(*sure);
             }
             if start >= len {
                 break;

@@ -149,6 +149,9 @@ struct Doubts {
 /// The built-in rules begin with so many bytes without a blank, but for `aws ... secret` and `-----BEGIN `.
 const COMPACT: usize = 10;
 
+/// Those that begin with a digit begin with so many letters and digits.
+const COMPACT_NUMBER: usize = 8;
+
 impl Judge for Doubts {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
         let Some(wants) = self.wants.get(candidate.pattern) else { return Ruling::No };
@@ -166,6 +169,10 @@ impl Judge for Doubts {
         let rest = &text[start..];
         if !self.compact || matches!(rest[0], b'a' | b'A' | b'-') {
             return true;
+        }
+        if rest[0].is_ascii_digit() {
+            let near = &rest[..rest.len().min(COMPACT_NUMBER)];
+            return near.iter().all(u8::is_ascii_alphanumeric) && (near.len() == COMPACT_NUMBER || !last);
         }
         let near = &rest[..rest.len().min(COMPACT)];
         !near.iter().any(u8::is_ascii_whitespace) && (near.len() == COMPACT || !last)

@@ -256,7 +256,7 @@ struct Part {
 enum Probe {
     Bytes(Bytes),
     Grams(Grams),
-    Text(memmem::Finder<'static>),
+    Text(Box<memmem::Finder<'static>>),
 }
 
 /// Needs with a longer reach are looked for on their own, or each suspicion of another would cost as much as theirs.
@@ -315,7 +315,7 @@ fn together(a: &Need, b: &Need) -> bool {
 
 fn part(need: &Need) -> Part {
     if let Some(text) = need.exact.first() {
-        return Part { probe: Probe::Text(memmem::Finder::new(text).into_owned()), reach: need.reach };
+        return Part { probe: Probe::Text(Box::new(memmem::Finder::new(text).into_owned())), reach: need.reach };
     }
     match need.literals.is_empty() {
         true => Part { probe: Probe::Bytes(Bytes::new(need.bytes)), reach: need.reach },
@@ -324,6 +324,23 @@ fn part(need: &Need) -> Part {
             let reach = need.reach + grams.step - 1;
             Part { probe: Probe::Grams(grams), reach }
         }
+    }
+}
+
+/// Where suspicions crowd, looking for them costs more than it saves: for a stretch every place counts as one, for a
+/// longer one each time.
+#[derive(Debug, Default)]
+pub(crate) struct Crowd(u32);
+
+impl Crowd {
+    /// The place before which none is excluded, when the next suspicion after `from` is `first`.
+    pub fn open(&mut self, from: usize, first: usize) -> usize {
+        if first.saturating_sub(from) >= 16 {
+            self.0 = 0;
+            return first;
+        }
+        self.0 = (self.0 + 1).min(7);
+        if self.0 < 3 { first } else { first.saturating_add(8 << self.0) }
     }
 }
 

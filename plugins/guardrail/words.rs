@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::stream::{Finder, Found, Search, Window, patient};
-use super::triggers::{Need, Triggers};
+use super::triggers::{Crowd, Need, Triggers};
 use super::{Detector, World, Wrong};
 
 /// Words and phrases. Upper and lower case count as equal in every alphabet that has them, one letter for one letter
@@ -181,6 +181,7 @@ impl Search for Reading {
         let words = Arc::clone(&self.words);
         // Up to `open`, matches may begin anywhere.
         let (mut start, mut open) = ((self.at - window.base) as usize, 0);
+        let mut crowd = Crowd::default();
         let mut hits = words.triggers.as_ref().map(|triggers| {
             let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
             (triggers.search(), sure)
@@ -190,7 +191,8 @@ impl Search for Reading {
                 && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
             {
                 let (first, last) = hits.next(window.text.as_bytes(), start);
-                (start, open) = (first.min(*sure), last.saturating_add(1));
+                open = last.saturating_add(1).max(crowd.open(start, first));
+                start = first.min(*sure);
             }
             if start >= len || !self.look(&words, window, start) {
                 break;
