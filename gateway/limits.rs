@@ -4,6 +4,7 @@
 pub mod admit;
 pub mod density;
 pub mod level;
+pub mod restore;
 pub mod standing;
 pub mod window;
 
@@ -12,7 +13,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use schemars::JsonSchema;
 use serde::Serialize;
 use smallvec::SmallVec;
@@ -227,6 +228,8 @@ pub enum Outcome {
 #[derive(Debug, Default)]
 pub struct Levels {
     levels: DashMap<u128, Arc<Level>>,
+    /// The limits whose levels have what was spent before the process began.
+    restored: DashSet<u128>,
     hashers: (RandomState, RandomState),
 }
 
@@ -269,6 +272,20 @@ impl Levels {
         }
         let known = self.levels.get(&key).map(|level| level.clone());
         known.unwrap_or_else(|| self.level(key, &limit.name, &parts.join(" ")))
+    }
+
+    fn is_restored(&self, limit: &Limit) -> bool {
+        self.restored.contains(&limit.apart)
+    }
+
+    fn set_restored(&self, limit: &Limit) {
+        self.restored.insert(limit.apart);
+    }
+
+    /// Limits that no policy names any more are asked for again when they come back.
+    fn forget_restored<'a>(&self, limits: impl Iterator<Item = &'a Arc<Limit>>) {
+        let known: HashSet<u128> = limits.map(|limit| limit.apart).collect();
+        self.restored.retain(|limit| known.contains(limit));
     }
 
     /// Forgets the levels that say nothing.
@@ -559,6 +576,12 @@ impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
         Self { tenant: None, key: None, model: "", surface: "", user: None, input, output, cost, now }
+    }
+
+    /// One that says only whom it belongs to.
+    fn nobody(now: u64) -> Self {
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
+        Self::of_tokens(0, 0, cost, now)
     }
 }
 

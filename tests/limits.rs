@@ -384,3 +384,36 @@ async fn a_tenants_answers_are_never_longer_than_it_may_have() {
         assert_eq!(String::from_utf8_lossy(&wire.heard().last().unwrap().body), goes);
     }
 }
+
+#[tokio::test]
+async fn a_budget_outlives_a_killed_process_and_one_that_is_new_knows_what_was_spent() {
+    let server = model_server().await;
+    let journal = tempfile::tempdir().unwrap();
+    let env = [("INFERGATE_JOURNAL", journal.path().to_str().unwrap())];
+    let text = format!("{}{PRICES}", limited(&server.url(), "  - {name: pocket, usd: 1, per: month}"));
+    let spent = async |gateway: &Gateway| -> u64 {
+        let records = Journal(journal.path().to_owned()).of_kind("request");
+        let cost = records.iter().filter_map(|record| record["cost"]["nanousd"].as_u64()).sum();
+        assert_eq!(left(gateway, "pocket").await, 1_000_000_000 - cost);
+        cost
+    };
+    let mut gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+    gateway.ready().await;
+    for _ in 0..5 {
+        assert_eq!(ask(&gateway, chat(false, 7)).await.status, 200);
+    }
+    gateway.admin("/admin/v1/requests/00000000-0000-7000-8000-000000000000").await;
+    let before = spent(&gateway).await;
+    assert!(before > 0);
+    gateway.signal("KILL");
+    gateway.ended(Duration::from_secs(5)).await;
+    let gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+    gateway.ready().await;
+    assert_eq!(spent(&gateway).await, before);
+    let more = format!("{text}  - {{name: purse, usd: 2, per: day}}\n").replace(PRICES, "");
+    assert_eq!(gateway.reload(&format!("{more}{PRICES}")).await.status, 200);
+    crate::support::eventually("the new budget is restored", Duration::from_secs(10), || async {
+        left(&gateway, "purse").await == 2_000_000_000 - before
+    })
+    .await;
+}

@@ -20,6 +20,7 @@ use crate::egress::Egress;
 use crate::house::House;
 use crate::issuers;
 use crate::ledger::{Ledger, Place};
+use crate::limits::restore::{keep_restored, restore};
 use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
@@ -71,6 +72,9 @@ fn address(text: &str) -> Result<String, String> {
     check_address(text).map(|()| text.to_owned())
 }
 
+/// How long the start waits for the ledger to say what budgets had been spent.
+const RESTORE: Duration = Duration::from_secs(10);
+
 /// Where the policy comes from.
 enum Source {
     /// A file, watched.
@@ -99,6 +103,7 @@ impl Serve {
     fn serve(&self, house: &Arc<House>, levels: Levels) -> Result<(), String> {
         let source = self.source();
         source.load(house)?;
+        restore(house, RESTORE);
         let addresses: Vec<_> = house.settings.listeners.iter().map(|listener| &listener.address).collect();
         house.act("start", By::itself("process"), json!({"upgrade": self.upgrade, "listeners": addresses}));
         let access = Access::new(&house.settings.admin, &|name| std::env::var(name).ok())?;
@@ -216,6 +221,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
     let mut jobs = tokio::task::JoinSet::new();
     jobs.spawn(watch::run(house.clone(), names.clone()));
     jobs.spawn(memory::watch(house.clone()));
+    jobs.spawn(keep_restored(house.clone()));
     match Egress::new(house.settings.ca_file.as_deref()) {
         Ok(egress) => {
             let egress = Arc::new(egress);
