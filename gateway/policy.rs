@@ -6,6 +6,7 @@ mod limits;
 pub mod prices;
 pub mod problem;
 pub mod reload;
+mod shared;
 mod tenants;
 mod traces;
 
@@ -25,6 +26,7 @@ use self::problem::{Document, Problem, nearest};
 pub use self::tenants::{Pattern, Tenant, Tenants};
 use crate::limits::Limit;
 use crate::limits::density::Density;
+use crate::limits::shared::Parameters;
 use crate::money::book::Book;
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
@@ -50,6 +52,8 @@ pub struct Policy {
     pub tenants: Tenants,
     /// How much may be used, whoever asks.
     pub limits: Vec<Arc<Limit>>,
+    /// Where they are shared with other replicas, if they are.
+    pub shared: Option<Arc<Parameters>>,
     /// The pools, by name.
     pub pools: BTreeMap<String, Arc<Pool>>,
     /// Paths that pass through unread.
@@ -318,6 +322,7 @@ impl<'a> Compiler<'a> {
         let tenants = self.tenants(&file, &models);
         let limits = self.limits("limits", None, &file.limits, &file, &models);
         self.limits_are_told_apart(&file, &limits, &tenants);
+        let shared = file.shared.as_ref().and_then(|shared| self.shared(shared));
         self.captured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
@@ -335,6 +340,7 @@ impl<'a> Compiler<'a> {
             authenticators,
             tenants,
             limits,
+            shared,
             pools,
             passthrough,
             priorities: file.priorities,
@@ -632,6 +638,7 @@ impl Policy {
             authenticators: None,
             tenants: Tenants::default(),
             limits: Vec::new(),
+            shared: None,
             pools: BTreeMap::new(),
             passthrough: Vec::new(),
             priority_header: None,

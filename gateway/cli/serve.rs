@@ -18,6 +18,7 @@ use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
 use crate::egress::Egress;
 use crate::house::House;
+use crate::limits;
 use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
@@ -206,6 +207,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
     let mut jobs = tokio::task::JoinSet::new();
     jobs.spawn(watch::run(house.clone(), names.clone()));
     jobs.spawn(memory::watch(house.clone()));
+    jobs.spawn(limits::shared::run(house.clone()));
     match Egress::new(house.settings.ca_file.as_deref()) {
         Ok(egress) => {
             let egress = Arc::new(egress);

@@ -10,6 +10,7 @@ pub mod nats;
 pub mod otlp;
 pub mod process;
 pub mod prometheus;
+pub mod redis;
 pub mod requests;
 pub mod wire;
 
