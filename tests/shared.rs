@@ -12,6 +12,8 @@ use infergate::policy::{World, compile, reload};
 use infergate::settings::Settings;
 use infergate::usage::Usage;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::limits::deaf_server;
@@ -169,6 +171,48 @@ async fn the_places_of_a_replica_that_is_killed_are_free_again() {
     };
     let took = eventually("the places of the dead come back", Duration::from_secs(10), tried).await;
     assert!(took > Duration::from_secs(3), "a replica that is silent for {took:?} may still live");
+}
+
+#[tokio::test]
+async fn a_replica_that_was_frozen_spends_nothing_that_others_were_given_meanwhile() {
+    let (server, redis) = (model_server().await, Redis::start().await);
+    let how = format!("mode: lease, {PATIENT}");
+    let limit = "  - {name: l, requests: 300, per: 1h}";
+    let gateways = replicas(2, &limited(&server.url(), &redis.url(), &how, limit)).await;
+    let mut all = 0;
+    while gateways[0].metric("infergate_limit_lease_held{limit=\"l\"}").await < 10.0 {
+        all += admitted(&gateways[..1], 1).await;
+        assert!(all < 300, "nothing is ever leased");
+    }
+    let calls = || gateways[0].metric("infergate_store_duration_seconds_count{store=\"redis\"}");
+    let before = calls().await;
+    let told = || async { calls().await >= before + 2.0 };
+    eventually("the store knows what it has used", Duration::from_secs(5), told).await;
+    gateways[0].signal("STOP");
+    let limit = Duration::from_secs(30);
+    let began = Instant::now();
+    while all < 300 {
+        all += admitted(&gateways[1..], 10).await;
+        assert!(all <= 300 && began.elapsed() < limit, "{all} of 300 after {:?}", began.elapsed());
+    }
+    // Requests that are there when it wakes, before it has heard of the store.
+    let body = chat(false, 2);
+    let request = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut waiting = Vec::new();
+    for _ in 0..60 {
+        let mut stream = TcpStream::connect(gateways[0].address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        waiting.push(stream);
+    }
+    gateways[0].signal("CONT");
+    for mut stream in waiting {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(["HTTP/1.1 429", "HTTP/1.1 503"].iter().any(|status| answer.starts_with(status)), "{answer}");
+    }
 }
 
 #[tokio::test]

@@ -390,6 +390,48 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_a_limit_is_never_more_than_was_free_when_the_store_last_told() {
+        let (mut count, at) = (Count::default(), terms(10, 1));
+        count.roll(&at);
+        assert_eq!((count.free_of_part(&at, 3), count.free_of_part(&at, 100)), (4, 1), "rounded up");
+        count.take(3);
+        assert_eq!(count.free_of_part(&at, 3), 1);
+        count.set_elsewhere(MINUTE.span(1), 7, 0);
+        assert_eq!((count.free_of_part(&at, 3), count.free(&at)), (0, 0));
+        count.alone();
+        assert_eq!(count.free(&at), 7);
+    }
+
+    #[test]
+    fn a_slice_grows_by_the_stores_word_and_shrinks_by_what_is_left_of_it() {
+        let (mut count, span) = (Count::default(), MINUTE.span(1));
+        count.roll(&terms(100, 1));
+        assert!(!count.resize(span, 0, 20));
+        count.slice -= 15; // Spent while the store was told of 20.
+        assert!(count.resize(span, 20, 10));
+        assert_eq!(count.slice, 0);
+        count.keep(span.from, 12, 5);
+        assert_eq!(count.slice, 7, "what a request did not use is there for the next");
+        assert!(!count.resize(MINUTE.span(60_000), 0, 50) && count.slice == 7, "another span is no matter of this one");
+        count.roll(&terms(100, 60_000));
+        assert_eq!(count.slice, 0, "and none goes on to the next");
+    }
+
+    #[test]
+    fn the_store_is_told_what_this_process_has_used_and_nothing_that_was_restored() {
+        let mut count = Count::default();
+        count.restore(&terms(100, 1), 30);
+        let from = count.take(20);
+        count.take(5);
+        count.settle(from, 20, 8);
+        let own = count.own();
+        assert_eq!((own.used, own.held), (8, 5));
+        count.roll(&terms(100, 60_000));
+        let own = count.own();
+        assert_eq!((own.used, own.held, own.held_before), (0, 0, 5));
+    }
+
+    #[test]
     fn each_threshold_is_told_once_in_a_span() {
         let mut count = Count::default();
         let at = |now| terms(100, now);

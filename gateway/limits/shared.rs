@@ -173,8 +173,12 @@ impl Shared {
 
     /// Whether the store answers.
     pub fn answers(&self) -> bool {
-        let silent = || self.elapsed().saturating_sub(self.contact.load(Ordering::Relaxed));
-        self.up.load(Ordering::Relaxed) && silent() < STALE.as_millis() as u64
+        self.up.load(Ordering::Relaxed) && self.silent() < STALE.as_millis() as u64
+    }
+
+    /// For how many milliseconds the store has not answered.
+    fn silent(&self) -> u64 {
+        self.elapsed().saturating_sub(self.contact.load(Ordering::Relaxed))
     }
 
     fn elapsed(&self) -> u64 {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::{AsyncConnectionConfig, IntoConnectionInfo};
 use serde::Serialize;
 use smallvec::SmallVec;
 use tokio::sync::mpsc;
@@ -15,7 +16,7 @@ use tokio::sync::mpsc;
 use super::super::level::{Count, Level, Own};
 use super::super::window::{Span, Window};
 use super::super::{Hold, Limit, Reservation, Unit, Way, millis};
-use super::{Answer, Ask, Counts, Entry, Parameters, Shared};
+use super::{Answer, Ask, Counts, Entry, Parameters, STALE, Shared};
 use crate::hex;
 use crate::house::House;
 use crate::policy::file::OnStoreError;
@@ -248,6 +249,10 @@ impl Talk {
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }
+            if self.link.is_some() && self.silent() >= STALE {
+                // The process was frozen: others have taken it for dead.
+                self.everything_is_untold();
+            }
             let mut batch = Batch::default();
             if let Ok(Some(ask)) = tokio::time::timeout(tell, asks.recv()).await {
                 batch.asks.push(ask);
@@ -270,8 +275,12 @@ impl Talk {
 
     /// Whether it is time to show that we live.
     fn beats(&self) -> bool {
-        let silent = self.shared.elapsed().saturating_sub(self.shared.contact.load(Ordering::Relaxed));
-        silent >= BEAT.as_millis() as u64
+        self.silent() >= BEAT
+    }
+
+    /// For how long the store has not answered.
+    fn silent(&self) -> Duration {
+        Duration::from_millis(self.shared.silent())
     }
 
     /// Connects, and tells the store all that it should know of us. Returns whether it answers.
@@ -304,13 +313,15 @@ impl Talk {
         }
     }
 
-    /// The store may have forgotten what it was told, and what has been used since it went away it was not told.
+    /// The store may have forgotten what it was told, and what has been used since it went away it was not told. What
+    /// it held for us in advance, it may have given to others.
     fn everything_is_untold(&self) {
         let policy = self.house.policy.get();
         let limits: HashMap<&str, &Arc<Limit>> = policy.all_limits().map(|limit| (&*limit.name, limit)).collect();
         for level in self.house.state.limits.all() {
             let Some(limit) = limits.get(&*level.limit) else { continue };
             let mut count = level.count();
+            count.slice = 0;
             if count.says_something() {
                 self.shared.has_to_tell(limit, &level, &mut count);
             }
@@ -491,7 +502,10 @@ impl Shared {
 
 impl Link {
     async fn new(url: &Secret) -> Result<Self, String> {
-        let client = redis::Client::open(url.reveal()).map_err(|_| "its address is none".to_owned())?;
+        let no_address = |_| "its address is none".to_owned();
+        let address = url.reveal().into_connection_info().map_err(no_address)?;
+        let address = address.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+        let client = redis::Client::open(address).map_err(no_address)?;
         let config = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(None);
         let connection = client.get_multiplexed_async_connection_with_config(&config);
         let mut connection = connection.await.map_err(|error| error.to_string())?;
