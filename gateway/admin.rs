@@ -380,7 +380,13 @@ fn limits(house: &House) -> Value {
         json!({"limit": &*limit.name, "unit": limit.unit, "max": limit.max, "levels": levels})
     };
     let held = house.state.limits.held();
-    json!({"limits": policy.all_limits().map(entry).collect::<Vec<_>>(), "reserved": held})
+    let limits: Vec<Value> = policy.all_limits().map(entry).collect();
+    let mut told = json!({"limits": limits, "reserved": held});
+    if let Some(shared) = &policy.shared {
+        // What others have taken is as the store last told this replica.
+        told["shared"] = json!({"namespace": shared.namespace, "answers": house.state.limits.shared.answers()});
+    }
+    told
 }
 
 /// When the span ends that is counted now, if it does.

@@ -65,10 +65,10 @@ impl House {
         }
     }
 
-    /// Whether new requests are welcome: a policy is in force, the upstreams' names have been looked up, and the
-    /// process is not going down.
+    /// Whether new requests are welcome: a policy is in force, the upstreams' names have been looked up, the process is
+    /// not going down, and the store of shared limits answers if nothing is allowed without it.
     pub fn ready(&self) -> bool {
-        self.started.load(Ordering::Relaxed) && !self.draining()
+        self.started.load(Ordering::Relaxed) && !self.draining() && !self.state.limits.shared.denies()
     }
 
     /// The process has what it needs.

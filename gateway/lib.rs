@@ -19,6 +19,7 @@
 //! | [`cli`] | one file a subcommand |
 
 pub mod admin;
+pub mod answering;
 pub mod audit;
 pub mod certificate;
 pub mod cli;

@@ -5,6 +5,7 @@ pub mod admit;
 pub mod density;
 pub mod level;
 pub mod restore;
+pub mod shared;
 pub mod standing;
 pub mod window;
 
@@ -16,9 +17,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use dashmap::{DashMap, DashSet};
 use schemars::JsonSchema;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
 
-use self::level::{Count, Level, Terms};
+use self::level::{Count, Id, Level, Terms};
+use self::shared::Shared;
 use self::standing::Standing;
 use self::window::Window;
 use crate::money::{Cached, Price};
@@ -58,6 +61,8 @@ pub struct Limit {
     pub level: Option<Arc<Level>>,
     /// Where the levels are that it counts apart.
     pub apart: u128,
+    /// What its levels are called, wherever the same policy holds.
+    pub levels: Box<str>,
     /// Its metrics.
     pub meters: LimitMeters,
 }
@@ -147,6 +152,22 @@ impl Costs<'_> {
     }
 }
 
+/// How a reservation was decided, and so how it may grow and where the rest goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Way {
+    /// Nobody else counts.
+    #[default]
+    Alone,
+    /// The store was asked.
+    Asked,
+    /// From what the store holds for this replica.
+    Leased,
+    /// Without the store: one of so many parts of each limit may be taken here.
+    Part(u64),
+    /// Without the store, and nothing is refused.
+    Unchecked,
+}
+
 /// What one request has of one limit.
 #[derive(Debug)]
 struct Hold {
@@ -161,7 +182,7 @@ struct Hold {
 /// What one request has of all limits. Dropped unsettled, it used nothing.
 #[derive(Debug, Default)]
 pub struct Reservation {
-    holds: SmallVec<[Hold; 4]>,
+    holds: Holds,
     /// How the limits stood when it had been made.
     pub standings: SmallVec<[Standing; 4]>,
     /// Tokens of the prompt, at most.
@@ -171,6 +192,9 @@ pub struct Reservation {
     /// Bytes of text of the request.
     pub text_bytes: u64,
     prices: SmallVec<[Arc<Price>; 2]>,
+    way: Way,
+    /// Where the levels are shared, if they are.
+    shared: Option<Arc<Shared>>,
 }
 
 /// What a request used.
@@ -222,7 +246,12 @@ pub enum Outcome {
     Short(Short),
     /// A limit on money, and nobody knows what the model costs.
     Unpriced(Arc<Limit>),
+    /// The store of shared limits is away, and without it nothing may be used.
+    Unavailable,
 }
+
+/// What one request has of all limits, before it has anything of them.
+type Holds = SmallVec<[Hold; 4]>;
 
 /// The levels of limits that count apart: whoever is counted has one while it says anything.
 #[derive(Debug, Default)]
@@ -231,6 +260,8 @@ pub struct Levels {
     /// The limits whose levels have what was spent before the process began.
     restored: DashSet<u128>,
     hashers: (RandomState, RandomState),
+    /// How they are shared with other replicas, where the policy says so.
+    pub shared: Arc<Shared>,
 }
 
 /// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
@@ -239,7 +270,7 @@ const LEVELS_MAX: usize = 200_000;
 impl Levels {
     /// The level of a limit that counts for all together, old or new.
     pub fn named(&self, limit: &str, levels: &str) -> Arc<Level> {
-        self.level(self.key(0, &[levels]), limit, "")
+        self.level(self.key(0, &[levels]), limit, "", || id(levels, &[]))
     }
 
     /// Where a limit's levels are that it counts apart.
@@ -253,11 +284,11 @@ impl Levels {
         u128::from(one) << 64 | u128::from(other)
     }
 
-    fn level(&self, key: u128, limit: &str, whose: &str) -> Arc<Level> {
+    fn level(&self, key: u128, limit: &str, whose: &str, id: impl FnOnce() -> Id) -> Arc<Level> {
         if let Some(level) = self.levels.get(&key) {
             return level.clone();
         }
-        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(limit, whose))).clone()
+        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(limit, whose, id()))).clone()
     }
 
     /// The level that `limit` counts `request` on.
@@ -268,10 +299,19 @@ impl Levels {
         let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
         let key = self.key(limit.apart, &parts);
         if self.levels.len() >= LEVELS_MAX && !self.levels.contains_key(&key) {
-            return self.level(limit.apart, &limit.name, "others");
+            return self.level(limit.apart, &limit.name, "others", || id(&limit.levels, &["", "others"]));
         }
         let known = self.levels.get(&key).map(|level| level.clone());
-        known.unwrap_or_else(|| self.level(key, &limit.name, &parts.join(" ")))
+        known.unwrap_or_else(|| self.level(key, &limit.name, &parts.join(" "), || id(&limit.levels, &parts)))
+    }
+
+    /// What the store holds for this replica in advance, and nobody has taken yet.
+    pub fn leased(&self) -> u64 {
+        self.levels.iter().map(|level| level.count().slice).sum()
+    }
+
+    fn all(&self) -> Vec<Arc<Level>> {
+        self.levels.iter().map(|level| level.clone()).collect()
     }
 
     fn is_restored(&self, limit: &Limit) -> bool {
@@ -325,16 +365,43 @@ impl Levels {
 
     /// Reserves what `request` may use of all of `limits`: everything, or nothing.
     pub fn reserve<'a>(&self, limits: impl Iterator<Item = &'a Arc<Limit>>, request: &Counted<'_>) -> Option<Outcome> {
-        let mut holds: SmallVec<[Hold; 4]> = SmallVec::new();
+        match self.holds(limits, request) {
+            Err(limit) => Some(Outcome::Unpriced(limit)),
+            Ok(holds) => (!holds.is_empty()).then(|| reserved(holds, request, Way::Alone)),
+        }
+    }
+
+    /// The limits that hold for `request`, with their levels; or the one that counts money where nobody knows what the
+    /// model costs.
+    fn holds<'a>(
+        &self,
+        limits: impl Iterator<Item = &'a Arc<Limit>>,
+        request: &Counted<'_>,
+    ) -> Result<Holds, Arc<Limit>> {
+        let mut holds = Holds::new();
         for limit in limits.filter(|limit| limit.holds_for(request)) {
             let level = self.of(limit, request);
             if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
-                return Some(Outcome::Unpriced(limit.clone()));
+                return Err(limit.clone());
             }
             holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, settled: None });
         }
-        (!holds.is_empty()).then(|| reserved(holds, request))
+        // In one order everywhere: nobody waits in a circle.
+        holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
+        Ok(holds)
     }
+}
+
+/// The name of a level among replicas. Every part says how long it is, so that no two lists read the same.
+fn id(levels: &str, parts: &[&str]) -> Id {
+    let mut hash = Sha256::new();
+    for part in std::iter::once(&levels).chain(parts) {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    let mut id = Id::default();
+    id.iter_mut().zip(hash.finalize()).for_each(|(to, from)| *to = from);
+    id
 }
 
 impl Each {
@@ -432,52 +499,83 @@ impl Limit {
     }
 }
 
-/// Whether an answer that short helps anybody.
-fn is_worth_it(payable: u64, wanted: u64) -> bool {
-    const LEAST: u64 = 16;
-    payable >= wanted.min(LEAST)
-}
-
 /// All levels are held while they are looked at, so that two requests never take the same rest, and a request that is
 /// refused by one limit never makes another be refused by the next.
-fn reserved(mut holds: SmallVec<[Hold; 4]>, request: &Counted<'_>) -> Outcome {
-    // In one order everywhere: nobody waits in a circle.
-    holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
+fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
     let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
     let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
-    let (mut output, mut short) = (request.output, None);
-    for (hold, count) in holds.iter().zip(counts.iter_mut()) {
-        let terms = hold.limit.terms(request.now);
-        count.roll(&terms);
-        let payable = hold.limit.payable(request, request.output, count.free(&terms));
-        match payable.filter(|payable| is_worth_it(*payable, request.output)) {
-            Some(payable) => output = output.min(payable),
-            None => short = Some(shorter(short, hold, count, request)),
-        }
-    }
+    let agreed = agreed(&holds, counts.iter_mut().map(|count| &mut **count), request, way);
     let standing = |hold: &Hold, count: &Count| Standing::of(&hold.limit, count, request.now);
-    if let Some(mut short) = short {
-        short.standings = holds.iter().zip(&counts).map(|(hold, count)| standing(hold, count)).collect();
-        return Outcome::Short(short);
-    }
+    let output = match agreed {
+        Ok(output) => output,
+        Err(mut short) => {
+            short.standings = holds.iter().zip(&counts).map(|(hold, count)| standing(hold, count)).collect();
+            return Outcome::Short(short);
+        }
+    };
     for (hold, count) in holds.iter_mut().zip(counts.iter_mut()) {
         hold.reserved = hold.limit.needs(request, output);
         hold.from = count.take(hold.reserved);
+        count.touched = request.now;
+        if way == Way::Leased {
+            count.slice -= count.slice.min(hold.reserved);
+        }
     }
     let standings = holds.iter().zip(&counts).map(|(hold, count)| standing(hold, count)).collect();
     drop(counts);
-    let prices = request.cost.prices.iter().cloned().collect();
-    let reservation = Reservation { holds, standings, input: request.input, output, text_bytes: 0, prices };
-    Outcome::Reserved(Box::new(reservation))
+    Outcome::Reserved(Box::new(Reservation::new(holds, standings, way).of(request, output)))
+}
+
+/// The longest answer that all limits have room for, as far as it is worth it; or the one that is short.
+fn agreed<'a>(
+    holds: &Holds,
+    counts: impl Iterator<Item = &'a mut Count>,
+    request: &Counted<'_>,
+    way: Way,
+) -> Result<u64, Short> {
+    let (mut output, mut short) = (request.output, None);
+    for (hold, count) in holds.iter().zip(counts) {
+        let terms = hold.limit.terms(request.now);
+        count.roll(&terms);
+        let payable = hold.limit.payable(request, request.output, way.free(count, &terms));
+        match payable.filter(|payable| way.is_worth_it(*payable, request.output)) {
+            Some(payable) => output = output.min(payable),
+            None => short = Some(shorter(short, hold, count, request, way)),
+        }
+    }
+    short.map_or(Ok(output), Err)
+}
+
+impl Way {
+    /// What may be taken of a level, as things stand.
+    fn free(self, count: &mut Count, terms: &Terms<'_>) -> u64 {
+        match self {
+            Self::Alone => {
+                count.alone();
+                count.free(terms)
+            }
+            Self::Asked => count.free(terms),
+            Self::Leased => count.slice,
+            Self::Part(parts) => count.free_of_part(terms, parts),
+            Self::Unchecked => u64::MAX,
+        }
+    }
+
+    /// Whether an answer that short helps anybody.
+    fn is_worth_it(self, payable: u64, wanted: u64) -> bool {
+        const LEAST: u64 = 16;
+        // Where a slice is too small, the store may have more.
+        payable >= if self == Self::Leased { wanted } else { wanted.min(LEAST) }
+    }
 }
 
 /// Of two limits that have too little, a budget says more than a rate, and the longer wait more than the shorter.
-fn shorter(other: Option<Short>, hold: &Hold, count: &Count, request: &Counted<'_>) -> Short {
+fn shorter(other: Option<Short>, hold: &Hold, count: &mut Count, request: &Counted<'_>, way: Way) -> Short {
     let terms = hold.limit.terms(request.now);
     let needed = hold.limit.needs(request, if hold.limit.clamps { request.output.min(1) } else { request.output });
     let short = Short {
         limit: hold.limit.clone(),
-        free: count.free(&terms),
+        free: way.free(count, &terms),
         needed,
         wait: count.wait(&terms, needed),
         standings: Box::default(),
@@ -490,6 +588,19 @@ fn shorter(other: Option<Short>, hold: &Hold, count: &Count, request: &Counted<'
 }
 
 impl Reservation {
+    fn new(holds: Holds, standings: SmallVec<[Standing; 4]>, way: Way) -> Self {
+        let mut reservation = Self::default();
+        (reservation.holds, reservation.standings, reservation.way) = (holds, standings, way);
+        reservation
+    }
+
+    /// The same, made for `request`, whose answer may have `output` tokens.
+    fn of(mut self, request: &Counted<'_>, output: u64) -> Self {
+        self.prices = request.cost.prices.iter().cloned().collect();
+        (self.input, self.output) = (request.input, output);
+        self
+    }
+
     /// What is known of each limit: what was reserved, and what was used as far as that is settled.
     pub fn settled(&self) -> impl Iterator<Item = Settled<'_>> {
         self.holds.iter().map(|hold| Settled {
@@ -532,10 +643,12 @@ impl Reservation {
         // They are in their one order since they were reserved.
         let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
         let more = |hold: &Hold| hold.limit.needs(&counted, wanted).saturating_sub(hold.reserved);
+        let way = self.way;
         let fits = holds.iter().zip(counts.iter_mut()).all(|(hold, count)| {
             let terms = hold.limit.terms(now);
             count.roll(&terms);
-            count.free(&terms) >= more(hold)
+            // Nobody waits for the store here: it counts what was free when it last told, and it is told at once.
+            way.free(count, &terms) >= more(hold)
         });
         if !fits {
             return false;
@@ -544,6 +657,12 @@ impl Reservation {
             let more = more(hold);
             // What belongs to a span that is over stays there; the rest is taken now.
             count.grow(hold.from, more);
+            if way == Way::Leased {
+                count.slice -= count.slice.min(more);
+            }
+            if let Some(shared) = &self.shared {
+                shared.has_to_tell(&hold.limit, &hold.level, count);
+            }
             hold.reserved += more;
         }
         self.output = wanted;
@@ -558,6 +677,9 @@ impl Reservation {
             hold.limit.meters.overshot.inc_by(amount.saturating_sub(hold.reserved));
             let mut count = hold.level.count();
             count.settle(hold.from, hold.reserved, amount);
+            if let Some(shared) = &self.shared {
+                shared.settled(hold, &mut count, amount);
+            }
             let terms = hold.limit.terms(now);
             if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
                 hold.limit.warned(&hold.level.whose, passed);

@@ -4,7 +4,6 @@
 //! connection. Each stage owns what it produced and hands it to the next.
 
 use std::borrow::Cow;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,24 +12,21 @@ use http::header::{CONTENT_TYPE, UPGRADE};
 use http::{HeaderValue, Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
-use crate::audit::record::{Ending, clip};
-use crate::ending;
+use crate::answering;
+use crate::audit::record::clip;
 use crate::exchange::Exchange;
-use crate::failover::{self, Asked};
+use crate::failover::{self};
 use crate::guard::{self, Blocked, Guard};
 use crate::house::House;
 use crate::identity;
 use crate::limits;
 use crate::local;
-use crate::money::book::Book;
-use crate::money::{self, bill::Bill};
 use crate::parameters;
 use crate::policy::file::{OnDisconnect, OnError, Priority};
-use crate::policy::{Passthrough, Route, Stage};
-use crate::pool::{Picked, Upstream};
+use crate::policy::{Passthrough, Route};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, AnswerHead, BodyFault, Downstream, Pace, Passed, Reading, Rest, Waiting, WholeFault};
-use crate::scan::{self, Edit, Field, Scan};
+use crate::relay::{AnswerHead, BodyFault, Downstream, Waiting};
+use crate::scan::{self, Edit, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
 
@@ -131,7 +127,7 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     }
     let route = planned.route.clone();
     let asked = failover::ask(house, exchange, downstream, &planned, &route).await?;
-    relay(house, exchange, downstream, planned, asked).await
+    answering::relay(house, exchange, downstream, planned, asked).await
 }
 
 /// From the head alone: is it well formed, and whose is it?
@@ -371,205 +367,6 @@ fn asked_model<'a>(
     Ok(named.map(|name| Cow::Owned(name.to_owned())))
 }
 
-/// Passes the answer on, and ends it properly if the upstream did not.
-async fn relay(
-    house: &House,
-    exchange: &mut Exchange,
-    downstream: &mut Downstream,
-    planned: Planned,
-    asked: Asked<'_>,
-) -> Result<(), Stop> {
-    let pace = Pace {
-        between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
-        total: planned.total,
-        heartbeat: heartbeat(exchange),
-        drain: drain(exchange),
-        holds_end: holds_end(exchange),
-    };
-    let Asked { answer, picked, permit, stage } = asked;
-    let is_events = answer.is_event_stream();
-    if exchange.hold().is_some_and(|hold| identity::is_revoked(house, &exchange.policy, &hold)) {
-        answer.discard(&house.connections, &picked.endpoint.target).await;
-        picked.upstream.attempts.cancelled.inc();
-        exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
-        return Err(identity::revoked_refusal().into());
-    }
-    if downstream.head_sent() && !is_events {
-        // A sign of life has promised an event stream already.
-        let message = format!("the upstream answered with status {} and no stream", answer.head.status.as_u16());
-        answer.discard(&house.connections, &picked.endpoint.target).await;
-        return Err(Refusal::new(Code::UpstreamInvalid, message).into());
-    }
-    let (mut head, mut answer) = answer.split();
-    let status = head.status.as_u16();
-    let operation = planned.identified.surface.operation;
-    let guards =
-        head.status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
-    if guards && !is_events {
-        let whole = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await;
-        if let Err(stop) = whole.map_err(unread).and_then(|()| judged(exchange, operation, &mut head, &mut answer)) {
-            answer.discard(&house.connections, &picked.endpoint.target).await;
-            picked.upstream.attempts.answered.inc();
-            exchange.attempt_ends(Ending::Answered, None);
-            return Err(stop);
-        }
-    }
-    exchange.bill = bill(exchange, &planned, stage, picked.upstream, head.status);
-    let whole_costs = answer.whole(&head).and_then(|body| exchange.costs(body));
-    let head = if downstream.head_sent() {
-        None
-    } else {
-        let upstream = picked.upstream;
-        let flagged = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged());
-        let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, stage)?;
-        if let Some(flagged) = flagged {
-            local::set(&mut head, "x-infergate-guardrails", flagged)?;
-        }
-        if let Some(cost) = whole_costs {
-            local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
-        }
-        Some(head)
-    };
-    exchange.answering(answer.first_at, status);
-    let reading = Reading {
-        events: is_events,
-        hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
-        service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
-    };
-    exchange.tally.begin(planned.identified.surface.operation, reading);
-    // What tells a client that it has all is the last piece; of a stream, its last event.
-    downstream.hold_last(holds_end(exchange) && !is_events);
-    let ending = (planned.choices(), planned.scan.tells_usage(&planned.received.body));
-    // Nothing can be sent a second time from here on: the body's memory goes to the next request.
-    drop(planned);
-    let (target, cut) =
-        (&picked.endpoint.target, pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold())));
-    let tally = &mut exchange.tally;
-    let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
-    drop(permit);
-    account(exchange, stage, &picked, &passed);
-    match passed {
-        Passed::Whole => end(exchange, downstream).await,
-        Passed::Spent | Passed::Blocked(_) => {
-            let why = if passed == Passed::Spent { ending::Why::Length } else { ending::Why::Filtered };
-            let ending = early(exchange, ending, why);
-            if downstream.write(ending.into()).await.is_err() {
-                return Err(Stop::Gone);
-            }
-            end(exchange, downstream).await
-        }
-        Passed::Gone => Err(Stop::Gone),
-        Passed::Broken(Code::KeyRevoked, _) => {
-            broken_off(exchange, downstream, identity::revoked_refusal(), is_events).await;
-            Ok(())
-        }
-        Passed::Broken(code, why) => {
-            let message = format!("the upstream broke off its answer: {why}");
-            broken_off(exchange, downstream, Refusal::new(code, message), is_events).await;
-            Ok(())
-        }
-    }
-}
-
-/// What an answer's end tells of its upstream, and of the attempt.
-fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: &Passed) {
-    let attempts = &picked.upstream.attempts;
-    let (counter, ending, why) = match passed {
-        Passed::Whole => (&attempts.answered, Ending::Answered, None),
-        Passed::Gone => (&attempts.cancelled, Ending::Cancelled, None),
-        Passed::Spent => (&attempts.cancelled, Ending::Cancelled, Some("nothing more may be used".into())),
-        Passed::Blocked(_) => (&attempts.cancelled, Ending::Cancelled, Some("a guardrail ended it".into())),
-        Passed::Broken(Code::KeyRevoked, why) => (&attempts.cancelled, Ending::Cancelled, Some(why.clone().into())),
-        Passed::Broken(_, why) => {
-            picked.endpoint.breaker.failure(&stage.pool.breaker, Instant::now());
-            (&attempts.broken, Ending::Broken, Some(why.clone().into()))
-        }
-    };
-    counter.inc();
-    exchange.attempt_ends(ending, why);
-    match passed {
-        Passed::Whole => exchange.completed(),
-        Passed::Spent => exchange.limit_cut(),
-        Passed::Blocked(blocked) => exchange.blocked(blocked),
-        Passed::Gone | Passed::Broken(..) => {}
-    }
-}
-
-/// The end of an answer: what was not used is given back first, so that whoever has read it all may ask again.
-async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(), Stop> {
-    exchange.settle();
-    if !exchange.put_on_record().await {
-        // Its record says `ok`, and may come to the disk yet: the client must not believe so.
-        downstream.abort().await;
-        return Ok(());
-    }
-    downstream.finish().await.map_err(|_| Stop::Gone)
-}
-
-/// What the guardrails say of an answer that is here as a whole.
-fn judged(exchange: &mut Exchange, operation: Operation, head: &mut AnswerHead, answer: &mut Rest) -> Result<(), Stop> {
-    let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
-    match guard.whole(operation, answer.body()) {
-        Ok(body) => {
-            answer.replace(head, body);
-            Ok(())
-        }
-        Err(blocked) => {
-            let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
-            exchange.decide("guard", rule, "block", blocked.why());
-            Err(blocked.refusal("the answer").into())
-        }
-    }
-}
-
-/// An answer that did not come as a whole.
-fn unread(fault: WholeFault) -> Stop {
-    match fault {
-        WholeFault::Gone => Stop::Gone,
-        WholeFault::Broken(code, why) => Refusal::new(code, format!("the upstream broke off its answer: {why}")).into(),
-        WholeFault::TooLong => {
-            let message = "the answer is too long to be read by the guardrails, which must read it as a whole";
-            Refusal::new(Code::ContentUnread, message).into()
-        }
-    }
-}
-
-/// The events that end a stream before its upstream does.
-fn early(exchange: &Exchange, (choices, tells_usage): (u64, bool), why: ending::Why) -> String {
-    let (opening, last) = exchange.tally.begun();
-    let usage = exchange.tally.usage(false);
-    let tokens = (usage.input_tokens.unwrap_or_default(), usage.output_tokens.unwrap_or_default());
-    let operation = exchange.surface.operation;
-    let begun = ending::Begun { operation, opening, last, choices, tokens, tells_usage };
-    ending::events(&begun, why)
-}
-
-/// Opens the bill for an answer that begins, where the policy has prices or limits.
-fn bill(
-    exchange: &Exchange,
-    planned: &Planned,
-    stage: &Stage,
-    upstream: &Upstream,
-    status: StatusCode,
-) -> Option<Bill> {
-    let (book, surface) = (exchange.policy.prices.as_ref(), planned.identified.surface);
-    let counts = book.is_some() || exchange.tally.reservation.is_some();
-    if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
-        return None;
-    }
-    let model = failover::model_at(exchange, stage, upstream);
-    let find = |book: &Book| book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
-    let price = book.and_then(find);
-    let body = &planned.received.body;
-    let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
-    Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
-}
-
-/// Whether something must be done before a client may know that its answer is complete.
-fn holds_end(exchange: &Exchange) -> bool {
-    exchange.is_durable() || exchange.tally.reservation.is_some()
-}
-
 /// How often a silent stream gets a sign of life.
 pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
     let every = exchange.policy.requests.heartbeat_ms;
@@ -627,7 +424,7 @@ fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Re
 
 /// Ends an answer that has begun and cannot be completed: an event stream with an error event, anything else with a
 /// connection that breaks off, so that nobody takes it for whole.
-async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
+pub async fn broken_off(exchange: &mut Exchange, downstream: &mut Downstream, refusal: Refusal, is_events: bool) {
     exchange.refused(&refusal);
     exchange.settle();
     let _ = exchange.put_on_record().await;

@@ -8,6 +8,7 @@ mod limits;
 pub mod prices;
 pub mod problem;
 pub mod reload;
+mod shared;
 mod tenants;
 mod traces;
 
@@ -28,6 +29,7 @@ pub use self::tenants::{Pattern, Tenant, Tenants};
 use crate::guard::Rails;
 use crate::limits::Limit;
 use crate::limits::density::Density;
+use crate::limits::shared::Parameters;
 use crate::money::book::Book;
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
@@ -57,6 +59,8 @@ pub struct Policy {
     pub limits: Vec<Arc<Limit>>,
     /// What texts may pass.
     pub guardrails: Option<Arc<Rails>>,
+    /// Where they are shared with other replicas, if they are.
+    pub shared: Option<Arc<Parameters>>,
     /// The pools, by name.
     pub pools: BTreeMap<String, Arc<Pool>>,
     /// Paths that pass through unread.
@@ -328,6 +332,7 @@ impl<'a> Compiler<'a> {
         let limits = self.limits("limits", None, &file.limits, &file, &models);
         self.limits_are_told_apart(&file, &limits, &tenants);
         let guardrails = self.guardrails(&file);
+        let shared = file.shared.as_ref().and_then(|shared| self.shared(shared));
         self.captured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
@@ -347,6 +352,7 @@ impl<'a> Compiler<'a> {
             tenants,
             limits,
             guardrails,
+            shared,
             pools,
             passthrough,
             priorities: file.priorities,
@@ -646,6 +652,7 @@ impl Policy {
             tenants: Tenants::default(),
             limits: Vec::new(),
             guardrails: None,
+            shared: None,
             pools: BTreeMap::new(),
             passthrough: Vec::new(),
             priority_header: None,

@@ -68,6 +68,8 @@ pub enum Code {
     Overloaded,
     /// No room for the request's record, which the policy insists on.
     AuditUnavailable,
+    /// The store of shared limits is away, and the policy insists on it.
+    LimitsUnavailable,
     /// The pool's queue is full.
     QueueFull,
     /// The pool's queue was too slow.
@@ -119,6 +121,7 @@ pub const CODES: &[Code] = &[
     Code::RequestTimeout,
     Code::Overloaded,
     Code::AuditUnavailable,
+    Code::LimitsUnavailable,
     Code::QueueFull,
     Code::QueueTimeout,
     Code::NoUpstream,
@@ -159,6 +162,7 @@ impl Code {
             Self::RequestTimeout => "request_timeout",
             Self::Overloaded => "overloaded",
             Self::AuditUnavailable => "audit_unavailable",
+            Self::LimitsUnavailable => "limits_unavailable",
             Self::QueueFull => "queue_full",
             Self::QueueTimeout => "queue_timeout",
             Self::NoUpstream => "no_upstream",
@@ -194,9 +198,12 @@ impl Code {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::RequestTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::Overloaded | Self::AuditUnavailable | Self::QueueFull | Self::QueueTimeout | Self::NoUpstream => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Overloaded
+            | Self::AuditUnavailable
+            | Self::LimitsUnavailable
+            | Self::QueueFull
+            | Self::QueueTimeout
+            | Self::NoUpstream => StatusCode::SERVICE_UNAVAILABLE,
             Self::ConnectFailed | Self::UpstreamClosed | Self::UpstreamInvalid => StatusCode::BAD_GATEWAY,
             Self::ConnectTimeout
             | Self::FirstTokenTimeout

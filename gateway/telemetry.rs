@@ -33,8 +33,8 @@ pub use self::guards::GuardMeters;
 use self::guards::Guards;
 pub use self::issuers::IssuerMeters;
 use self::issuers::Issuers;
-pub use self::limits::LimitMeters;
 use self::limits::Limits;
+pub use self::limits::{LimitMeters, StoreMeters};
 use self::process::Process;
 pub use self::process::Runtimes;
 use self::spent::Spent;
@@ -42,6 +42,7 @@ pub use self::spent::SpentMeters;
 use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
 use crate::policy::Route;
+use crate::policy::file::OnStoreError;
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
@@ -374,6 +375,25 @@ impl Telemetry {
     /// Puts the levels of limits into the gauges.
     pub fn limit_levels<'a>(&self, left: impl Iterator<Item = (&'a str, u64, u64)>, reserved: u64, levels: usize) {
         self.limits.levels(left, reserved, levels);
+    }
+
+    /// The metrics of the store of shared limits, from when there is one.
+    pub fn store(&self) -> StoreMeters {
+        self.limits.store()
+    }
+
+    /// A request was decided without it.
+    pub fn limit_degraded(&self, how: OnStoreError) {
+        self.limits.degraded(match how {
+            OnStoreError::LocalShare => "local_share",
+            OnStoreError::Allow => "allow",
+            OnStoreError::Deny => "deny",
+        });
+    }
+
+    /// What the store holds for this replica, by limit.
+    pub fn lease_held<'a>(&self, held: impl Iterator<Item = (&'a str, u64)>) {
+        self.limits.leased(held);
     }
 
     /// A stream was ended where nothing was left.

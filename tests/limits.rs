@@ -141,7 +141,7 @@ async fn a_limit_on_tokens_leaves_a_body_alone_that_keeps_within_it() {
 }
 
 /// A model server that streams `count` tokens, one an event, whatever is asked of it.
-async fn deaf_server(count: usize) -> Wire {
+pub async fn deaf_server(count: usize) -> Wire {
     Wire::start(move |_| {
         let mut steps = vec![Step::Say(Framing::Chunked.head(EVENTS, 0))];
         let first = "data: {\"id\":\"c-7\",\"object\":\"chat.completion.chunk\",\"created\":5,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";

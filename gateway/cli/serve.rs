@@ -20,6 +20,7 @@ use crate::egress::Egress;
 use crate::house::House;
 use crate::issuers;
 use crate::ledger::{Ledger, Place};
+use crate::limits;
 use crate::limits::restore::{keep_restored, restore};
 use crate::logging::Levels;
 use crate::memory;
@@ -222,6 +223,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
     jobs.spawn(watch::run(house.clone(), names.clone()));
     jobs.spawn(memory::watch(house.clone()));
     jobs.spawn(keep_restored(house.clone()));
+    jobs.spawn(limits::shared::run(house.clone()));
     match Egress::new(house.settings.ca_file.as_deref()) {
         Ok(egress) => {
             let egress = Arc::new(egress);

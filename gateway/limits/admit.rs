@@ -7,7 +7,7 @@ use http::HeaderValue;
 use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 
-use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis};
+use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::money::bill::{cached, text_bytes, work};
@@ -49,7 +49,7 @@ pub async fn reserve(
     let asked = asked(exchange, planned, user_header.as_ref(), cap)?;
     let began = Instant::now();
     loop {
-        let short = match attempt(house, exchange, planned, &asked, limits()) {
+        let short = match attempt(house, exchange, planned, &asked, limits()).await {
             Ok(None) => return Ok(()),
             Ok(Some(short)) => short,
             Err(refusal) => return Err(refusal.into()),
@@ -120,7 +120,7 @@ fn besides(operation: Operation, choices: u64, bytes: usize) -> Usage {
 }
 
 /// Reserves, for the model that is to answer as things stand. Returns what was short.
-fn attempt<'a>(
+async fn attempt<'a>(
     house: &House,
     exchange: &mut Exchange,
     planned: &mut Planned,
@@ -141,9 +141,15 @@ fn attempt<'a>(
         cost: Costs { prices: &prices, cached: cached(operation), besides: asked.besides },
         now: millis(SystemTime::now()),
     };
-    match house.state.limits.reserve(limits, &counted) {
+    let levels = &house.state.limits;
+    let outcome = match &exchange.policy.shared {
+        None => levels.reserve(limits, &counted),
+        Some(parameters) => shared::reserve(levels, parameters, &house.telemetry, limits, &counted).await,
+    };
+    match outcome {
         None => {}
         Some(Outcome::Short(short)) => return Ok(Some(short)),
+        Some(Outcome::Unavailable) => return Err(unavailable(exchange)),
         Some(Outcome::Unpriced(limit)) => return Err(unpriced(exchange, planned, &limit)),
         Some(Outcome::Reserved(mut reservation)) => {
             reservation.text_bytes = asked.text_bytes;
@@ -202,6 +208,13 @@ fn unpriced(exchange: &mut Exchange, planned: &Planned, limit: &Limit) -> Refusa
         planned.route.model.name, limit.name
     );
     Refusal::new(Code::ModelUnpriced, message).param("model")
+}
+
+fn unavailable(exchange: &mut Exchange) -> Refusal {
+    exchange.decide("limit", "shared", "refuse", "the store of shared limits does not answer");
+    let message =
+        "nobody knows how much of the limits is left: their store does not answer, and the policy wants to wait for it";
+    Refusal::new(Code::LimitsUnavailable, message).retry_after(Duration::from_secs(1))
 }
 
 /// Another model answers, where the limit that is short names one that has not been tried.

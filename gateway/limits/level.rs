@@ -11,6 +11,9 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::window::{Span, Window};
 
+/// A level's name among replicas: the same wherever the same is counted, and nobody reads in it whom it counts.
+pub type Id = [u8; 16];
+
 /// What is taken, shared by all requests that it counts.
 #[derive(Debug, Default)]
 pub struct Level {
@@ -18,6 +21,8 @@ pub struct Level {
     pub limit: Box<str>,
     /// For whom it counts, for reports; empty where it counts for all.
     pub whose: Box<str>,
+    /// What replicas that share it call it.
+    pub id: Id,
     count: Mutex<Count>,
 }
 
@@ -30,10 +35,40 @@ pub struct Count {
     /// The same in the span before.
     before: u64,
     before_from: Option<u64>,
+    /// What a process before this one had used, in this span.
+    restored: u64,
     /// Reserved and not settled.
     held: u64,
+    /// The same, of what was taken in this span.
+    held_here: u64,
+    /// The same, of the span before.
+    held_before: u64,
+    /// What other replicas had taken in this span when the store told, and in the span before.
+    elsewhere: u64,
+    elsewhere_before: u64,
+    /// What the store holds for this replica in this span, and nobody has taken yet.
+    pub slice: u64,
+    /// When something was taken last, in milliseconds since 1970.
+    pub touched: u64,
+    /// Whether the store has still to be told of it.
+    pub untold: bool,
     /// The threshold, in per cent, that was told last.
     warned: u8,
+}
+
+/// What this replica has taken of a level that it shares.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Own {
+    /// In which span.
+    pub span: Span,
+    /// Used for good.
+    pub used: u64,
+    /// Reserved and not settled.
+    pub held: u64,
+    /// Used in the span before.
+    pub used_before: u64,
+    /// Reserved in the span before, and not settled.
+    pub held_before: u64,
 }
 
 /// What one limit allows, at one time.
@@ -49,8 +84,8 @@ pub struct Terms<'a> {
 
 impl Level {
     /// Nothing is taken yet.
-    pub fn new(limit: &str, whose: &str) -> Self {
-        Self { limit: limit.into(), whose: whose.into(), count: Mutex::default() }
+    pub fn new(limit: &str, whose: &str, id: Id) -> Self {
+        Self { limit: limit.into(), whose: whose.into(), id, count: Mutex::default() }
     }
 
     /// The count, for whoever holds it.
@@ -61,7 +96,9 @@ impl Level {
     /// Whether it says nothing that a new one would not.
     pub fn is_idle(&self, now: u64) -> bool {
         let count = self.count.lock();
-        count.held == 0 && (count.taken == 0 || now >= count.span.to.saturating_add(count.span.length()))
+        count.held == 0
+            && !count.untold
+            && (count.taken == 0 || now >= count.span.to.saturating_add(count.span.length()))
     }
 }
 
@@ -71,22 +108,76 @@ impl Count {
         if terms.now < self.span.to {
             return;
         }
-        let span = terms.window.span(terms.now);
+        self.enter(terms.window.span(terms.now));
+    }
+
+    /// Goes on to `span`, unless it is there or beyond.
+    pub fn enter(&mut self, span: Span) {
+        if span.to <= self.span.to {
+            return;
+        }
         let follows = self.span.to == span.from;
+        let kept = |amount: u64| if follows { amount } else { 0 };
         self.before_from = follows.then_some(self.span.from);
-        self.before = if follows { self.taken } else { 0 };
+        self.before = kept(self.taken);
+        self.held_before = kept(self.held_here);
+        self.elsewhere_before = kept(self.elsewhere);
         self.span = span;
-        self.taken = 0;
+        (self.taken, self.held_here, self.elsewhere, self.slice) = (0, 0, 0, 0);
+        self.restored = 0;
         self.warned = 0;
     }
 
     /// What counts now.
     pub fn used(&self, terms: &Terms<'_>) -> u64 {
+        let (here, before) = (self.elsewhere, self.elsewhere_before);
+        self.counted(terms, self.taken.saturating_add(here), self.before.saturating_add(before))
+    }
+
+    fn counted(&self, terms: &Terms<'_>, here: u64, before: u64) -> u64 {
         if terms.window.is_calendar() {
-            return self.taken;
+            return here;
         }
         let rest = self.span.to.saturating_sub(terms.now).min(self.span.length());
-        self.taken.saturating_add(share(self.before, rest, self.span.length()))
+        here.saturating_add(share(before, rest, self.span.length()))
+    }
+
+    /// What may still be taken if this replica may take one of `parts` of the limit, and no more than the store last
+    /// knew to be free.
+    pub fn free_of_part(&self, terms: &Terms<'_>, parts: u64) -> u64 {
+        // Rounded up: a limit of one place for three replicas does not become none.
+        let own = terms.max.div_ceil(parts.max(1)).saturating_sub(self.counted(terms, self.taken, self.before));
+        own.min(self.free(terms))
+    }
+
+    /// Nobody else counts any more.
+    pub fn alone(&mut self) {
+        (self.elsewhere, self.elsewhere_before, self.slice) = (0, 0, 0);
+    }
+
+    /// A count as the store tells it: what all replicas have taken in `span`, and in the one before.
+    pub fn told(span: Span, taken: u64, before: u64) -> Self {
+        Self { span, taken, before, ..Self::default() }
+    }
+
+    /// What the store is told.
+    pub fn own(&self) -> Own {
+        Own {
+            span: self.span,
+            // What was restored, the process before has told.
+            used: self.taken.saturating_sub(self.held_here).saturating_sub(self.restored),
+            held: self.held_here,
+            used_before: self.before.saturating_sub(self.held_before),
+            held_before: self.held_before,
+        }
+    }
+
+    /// What others have taken in the span that is now, as the store tells.
+    pub fn set_elsewhere(&mut self, span: Span, here: u64, before: u64) {
+        self.enter(span);
+        if span == self.span {
+            (self.elsewhere, self.elsewhere_before) = (here, before);
+        }
     }
 
     /// What may still be taken.
@@ -98,6 +189,7 @@ impl Count {
     pub fn take(&mut self, amount: u64) -> u64 {
         self.taken = self.taken.saturating_add(amount);
         self.held = self.held.saturating_add(amount);
+        self.held_here = self.held_here.saturating_add(amount);
         self.span.from
     }
 
@@ -106,8 +198,10 @@ impl Count {
         self.held = self.held.saturating_add(more);
         if from == self.span.from {
             self.taken = self.taken.saturating_add(more);
+            self.held_here = self.held_here.saturating_add(more);
         } else if Some(from) == self.before_from {
             self.before = self.before.saturating_add(more);
+            self.held_before = self.held_before.saturating_add(more);
         }
     }
 
@@ -117,15 +211,42 @@ impl Count {
         let corrected = |taken: u64| taken.saturating_sub(reserved).saturating_add(used);
         if from == self.span.from {
             self.taken = corrected(self.taken);
+            self.held_here = self.held_here.saturating_sub(reserved);
         } else if Some(from) == self.before_from {
             self.before = corrected(self.before);
+            self.held_before = self.held_before.saturating_sub(reserved);
         }
+    }
+
+    /// What was reserved in the span that began at `from` and not used stays with the slice; what was used beyond it
+    /// is taken out of it.
+    pub fn keep(&mut self, from: u64, reserved: u64, used: u64) {
+        if from == self.span.from {
+            let kept = self.slice.saturating_add(reserved.saturating_sub(used));
+            self.slice = kept.saturating_sub(used.saturating_sub(reserved));
+        }
+    }
+
+    /// The store was told that the slice of `span` has `told`, and made it `target` if that is more. If it is less,
+    /// it goes back, as far as it has not been spent meanwhile: then the store has to be told.
+    pub fn resize(&mut self, span: Span, told: u64, target: u64) -> bool {
+        if span != self.span {
+            return false;
+        }
+        self.slice = self.slice.saturating_add(target.saturating_sub(told)).saturating_sub(told.saturating_sub(target));
+        target < told
+    }
+
+    /// Whether the store should know of it.
+    pub fn says_something(&self) -> bool {
+        self.taken > 0 || self.before > 0 || self.slice > 0
     }
 
     /// Sets what had been used before the process started.
     pub fn restore(&mut self, terms: &Terms<'_>, used: u64) {
         self.roll(terms);
         self.taken = self.taken.saturating_add(used);
+        self.restored = self.restored.saturating_add(used);
     }
 
     /// What is reserved and not settled.
@@ -266,6 +387,48 @@ mod tests {
         let (mut count, none) = (Count::default(), terms(0, 1));
         count.roll(&none);
         assert_eq!((count.free(&none), count.wait(&none, 1)), (0, None));
+    }
+
+    #[test]
+    fn a_part_of_a_limit_is_never_more_than_was_free_when_the_store_last_told() {
+        let (mut count, at) = (Count::default(), terms(10, 1));
+        count.roll(&at);
+        assert_eq!((count.free_of_part(&at, 3), count.free_of_part(&at, 100)), (4, 1), "rounded up");
+        count.take(3);
+        assert_eq!(count.free_of_part(&at, 3), 1);
+        count.set_elsewhere(MINUTE.span(1), 7, 0);
+        assert_eq!((count.free_of_part(&at, 3), count.free(&at)), (0, 0));
+        count.alone();
+        assert_eq!(count.free(&at), 7);
+    }
+
+    #[test]
+    fn a_slice_grows_by_the_stores_word_and_shrinks_by_what_is_left_of_it() {
+        let (mut count, span) = (Count::default(), MINUTE.span(1));
+        count.roll(&terms(100, 1));
+        assert!(!count.resize(span, 0, 20));
+        count.slice -= 15; // Spent while the store was told of 20.
+        assert!(count.resize(span, 20, 10));
+        assert_eq!(count.slice, 0);
+        count.keep(span.from, 12, 5);
+        assert_eq!(count.slice, 7, "what a request did not use is there for the next");
+        assert!(!count.resize(MINUTE.span(60_000), 0, 50) && count.slice == 7, "another span is no matter of this one");
+        count.roll(&terms(100, 60_000));
+        assert_eq!(count.slice, 0, "and none goes on to the next");
+    }
+
+    #[test]
+    fn the_store_is_told_what_this_process_has_used_and_nothing_that_was_restored() {
+        let mut count = Count::default();
+        count.restore(&terms(100, 1), 30);
+        let from = count.take(20);
+        count.take(5);
+        count.settle(from, 20, 8);
+        let own = count.own();
+        assert_eq!((own.used, own.held), (8, 5));
+        count.roll(&terms(100, 60_000));
+        let own = count.own();
+        assert_eq!((own.used, own.held, own.held_before), (0, 0, 5));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! table in the README are generated from them. What the words mean together is decided in `policy.rs`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use infergate_plugins::{authenticator, guardrail, sink};
 use schemars::JsonSchema;
@@ -40,6 +41,9 @@ pub struct File {
     /// The secret that hashes are made with that stand in place of what was found (`redact: hash`).
     #[serde(default)]
     pub guardrail_key: Option<SecretSource>,
+    /// Where several replicas share what they count. Absent: each counts for itself.
+    #[serde(default)]
+    pub shared: Option<Shared>,
     /// The models that clients may name, and where each is served.
     #[serde(default)]
     pub models: Vec<Model>,
@@ -141,6 +145,85 @@ pub struct Limit {
     pub on_exhausted: Option<OnExhausted>,
     /// Per cent of the limit at which the log and the metric `infergate_limit_warnings_total` say so.
     pub warn_at: Vec<u8>,
+}
+
+/// How several replicas share all `limits`, through a Redis or Valkey. Each tells it what it has used and holds, and
+/// asks it before it takes more, so that all together keep to a limit.
+///
+/// In the mode `exact` every request asks. In the mode `lease` each replica has a slice of every limit that it uses,
+/// of what is free divided by twice the number of replicas, and only a request that its slice has no room for asks. In
+/// both, all replicas together pass a limit only where the store forgets what it was told, by a restart without
+/// persistence: then by what is used until each has told again (within half a second), in the mode `lease` by the
+/// slices that are out at most (`infergate_limit_lease_held`). What a replica held that is killed is free again after
+/// five seconds.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Shared {
+    /// The store: `{url: redis://HOST:6379/0}`; where the address has a password, `{env: NAME}` or `{file: PATH}`.
+    /// `rediss://` is with TLS.
+    pub redis: StoreAddress,
+    /// How many replicas there are. It decides how large slices are, and what each may use without the store.
+    #[schemars(range(min = 1, max = 1000))]
+    pub replicas: u64,
+    /// What the keys in the store begin with. Gateways with the same one share their limits.
+    #[serde(default = "infergate")]
+    #[schemars(length(min = 1, max = 64))]
+    pub namespace: String,
+    /// Whether every request asks the store.
+    #[serde(default)]
+    pub mode: SharedMode,
+    /// How long a request waits for the store at most, in milliseconds.
+    #[serde(default = "ten")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub timeout_ms: u64,
+    /// What happens while the store does not answer. Nothing waits for it then; it is tried again five times a second.
+    #[serde(default)]
+    pub on_store_error: OnStoreError,
+}
+
+/// Where the store is: one of the three.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreAddress {
+    /// The address, without a password.
+    pub url: Option<String>,
+    /// The environment variable that holds it.
+    pub env: Option<String>,
+    /// The file that holds it.
+    pub file: Option<PathBuf>,
+}
+
+/// Whether every request asks the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SharedMode {
+    /// It does.
+    #[default]
+    Exact,
+    /// It asks where the replica's own slice has no room for it.
+    Lease,
+}
+
+/// What happens while the store does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnStoreError {
+    /// Each replica may use its part of every limit: the limit divided by `replicas`, rounded up, and no more than was
+    /// free when the store last answered.
+    #[default]
+    LocalShare,
+    /// No limit holds.
+    Allow,
+    /// Requests that a limit holds for are refused: 503 `limits_unavailable`. The gateway is not ready meanwhile.
+    Deny,
+}
+
+fn infergate() -> String {
+    "infergate".to_owned()
+}
+
+fn ten() -> u64 {
+    10
 }
 
 /// What happens instead of a refusal.

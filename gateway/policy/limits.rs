@@ -50,6 +50,7 @@ impl Compiler<'_> {
         Some(Limit {
             level: limit.each.is_empty().then(|| state.named(&name, &levels)),
             apart: state.apart(&levels),
+            levels: levels.clone().into(),
             meters: self.world.telemetry.limit(&name),
             name: name.into(),
             unit,

@@ -189,6 +189,7 @@ impl BackgroundService for Beside {
                 tracing::info!("nothing is running any more: good-bye");
                 self.house.tracer.flush(&self.house.policy, FLUSH).await;
                 self.house.close_journal();
+                self.house.state.limits.shared.settle(SETTLE).await;
                 fanout::settle(&self.house, SETTLE).await;
                 std::process::exit(0);
             }

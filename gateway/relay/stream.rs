@@ -93,6 +93,11 @@ impl Tally {
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
     }
 
+    /// Reads an answer that nobody gets, for what it used.
+    pub fn meter(&mut self, body: &[u8]) {
+        self.read(body);
+    }
+
     /// The tokens that it used, as far as it told: to its end, or to where it broke off.
     pub fn usage(&self, ended: bool) -> Usage {
         let usage = if ended { Meter::usage } else { Meter::usage_of_a_part };

@@ -4,7 +4,8 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
 
 /// The metrics.
 #[derive(Debug)]
@@ -18,6 +19,35 @@ pub(super) struct Limits {
     left: Family<LimitLabels, Gauge>,
     reserved: Gauge,
     levels: Gauge,
+    degraded: Family<HowLabels, Counter>,
+    leased: Family<LimitLabels, Gauge>,
+    store_up: Family<StoreLabels, Gauge>,
+    store_errors: Family<StoreLabels, Counter>,
+    store_duration: Family<StoreLabels, Histogram, fn() -> Histogram>,
+}
+
+/// What the store of shared limits tells of itself.
+#[derive(Clone, Debug)]
+pub struct StoreMeters {
+    /// 1 while it answers.
+    pub up: Gauge,
+    /// How often it did not, or not in time.
+    pub errors: Counter,
+    /// How long its answers took, in seconds.
+    pub duration: Histogram,
+}
+
+/// From a store beside us to one that is in trouble, in seconds.
+const STORE: [f64; 10] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StoreLabels {
+    store: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct HowLabels {
+    how: &'static str,
 }
 
 /// The handles of one limit. They live with the policy, so that a request looks nothing up.
@@ -50,6 +80,11 @@ impl Limits {
             left: Family::default(),
             reserved: Gauge::default(),
             levels: Gauge::default(),
+            degraded: Family::default(),
+            leased: Family::default(),
+            store_up: Family::default(),
+            store_errors: Family::default(),
+            store_duration: Family::new_with_constructor(|| Histogram::new(STORE)),
         };
         registry.register("limit_refusals", "Requests refused by a limit", limits.refused.clone());
         registry.register("limit_clamps", "Answers bounded to what was left of a limit", limits.clamped.clone());
@@ -60,7 +95,40 @@ impl Limits {
         registry.register("limit_left", "What is left of a limit that counts for all together", limits.left.clone());
         registry.register("limit_reserved", "Reserved by requests that run, over all limits", limits.reserved.clone());
         registry.register("limit_levels", "Levels that limits keep", limits.levels.clone());
+        let degraded = limits.degraded.clone();
+        registry.register("limit_degraded", "Requests whose limits were decided without their store", degraded);
+        let leased = limits.leased.clone();
+        registry.register("limit_lease_held", "Of a shared limit: held for this replica in advance", leased);
+        registry.register("store_up", "1 while the store of shared limits answers", limits.store_up.clone());
+        let errors = limits.store_errors.clone();
+        registry.register("store_errors", "Calls of the store of shared limits that failed or took too long", errors);
+        let duration = limits.store_duration.clone();
+        registry.register_with_unit("store_duration", "Calls of the store of shared limits", Unit::Seconds, duration);
         limits
+    }
+
+    /// The metrics of the store, from when there is one.
+    pub(super) fn store(&self) -> StoreMeters {
+        let labels = StoreLabels { store: "redis" };
+        StoreMeters {
+            up: self.store_up.get_or_create_owned(&labels),
+            errors: self.store_errors.get_or_create_owned(&labels),
+            duration: self.store_duration.get_or_create_owned(&labels),
+        }
+    }
+
+    /// A request was decided without the store.
+    pub(super) fn degraded(&self, how: &'static str) {
+        self.degraded.get_or_create(&HowLabels { how }).inc();
+    }
+
+    /// What the store holds for this replica, by limit.
+    pub(super) fn leased<'a>(&self, held: impl Iterator<Item = (&'a str, u64)>) {
+        self.leased.clear();
+        for (name, amount) in held {
+            let labels = LimitLabels { limit: name.to_owned() };
+            self.leased.get_or_create(&labels).set(i64::try_from(amount).unwrap_or(i64::MAX));
+        }
     }
 
     /// Puts the levels of a moment into the gauges: the name of each limit, the most, what is left.

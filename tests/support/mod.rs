@@ -12,6 +12,7 @@ pub mod otlp;
 pub mod postgres;
 pub mod process;
 pub mod prometheus;
+pub mod redis;
 pub mod requests;
 pub mod signer;
 pub mod wire;
