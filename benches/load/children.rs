@@ -1,5 +1,5 @@
 //! The processes of a comparison: the fake model server, the bare proxy and the gateway with or
-//! without evidence, each on a free port, each ended when its value is dropped.
+//! without what it can do besides, each on a free port, each ended when its value is dropped.
 
 use crate::Failure;
 use crate::cpu::Cores;
@@ -12,36 +12,73 @@ use std::time::{Duration, Instant};
 /// How long a process may take until it serves.
 const START_LIMIT: Duration = Duration::from_secs(15);
 
-/// Whether the gateway keeps evidence of what it does: a journal, and traces of one request in a hundred.
+/// What the gateway does besides its work.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Evidence {
-    /// It does nothing but its work, like the bare proxy.
-    Off,
-    /// With a collector in the fake server.
-    On,
+pub enum Besides {
+    /// Nothing, like the bare proxy.
+    Nothing,
+    /// It keeps a journal, and traces of one request in a hundred, with a collector in the fake server.
+    Evidence,
     /// The same with segments so small that they are finished, signed and compressed all the time.
     Packed,
+    /// It keeps a journal, and nothing folds it.
+    Journal,
+    /// It knows who asks, holds four limits and a budget, and folds the journal into the ledger.
+    Limits,
+    /// It lets guardrails read prompts and answers: personal data, secrets and words.
+    Guards,
 }
 
-impl Evidence {
+/// Who asks, four limits that are never reached, a budget, and what everything costs.
+const LIMITS: &str = "authenticators: [{anonymous: {tenant: team}}]
+tenants: {team: {limits: [{usd: 100000, per: month}, {each: [key], requests: 1000000000, per: 1m}]}}
+limits:
+  - {tokens: 1000000000000, per: 1m}
+  - {each: [model], output_tokens: 1000000000000, per: 1h}
+  - {concurrency: 100000}
+prices: {list: [{models: ['*'], input: 0.000001, output: 0.000001}]}
+";
+
+const GUARDS: &str = "guardrails:
+  - {name: pii, in: [prompt.user, prompt.tool, answer.content, answer.tool_arguments], verdict: redact, pii: {find: [email, phone, card, iban, ip]}}
+  - {name: secrets, in: [prompt.user, answer.content, answer.tool_arguments], verdict: block, secrets: {}}
+  - {name: words, in: [prompt.user, answer.content], verdict: flag, words: {list: [project bluebird, internal use only]}}
+";
+
+impl Besides {
     fn name(self) -> &'static str {
         match self {
-            Self::Off => "gateway",
-            Self::On | Self::Packed => "gateway with evidence",
+            Self::Nothing => "gateway",
+            Self::Evidence | Self::Packed => "gateway with evidence",
+            Self::Journal => "gateway with a journal",
+            Self::Limits => "gateway with limits",
+            Self::Guards => "gateway with guardrails",
         }
+    }
+
+    /// The same without what is measured.
+    pub fn without(self) -> Self {
+        if self == Self::Limits { Self::Journal } else { Self::Nothing }
+    }
+
+    /// Whether the fake server must get traces.
+    pub fn is_evidence(self) -> bool {
+        matches!(self, Self::Evidence | Self::Packed)
     }
 
     /// What the policy says of it. Unpacked, a segment is so large that a case never finishes one.
     fn extra(self, upstream: SocketAddr) -> String {
-        let segment_bytes = match self {
-            Self::Off => return String::new(),
-            Self::On => 4_u64 << 30,
-            Self::Packed => 4 << 20,
-        };
-        format!(
-            "audit: {{segment_bytes: {segment_bytes}}}\n\
-             telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n"
-        )
+        let segment_bytes = if self == Self::Packed { 4 << 20 } else { 4_u64 << 30 };
+        let audit = format!("audit: {{segment_bytes: {segment_bytes}}}\n");
+        match self {
+            Self::Nothing => String::new(),
+            Self::Evidence | Self::Packed => {
+                format!("{audit}telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n")
+            }
+            Self::Journal => audit,
+            Self::Limits => format!("{audit}{LIMITS}"),
+            Self::Guards => GUARDS.to_owned(),
+        }
     }
 
     /// The policy the gateway runs with: every model of the load goes to the fake server.
@@ -63,8 +100,11 @@ pools:
     /// The settings the gateway runs with: one worker thread, like the bare proxy.
     fn settings(self, journal: &Path) -> String {
         match self {
-            Self::Off => "threads: 1\naudit: {enabled: false}\n".to_owned(),
-            Self::On | Self::Packed => format!("threads: 1\naudit: {{directory: {journal:?}}}\n"),
+            Self::Nothing | Self::Guards => "threads: 1\naudit: {enabled: false}\n".to_owned(),
+            _ => format!(
+                "threads: 1\naudit: {{directory: {journal:?}}}\nledger: {{enabled: {}}}\n",
+                self == Self::Limits
+            ),
         }
     }
 }
@@ -126,23 +166,23 @@ impl Stage {
     /// The gateway, or what stands for it.
     pub fn subject(&self, subject: &Subject, upstream: SocketAddr, h2c: bool) -> Result<Running, Failure> {
         match subject {
-            Subject::Gateway(program) => self.gateway(program, upstream, Evidence::Off),
+            Subject::Gateway(program) => self.gateway(program, upstream, Besides::Nothing),
             Subject::BareAgain => self.bare(upstream, h2c),
         }
     }
 
     /// The gateway, with a directory of its own: its policy file is watched.
-    pub fn gateway(&self, program: &Path, upstream: SocketAddr, evidence: Evidence) -> Result<Running, Failure> {
-        let directory = self.directory.join(evidence.name());
+    pub fn gateway(&self, program: &Path, upstream: SocketAddr, besides: Besides) -> Result<Running, Failure> {
+        let directory = self.directory.join(besides.name());
         fs::create_dir_all(&directory)?;
         let (policy_file, settings_file) = (directory.join("policy.yaml"), directory.join("settings.yaml"));
-        fs::write(&policy_file, evidence.policy(upstream))?;
-        fs::write(&settings_file, evidence.settings(&self.journal()))?;
+        fs::write(&policy_file, besides.policy(upstream))?;
+        fs::write(&settings_file, besides.settings(&self.journal()))?;
         let listen = free_address()?;
         let mut command = self.on_the_proxies_core(program);
         gateway_arguments(&mut command, &policy_file, &settings_file, listen);
         command.args(["--admin", &free_address()?.to_string()]);
-        self.start(command, evidence.name(), listen)
+        self.start(command, besides.name(), listen)
     }
 
     fn journal(&self) -> PathBuf {
@@ -152,6 +192,9 @@ impl Stage {
     /// Removes the journal and says how many finished segments of it were compressed.
     pub fn forget_journal(&self) -> Result<usize, Failure> {
         let mut packed = 0;
+        if !self.journal().exists() {
+            return Ok(packed);
+        }
         for run in fs::read_dir(self.journal().join("runs"))? {
             for file in fs::read_dir(run?.path())? {
                 packed += usize::from(file?.path().extension().is_some_and(|extension| extension == "zst"));

@@ -1,7 +1,7 @@
 //! The comparison: every case through the bare proxy and through the gateway, in turns, and
-//! what each of them spent on it. What evidence costs is measured on the gateway beside itself.
+//! what each of them spent on it. What it does besides is measured on the gateway beside itself.
 
-use crate::children::{Evidence, Running, Stage, Subject};
+use crate::children::{Besides, Running, Stage, Subject};
 use crate::client::{Answer, Client, Load, Seen, Stop, Transport, quantile};
 use crate::cpu::{self, Cores};
 use crate::prompt::Turns;
@@ -102,8 +102,8 @@ struct Case {
 enum Yardstick {
     /// The bare proxy.
     Bare,
-    /// The same gateway without evidence: what is measured keeps it.
-    Itself(Evidence),
+    /// The same gateway without it.
+    Itself(Besides),
 }
 
 impl Case {
@@ -111,7 +111,7 @@ impl Case {
         matches!(self.load.answer, Answer::Stream { .. })
     }
 
-    fn keeps_evidence(&self) -> bool {
+    fn is_beside_itself(&self) -> bool {
         self.yardstick != Yardstick::Bare
     }
 
@@ -133,7 +133,9 @@ fn cases() -> Vec<Case> {
         |connections, interval| Load { connections, answer: Answer::Stream { events: 100, interval }, ..PLAIN };
     let carried = |transport| Load { transport, ..PLAIN };
     let case = |name, load, goal| Case { name, load, goal, yardstick: Yardstick::Bare };
-    let evidence = |name, load, kept| Case { name, load, goal: Goal::Ratio(1.06), yardstick: Yardstick::Itself(kept) };
+    let beside =
+        |name, load, besides, most| Case { name, load, goal: Goal::Ratio(most), yardstick: Yardstick::Itself(besides) };
+    let evidence = |name, load, besides| beside(name, load, besides, 1.06);
     let pace = Duration::from_millis(10);
     vec![
         case("1 KB", PLAIN, Goal::Ratio(0.9)),
@@ -145,10 +147,14 @@ fn cases() -> Vec<Case> {
         case("200 streams, an event each 10 ms", stream(200, pace), Goal::Ratio(0.9)),
         case("1 KB, new connection", carried(Transport::Fresh), Goal::None),
         case("1 KB, HTTP/2", carried(Transport::Http2), Goal::None),
-        evidence("evidence, 1 KB", PLAIN, Evidence::On),
-        evidence("evidence, 16 KB", sized(32, 16 << 10, Turns::One), Evidence::On),
-        evidence("evidence, stream at full speed", stream(16, Duration::ZERO), Evidence::On),
-        evidence("evidence, 1 KB, compressed", PLAIN, Evidence::Packed),
+        evidence("evidence, 1 KB", PLAIN, Besides::Evidence),
+        evidence("evidence, 16 KB", sized(32, 16 << 10, Turns::One), Besides::Evidence),
+        evidence("evidence, stream at full speed", stream(16, Duration::ZERO), Besides::Evidence),
+        evidence("evidence, 1 KB, compressed", PLAIN, Besides::Packed),
+        beside("limits, 1 KB", PLAIN, Besides::Limits, 1.10),
+        beside("limits, stream at full speed", stream(16, Duration::ZERO), Besides::Limits, 1.10),
+        beside("guardrails, 1 KB", PLAIN, Besides::Guards, 1.15),
+        beside("guardrails, stream at full speed", stream(16, Duration::ZERO), Besides::Guards, 1.10),
     ]
 }
 
@@ -184,9 +190,9 @@ impl Bench {
         only.is_empty() || only.iter().any(|part| name.contains(part.as_str()))
     }
 
-    /// A bare proxy has no evidence to keep.
+    /// A bare proxy can do nothing besides.
     fn is_possible(&self, case: &Case) -> bool {
-        matches!(self.subject, Subject::Gateway(_)) || !case.keeps_evidence()
+        matches!(self.subject, Subject::Gateway(_)) || !case.is_beside_itself()
     }
 
     async fn rows(&self) -> Result<Vec<Row>, Failure> {
@@ -195,7 +201,7 @@ impl Bench {
             eprintln!("{} …", case.name);
             let result = match case.yardstick {
                 Yardstick::Bare => self.measure(&case).await,
-                Yardstick::Itself(kept) => self.measure_evidence(&case, kept).await,
+                Yardstick::Itself(besides) => self.measure_besides(&case, besides).await,
             };
             rows.push(Row { case: case.name.into(), unit: case.unit(), result, goal: self.goal(&case) });
         }
@@ -228,19 +234,19 @@ impl Bench {
         Ok(Figures::of_rounds(&rounds))
     }
 
-    /// The same for the gateway beside itself, without evidence and with it.
-    async fn measure_evidence(&self, case: &Case, kept: Evidence) -> Result<Figures, Failure> {
+    /// The same for the gateway beside itself, without what it does besides and with it.
+    async fn measure_besides(&self, case: &Case, besides: Besides) -> Result<Figures, Failure> {
         let Subject::Gateway(program) = &self.subject else { return Err("no gateway".into()) };
-        let gateway = |evidence| self.stage.gateway(program, self.upstream.address, evidence);
+        let gateway = |besides| self.stage.gateway(program, self.upstream.address, besides);
         let mut rounds = Vec::new();
         for _ in 0..if self.options.quick { 2 } else { 5 } {
             let before = upstream::batches(self.upstream.address).await?;
-            let pair = Pair { bare: gateway(Evidence::Off)?, own: gateway(kept)? };
+            let pair = Pair { bare: gateway(besides.without())?, own: gateway(besides)? };
             rounds.extend(self.measure_pair(&pair, case).await?);
             let sent = upstream::batches(self.upstream.address).await? - before;
             drop(pair);
             let packed = self.stage.forget_journal()?;
-            if sent == 0 || (packed > 0) != (kept == Evidence::Packed) {
+            if besides.is_evidence() && (sent == 0 || (packed > 0) != (besides == Besides::Packed)) {
                 return Err(format!("{sent} batches of spans, {packed} compressed segments").into());
             }
         }
@@ -265,7 +271,7 @@ impl Bench {
             second.spend(slice).await?;
             second.spend(slice).await?;
             first.spend(slice).await?;
-            if case.keeps_evidence() {
+            if case.is_beside_itself() {
                 tokio::time::sleep(COMMIT).await;
             }
             rounds.push((bare.cost()?, own.cost()?));
@@ -402,7 +408,7 @@ impl<'a> Lane<'a> {
             proxy,
             client: Client::new(case.load, proxy.address),
             counts_events: case.is_stream(),
-            counts_all: case.keeps_evidence(),
+            counts_all: case.is_beside_itself(),
             seen: Duration::ZERO,
             spent: Duration::ZERO,
             count: 0,
