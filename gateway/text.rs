@@ -7,6 +7,7 @@
 mod answer;
 mod event;
 mod prompt;
+mod traces;
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,6 +18,7 @@ use serde_json::value::RawValue;
 pub use self::answer::answer;
 pub use self::event::{Event, event};
 pub use self::prompt::{extras, prompt};
+pub use self::traces::{forget_end, forget_tokens};
 pub use infergate_plugins::guardrail::Place;
 
 /// One text.
