@@ -178,6 +178,14 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
         "InfergateRetryBudgetSpent",
         "InfergateSinkFails",
     ];
+    const QUIET: [&str; 6] = [
+        "InfergateDown",
+        "InfergateSheds",
+        "InfergatePoliciesDiffer",
+        "InfergateJournalFails",
+        "InfergateGuardrailCannotRead",
+        "InfergateLedgerBehind",
+    ];
     let stirred = async || {
         let rules = rules(prometheus).await;
         STIR.iter().all(|name| rules.iter().any(|rule| rule["name"] == *name && rule["state"] != "inactive"))
@@ -188,14 +196,6 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
     for rule in &rules {
         assert_eq!((rule["health"].as_str(), rule["lastError"].as_str()), (Some("ok"), None), "{rule}");
     }
-    const QUIET: [&str; 6] = [
-        "InfergateDown",
-        "InfergateSheds",
-        "InfergatePoliciesDiffer",
-        "InfergateJournalFails",
-        "InfergateGuardrailCannotRead",
-        "InfergateLedgerBehind",
-    ];
     for quiet in QUIET {
         let rule = rules.iter().find(|rule| rule["name"] == quiet).unwrap();
         assert_eq!(rule["state"], "inactive", "{quiet}");
