@@ -4,10 +4,12 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | [`pipeline`], [`failover`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
+//! | [`pipeline`], [`failover`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
+//! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
+//! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |

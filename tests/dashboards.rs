@@ -16,7 +16,8 @@ use crate::support::{Client, Gateway, Options, Simulated, chat, eventually, faul
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// Good, bad, slow and dead upstreams; a fallback; a queue with one place; a budget that soon refuses retries.
+/// Good, bad, slow and dead upstreams; a fallback; a queue with one place; a budget that soon refuses retries; a limit
+/// that is soon spent; guardrails that block, take out and tell.
 fn policy(good: &Simulated, bad: &Simulated, slow: &Simulated, comment: &str) -> String {
     let (good, bad, slow) = (good.url(), bad.url(), slow.url());
     format!(
@@ -34,6 +35,14 @@ models:
   - {{name: saved, pool: bad, rename: m, fallbacks: [{{pool: good}}]}}
   - {{name: waits, pool: slow, rename: m}}
   - {{name: dead, pool: dead, rename: m}}
+  - {{name: spent, pool: good, rename: m}}
+limits:
+  - {{name: pocket, models: [spent], output_tokens: 10, per: total, warn_at: [50]}}
+  - {{requests: 1000000, per: 1m}}
+guardrails:
+  - {{name: cards, in: [prompt.user], verdict: block, pii: {{find: [card]}}}}
+  - {{name: addresses, in: [prompt.user], verdict: redact, pii: {{find: [email]}}}}
+  - {{name: greetings, in: [prompt.user], verdict: flag, words: {{list: [hello]}}}}
 pools:
   good: {{upstreams: [{{url: '{good}'}}]}}
   bad:
@@ -52,12 +61,14 @@ fn traffic(gateway: SocketAddr) -> JoinHandle<()> {
         let client = Client::h1();
         let named = |model: &str, stream| chat(stream, 5).replace(r#""model":"m""#, &format!(r#""model":"{model}""#));
         loop {
-            for (model, stream) in
-                [("m", false), ("m", true), ("breaks", false), ("saved", true), ("dead", false), ("nobody", false)]
-            {
+            let models = ["m", "breaks", "dead", "nobody", "spent"].map(|model| (model, false));
+            for (model, stream) in models.into_iter().chain([("m", true), ("saved", true)]) {
                 let body = named(model, stream)
                     .replace("\"stream\"", "\"stream_options\":{\"include_usage\":true},\"stream\"");
                 let _any = client.try_send(post(gateway, CHAT, &[], body)).await;
+            }
+            for said in ["4111 1111 1111 1111", "ada@example.com"] {
+                let _any = client.try_send(post(gateway, CHAT, &[], chat(false, 1).replace("Hello", said))).await;
             }
             let input = r#"{"model":"m","input":"Hello"}"#;
             let _any = client.try_send(post(gateway, "/v1/embeddings", &[], input)).await;
@@ -157,7 +168,8 @@ async fn no_panel_is_empty_and_every_alert_can_be_evaluated() {
 
 /// Prometheus has loaded all alerts and evaluates each without an error; those whose trouble is there stir.
 async fn alerts_evaluate(prometheus: &Prometheus) {
-    const STIR: [&str; 7] = [
+    const STIR: [&str; 8] = [
+        "InfergateLimitNearlySpent",
         "InfergatePolicyRefused",
         "InfergateRequestsFail",
         "InfergateRefusesForWantOfRoom",
@@ -165,6 +177,14 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
         "InfergatePoolIsOut",
         "InfergateRetryBudgetSpent",
         "InfergateSinkFails",
+    ];
+    const QUIET: [&str; 6] = [
+        "InfergateDown",
+        "InfergateSheds",
+        "InfergatePoliciesDiffer",
+        "InfergateJournalFails",
+        "InfergateGuardrailCannotRead",
+        "InfergateLedgerBehind",
     ];
     let stirred = async || {
         let rules = rules(prometheus).await;
@@ -176,7 +196,7 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
     for rule in &rules {
         assert_eq!((rule["health"].as_str(), rule["lastError"].as_str()), (Some("ok"), None), "{rule}");
     }
-    for quiet in ["InfergateDown", "InfergateSheds", "InfergatePoliciesDiffer", "InfergateJournalFails"] {
+    for quiet in QUIET {
         let rule = rules.iter().find(|rule| rule["name"] == quiet).unwrap();
         assert_eq!(rule["state"], "inactive", "{quiet}");
     }
@@ -249,5 +269,5 @@ fn every_dashboard_asks_the_data_source_of_its_reader() {
             assert!(panel["description"].as_str().is_some_and(|text| !text.is_empty()), "{name}: {}", panel["title"]);
         }
     }
-    assert_eq!(uids.len(), 5);
+    assert_eq!(uids.len(), 6);
 }
