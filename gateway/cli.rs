@@ -6,6 +6,7 @@ mod explain;
 mod key;
 mod prices;
 mod reference;
+mod route;
 mod schema;
 mod serve;
 mod simulate;
@@ -44,6 +45,8 @@ enum Command {
     Prices(prices::Prices),
     /// Tell what was used and what it cost, by tenant, model, principal, day or hour
     Usage(Box<usage::Usage>),
+    /// Tell which model a prompt gets and why, or how well routes do on labelled prompts
+    Route(route::Route),
     /// Print the JSON Schema of the policy
     Schema(schema::Schema),
     /// Print the reference of the policy as Markdown
@@ -73,6 +76,7 @@ pub fn run() -> ExitCode {
         Command::Explain(explain) => explain.run(),
         Command::Key(key) => key.run(),
         Command::Prices(prices) => prices.run(),
+        Command::Route(route) => route.run(),
         Command::Schema(schema) => schema.run(),
         Command::Reference(reference) => reference.run(),
         Command::Simulate(simulate) => simulate.run(),

@@ -9,6 +9,7 @@
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
+//! | [`routers`], [`text`] | models that are chosen by what is asked; where the texts of requests and answers stand |
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
@@ -45,6 +46,7 @@ pub mod policy;
 pub mod pool;
 pub mod refusal;
 pub mod relay;
+pub mod routers;
 pub mod scan;
 pub mod secret;
 pub mod settings;

@@ -23,6 +23,7 @@ mod overload;
 mod readme;
 mod reload;
 mod routing;
+mod semantic_routing;
 mod simulate;
 mod sinks;
 mod smoke;
