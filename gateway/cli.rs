@@ -7,6 +7,7 @@ mod guard;
 mod key;
 mod prices;
 mod reference;
+mod route;
 mod schema;
 mod serve;
 mod simulate;
@@ -47,6 +48,8 @@ enum Command {
     Prices(prices::Prices),
     /// Tell what was used and what it cost, by tenant, model, principal, day or hour
     Usage(Box<usage::Usage>),
+    /// Tell which model a prompt gets and why, or how well routes do on labelled prompts
+    Route(route::Route),
     /// Print the JSON Schema of the policy
     Schema(schema::Schema),
     /// Print the reference of the policy as Markdown
@@ -77,6 +80,7 @@ pub fn run() -> ExitCode {
         Command::Guard(guard) => guard.run(),
         Command::Key(key) => key.run(),
         Command::Prices(prices) => prices.run(),
+        Command::Route(route) => route.run(),
         Command::Schema(schema) => schema.run(),
         Command::Reference(reference) => reference.run(),
         Command::Simulate(simulate) => simulate.run(),

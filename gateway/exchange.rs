@@ -26,6 +26,7 @@ use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
 use crate::relay::{Downstream, Tally};
+use crate::routers::Chosen;
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
@@ -61,6 +62,8 @@ pub struct Exchange {
     pub trace: Option<Trace>,
     /// The model that answers in place of the one that was asked for.
     pub substitute: Option<Arc<str>>,
+    /// The model that was chosen where the one that was asked for left it open.
+    pub chosen: Option<Chosen>,
     /// How the limits stood of which one had too little left.
     pub short: Option<Box<[Standing]>>,
     /// What went to the client, and what it tells.
@@ -142,6 +145,7 @@ impl Exchange {
             trace: policy.traces.as_ref().map(|traces| traces.place(Context::of(&head.headers))),
             policy,
             substitute: None,
+            chosen: None,
             short: None,
             tally: Tally::default(),
             bill: None,

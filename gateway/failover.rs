@@ -26,6 +26,7 @@ use crate::pool::{Picked, Pool, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
+use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
 
@@ -465,6 +466,9 @@ pub fn head_for_client(
     // A name that no header can carry is not told.
     if model.is_ascii() {
         let _ = local::set(&mut head, "x-infergate-model", model);
+    }
+    if let Some(Chosen { by, model }) = &exchange.chosen {
+        let _ = local::set(&mut head, "x-infergate-route", format!("{by}={model}"));
     }
     standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     if exchange.policy.requests.name_upstream {

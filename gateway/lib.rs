@@ -11,6 +11,7 @@
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
+//! | [`routers`], [`text`] | models that are chosen by what is asked; where the texts of requests and answers stand |
 //! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
@@ -48,6 +49,7 @@ pub mod policy;
 pub mod pool;
 pub mod refusal;
 pub mod relay;
+pub mod routers;
 pub mod scan;
 pub mod secret;
 pub mod settings;

@@ -253,6 +253,9 @@ pub enum Outcome {
 /// What one request has of all limits, before it has anything of them.
 type Holds = SmallVec<[Hold; 4]>;
 
+/// A shorter answer helps nobody, unless no more was asked for.
+const LEAST: u64 = 16;
+
 /// The levels of limits that count apart: whoever is counted has one while it says anything.
 #[derive(Debug, Default)]
 pub struct Levels {
@@ -269,8 +272,8 @@ const LEVELS_MAX: usize = 200_000;
 
 impl Levels {
     /// The level of a limit that counts for all together, old or new.
-    pub fn named(&self, limit: &str, levels: &str) -> Arc<Level> {
-        self.level(self.key(0, &[levels]), limit, "", || id(levels, &[]))
+    pub fn named(&self, levels: &str) -> Arc<Level> {
+        self.level(self.key(0, &[levels]), levels, "", || id(levels, &[]))
     }
 
     /// Where a limit's levels are that it counts apart.
@@ -284,11 +287,11 @@ impl Levels {
         u128::from(one) << 64 | u128::from(other)
     }
 
-    fn level(&self, key: u128, limit: &str, whose: &str, id: impl FnOnce() -> Id) -> Arc<Level> {
+    fn level(&self, key: u128, levels: &str, whose: &str, id: impl FnOnce() -> Id) -> Arc<Level> {
         if let Some(level) = self.levels.get(&key) {
             return level.clone();
         }
-        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(limit, whose, id()))).clone()
+        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(levels, whose, id()))).clone()
     }
 
     /// The level that `limit` counts `request` on.
@@ -299,10 +302,10 @@ impl Levels {
         let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
         let key = self.key(limit.apart, &parts);
         if self.levels.len() >= LEVELS_MAX && !self.levels.contains_key(&key) {
-            return self.level(limit.apart, &limit.name, "others", || id(&limit.levels, &["", "others"]));
+            return self.level(limit.apart, &limit.levels, "others", || id(&limit.levels, &["", "others"]));
         }
         let known = self.levels.get(&key).map(|level| level.clone());
-        known.unwrap_or_else(|| self.level(key, &limit.name, &parts.join(" "), || id(&limit.levels, &parts)))
+        known.unwrap_or_else(|| self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts)))
     }
 
     /// What the store holds for this replica in advance, and nobody has taken yet.
@@ -345,7 +348,7 @@ impl Levels {
 
     /// How the levels of `limit` stand, the fullest first, `most` of them.
     pub fn standings(&self, limit: &Limit, now: u64, most: usize) -> Vec<(Box<str>, Standing, u64)> {
-        let of_it = self.levels.iter().filter(|level| *level.limit == *limit.name);
+        let of_it = self.levels.iter().filter(|level| *level.limit == *limit.levels);
         let mut standings: Vec<_> = of_it
             .map(|level| {
                 let mut count = level.count();
@@ -563,16 +566,16 @@ impl Way {
 
     /// Whether an answer that short helps anybody.
     fn is_worth_it(self, payable: u64, wanted: u64) -> bool {
-        const LEAST: u64 = 16;
         // Where a slice is too small, the store may have more.
         payable >= if self == Self::Leased { wanted } else { wanted.min(LEAST) }
     }
 }
 
-/// Of two limits that have too little, a budget says more than a rate, and the longer wait more than the shorter.
+/// Of two limits that have too little, the one counts that knows what to do instead of refusing; a budget says more than
+/// a rate, and the longer wait more than the shorter.
 fn shorter(other: Option<Short>, hold: &Hold, count: &mut Count, request: &Counted<'_>, way: Way) -> Short {
     let terms = hold.limit.terms(request.now);
-    let needed = hold.limit.needs(request, if hold.limit.clamps { request.output.min(1) } else { request.output });
+    let needed = hold.limit.needs(request, if hold.limit.clamps { request.output.min(LEAST) } else { request.output });
     let short = Short {
         limit: hold.limit.clone(),
         free: way.free(count, &terms),
@@ -580,7 +583,8 @@ fn shorter(other: Option<Short>, hold: &Hold, count: &mut Count, request: &Count
         wait: count.wait(&terms, needed),
         standings: Box::default(),
     };
-    let weight = |short: &Short| (short.limit.is_budget(), short.wait.unwrap_or(Duration::MAX));
+    let knows = |short: &Short| short.limit.exhausted.instead.is_some();
+    let weight = |short: &Short| (knows(short), short.limit.is_budget(), short.wait.unwrap_or(Duration::MAX));
     match other {
         Some(other) if weight(&other) >= weight(&short) => other,
         _ => short,

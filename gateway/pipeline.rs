@@ -16,7 +16,7 @@ use crate::answering;
 use crate::audit::record::clip;
 use crate::exchange::Exchange;
 use crate::failover::{self};
-use crate::guard::{self, Blocked, Guard};
+use crate::guard::{Blocked, Guard};
 use crate::house::House;
 use crate::identity;
 use crate::limits;
@@ -26,6 +26,7 @@ use crate::policy::file::{OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{AnswerHead, BodyFault, Downstream, Waiting};
+use crate::routers;
 use crate::scan::{self, Edit, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
@@ -34,6 +35,13 @@ impl Planned {
     /// How many answers are asked for.
     pub fn choices(&self) -> u64 {
         self.scan.choices(&self.received.body).unwrap_or(1)
+    }
+
+    /// The model that was asked for left it open which one answers: this one does.
+    pub fn goes_to(&mut self, exchange: &Exchange, route: Arc<Route>) {
+        self.priority = self.priority.or(route.priority);
+        self.total = exchange.times.received + Duration::from_millis(route.stages[0].pool.timeouts.total_ms);
+        self.route = route;
     }
 }
 
@@ -119,6 +127,9 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     exchange.body_bytes = received.body.len() as u64;
     exchange.capture(&received.body);
     let mut planned = admit(exchange, downstream, identified, received)?;
+    if planned.route.routers.is_some() {
+        Box::pin(routers::choose(house, exchange, downstream, &mut planned)).await?;
+    }
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
     judge(exchange, &mut planned).await?;
     exchange.admitted();

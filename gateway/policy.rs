@@ -8,6 +8,7 @@ mod limits;
 pub mod prices;
 pub mod problem;
 pub mod reload;
+mod routers;
 mod shared;
 mod tenants;
 mod traces;
@@ -34,6 +35,7 @@ use crate::money::book::Book;
 use crate::pool::origin::Origin;
 use crate::pool::{Pool, Upstream, breaker, queue};
 use crate::refusal::{Code, Refusal};
+use crate::routers::Routers;
 use crate::secret::{self, Secret, SecretSource};
 use crate::settings::Settings;
 use crate::state::State;
@@ -83,6 +85,8 @@ pub struct Policy {
     pub sinks: Vec<Arc<sink::Outlet>>,
     /// Which traces are kept and where they go; none is, without it.
     pub traces: Option<Traces>,
+    /// What is not good about it, though it works.
+    pub warnings: Vec<Problem>,
     models: Models,
 }
 
@@ -116,6 +120,8 @@ pub struct Route {
     pub meters: Meters,
     /// The handles of what it costs.
     pub spent: SpentMeters,
+    /// Who decides which model answers, where this one is none.
+    pub routers: Option<Arc<Routers>>,
 }
 
 impl Route {
@@ -135,6 +141,7 @@ impl Route {
             density,
             meters: Meters::default(),
             spent: SpentMeters::default(),
+            routers: None,
         })
     }
 
@@ -295,6 +302,7 @@ struct Compiler<'a> {
     document: Document,
     world: &'a World<'a>,
     problems: Vec<Problem>,
+    warnings: Vec<Problem>,
     /// The hash of the file and of what it names.
     secrets: Sha256,
     secret_files: Vec<PathBuf>,
@@ -307,7 +315,8 @@ impl<'a> Compiler<'a> {
     fn new(document: Document, source: &str, world: &'a World<'a>) -> Self {
         let secrets = Sha256::new_with_prefix(source);
         let (problems, secret_files) = (Vec::new(), Vec::new());
-        Self { document, world, problems, secrets, secret_files, directory: None, own_keys: None }
+        let warnings = Vec::new();
+        Self { document, world, problems, warnings, secrets, secret_files, directory: None, own_keys: None }
     }
 
     /// A path that the policy gives, which begins where the policy lies.
@@ -361,6 +370,7 @@ impl<'a> Compiler<'a> {
             prices,
             asks_for_usage,
             traces,
+            warnings: Problems::in_order(std::mem::take(&mut self.warnings)).0,
             models,
         }
     }
@@ -527,9 +537,11 @@ impl<'a> Compiler<'a> {
             }
         }
         models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
+        self.routers(file, &mut models);
         if let Some(name) = &file.default_model
             && models.named(name).is_none()
             && !seen.contains_key(name.as_str())
+            && !file.routers.contains_key(name)
         {
             let hint = nearest(name, seen.keys().copied());
             self.wrong("default_model", format!("no model is named {name}{hint}"));
@@ -664,6 +676,7 @@ impl Policy {
             asks_for_usage: false,
             sinks: Vec::new(),
             traces: None,
+            warnings: Vec::new(),
             models: Models::default(),
         }
     }

@@ -17,6 +17,7 @@ use crate::pool::PoolState;
 use crate::pool::origin::{Origin, OriginState};
 use crate::pool::queue::Queue;
 use crate::pool::retry::Budget;
+use crate::routers::conversations::Conversations;
 use crate::telemetry::Telemetry;
 
 /// The levels of the process.
@@ -25,6 +26,8 @@ pub struct State {
     origins: DashMap<Origin, Arc<OriginState>>,
     pools: DashMap<String, Arc<PoolState>>,
     densities: DashMap<String, Arc<Density>>,
+    /// Which models conversations have.
+    pub conversations: Arc<Conversations>,
     /// What limits have counted.
     pub limits: Levels,
     key_sets: DashMap<Source, Arc<Kept>>,
@@ -41,6 +44,7 @@ impl State {
             origins: DashMap::new(),
             pools: DashMap::new(),
             densities: DashMap::new(),
+            conversations: Arc::default(),
             limits: Levels::default(),
             key_sets: DashMap::new(),
             bodies: Arc::new(ByteBudget::new(body_bytes_max)),

@@ -28,6 +28,8 @@ pub struct Text {
     pub place: Place,
     /// Which of several texts of its kind: those of one stream that belong together have the same number.
     pub channel: u64,
+    /// The message that it is in, from 1; 0 for what stands beside messages.
+    pub turn: u32,
     /// Where it stands: a JSON string, without its quotes.
     pub span: Range<usize>,
     /// Whether it is JSON itself, as the arguments of tools are.
@@ -46,6 +48,8 @@ const NESTED_MAX: u8 = 4;
 struct Collector<'a> {
     document: &'a [u8],
     texts: Vec<Text>,
+    /// The message that is read.
+    turn: u32,
 }
 
 /// The document is not what its endpoint takes or gives, as far as its texts are concerned.
@@ -60,7 +64,7 @@ impl From<serde_json::Error> for Unreadable {
 
 impl<'a> Collector<'a> {
     fn new(document: &'a [u8]) -> Self {
-        Self { document, texts: Vec::new() }
+        Self { document, texts: Vec::new(), turn: 0 }
     }
 
     /// A JSON value of the document that is a text: a string. Anything else is none.
@@ -80,7 +84,7 @@ impl<'a> Collector<'a> {
         if text.len() > 2 && text.starts_with('"') {
             // Both stand in the same memory: the value was borrowed from the document.
             let from = text.as_ptr() as usize - self.document.as_ptr() as usize + 1;
-            self.texts.push(Text { place, channel, span: from..from + text.len() - 2, is_json });
+            self.texts.push(Text { place, channel, turn: self.turn, span: from..from + text.len() - 2, is_json });
         }
     }
 
@@ -132,7 +136,7 @@ impl<'a> Collector<'a> {
             let next = bytes[close + 1..].iter().find(|byte| !byte.is_ascii_whitespace());
             if next != Some(&b':') && close > open + 1 {
                 let span = base + open + 1..base + close;
-                self.texts.push(Text { place, channel, span, is_json: false });
+                self.texts.push(Text { place, channel, turn: self.turn, span, is_json: false });
             }
             at = close + 1;
         }

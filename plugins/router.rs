@@ -23,6 +23,11 @@ pub trait Router: Debug + Send + Sync {
 
     /// The models that it may choose.
     fn models(&self) -> Vec<Arc<str>>;
+
+    /// The routes told by examples, where it goes by those: to be looked into and measured.
+    fn semantic(&self) -> Option<&semantic::Semantic> {
+        None
+    }
 }
 
 /// What a router says.
@@ -74,6 +79,18 @@ pub struct Config {
     /// By how difficult it is: one of two models.
     #[serde(default)]
     pub difficulty: Option<difficulty::Config>,
+}
+
+impl Config {
+    /// The models that it names, each with its key below this one.
+    pub fn models(&self) -> Vec<(String, &str)> {
+        let routes = self.semantic.iter().flat_map(|semantic| semantic.routes.iter().enumerate());
+        let routes = routes.map(|(at, route)| (format!(".semantic.routes[{at}].model"), route.model.as_str()));
+        let signals = self.signals.iter().map(|signals| (".signals.model".to_owned(), signals.model.as_str()));
+        let pairs = self.difficulty.iter().flat_map(|pair| [("weak", &pair.weak), ("strong", &pair.strong)]);
+        let pairs = pairs.map(|(key, model)| (format!(".difficulty.{key}"), model.as_str()));
+        routes.chain(signals).chain(pairs).collect()
+    }
 }
 
 /// What is wrong, or not good: the key below the list of routers, like `[0].semantic.routes[1].examples`, and what to

@@ -417,3 +417,31 @@ async fn a_budget_outlives_a_killed_process_and_one_that_is_new_knows_what_was_s
     })
     .await;
 }
+
+#[tokio::test]
+async fn of_two_budgets_that_are_spent_the_one_counts_that_names_another_model() {
+    let wire = Wire::start(|_| {
+        let answer = Bytes::from_static(b"{\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2}}");
+        Framing::Length.answer("application/json", &answer, 64)
+    })
+    .await;
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: big, pool: p}}\n  - {{name: small, pool: p}}\npools:\n  p: {{upstreams: [{{url: '{}'}}]}}\nprices: {{list: [{{models: [big], input: 1, output: 1000}}, {{models: [small], input: 1, output: 1}}]}}\nlimits:\n  - {{usd: 0.001, per: month}}\n  - {{models: [big], usd: 0.001, per: day, on_exhausted: {{use: small}}}}\n",
+        wire.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let answer = ask(&gateway, chat(false, 2).replace("\"m\"", "\"big\"")).await;
+    assert_eq!((answer.status, answer.header("x-infergate-model")), (200, "small"), "{}", answer.text());
+}
+
+#[tokio::test]
+async fn a_window_that_changes_begins_anew_and_nothing_tells_of_the_old_one() {
+    let server = model_server().await;
+    let of = |per: &str| limited(&server.url(), &format!("  - {{name: x, requests: 3, per: {per}}}"));
+    let gateway = Gateway::start(&of("1h")).await;
+    ask(&gateway, chat(false, 2)).await;
+    assert_eq!(left(&gateway, "x").await, 2);
+    assert_eq!(gateway.reload(&of("2h")).await.status, 200);
+    assert_eq!(left(&gateway, "x").await, 3);
+    gateway.comes_to("infergate_limit_left{limit=\"x\"}", 3.0).await;
+}

@@ -23,6 +23,7 @@ mod overload;
 mod readme;
 mod reload;
 mod routing;
+mod semantic_routing;
 mod shared;
 mod simulate;
 mod sinks;

@@ -42,13 +42,14 @@ impl Check {
             let name = file.display().to_string();
             let found = match self.kind {
                 Kind::Policy => self.policy(file),
-                Kind::Settings => {
-                    Settings::load(file).map(|settings| format!("{} listeners", settings.listeners.len()))
-                }
+                Kind::Settings => Settings::load(file)
+                    .map(|settings| (format!("{} listeners", settings.listeners.len()), Problems(Vec::new()))),
             };
             match found {
-                Ok(summary) if self.json => println!("{}", json!({"file": name, "ok": true, "summary": summary})),
-                Ok(summary) => println!("{name}: good ({summary})"),
+                Ok((summary, warnings)) => {
+                    self.tell_all(&name, &warnings, "warning");
+                    self.praise(&name, &summary);
+                }
                 Err(problems) => {
                     good = false;
                     self.tell(&name, &problems);
@@ -58,7 +59,7 @@ impl Check {
         Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
-    fn policy(&self, file: &std::path::Path) -> Result<String, Problems> {
+    fn policy(&self, file: &std::path::Path) -> Result<(String, Problems), Problems> {
         let (state, telemetry) = (State::new(0), Telemetry::new());
         let strict = |name: &str| std::env::var(name).ok();
         let lenient = |name: &str| std::env::var(name).ok().or_else(|| Some("unknown".to_owned()));
@@ -73,24 +74,38 @@ impl Check {
         };
         let policy = load(file, &world)?;
         let upstreams: usize = policy.pools.values().map(|pool| pool.upstreams.len()).sum();
-        Ok(format!(
+        let summary = format!(
             "{} models, {} pools, {upstreams} upstreams, hash {}",
             policy.listed().len(),
             policy.pools.len(),
             &policy.hash[..12]
-        ))
+        );
+        Ok((summary, Problems(policy.warnings)))
+    }
+
+    fn praise(&self, name: &str, summary: &str) {
+        match self.json {
+            true => println!("{}", json!({"file": name, "ok": true, "summary": summary})),
+            false => println!("{name}: good ({summary})"),
+        }
     }
 
     fn tell(&self, name: &str, problems: &Problems) {
+        self.tell_all(name, problems, "message");
         if !self.json {
-            for line in problems.lines(name) {
-                println!("{line}");
-            }
-            return println!("{name}: {} to mend", counted(problems.0.len()));
+            println!("{name}: {} to mend", counted(problems.0.len()));
+        }
+    }
+
+    /// Each on a line of its own: what must be mended is a `message`, what only might be a `warning`.
+    fn tell_all(&self, name: &str, problems: &Problems, word: &str) {
+        if !self.json {
+            let mark = if word == "warning" { "warning: " } else { "" };
+            return problems.lines(name).into_iter().for_each(|line| println!("{mark}{line}"));
         }
         for Problem { place, path, message } in &problems.0 {
             let (line, column) = place.unzip();
-            println!("{}", json!({"file": name, "line": line, "column": column, "key": path, "message": message}));
+            println!("{}", json!({"file": name, "line": line, "column": column, "key": path, word: message}));
         }
     }
 }

@@ -17,7 +17,7 @@ pub type Id = [u8; 16];
 /// What is taken, shared by all requests that it counts.
 #[derive(Debug, Default)]
 pub struct Level {
-    /// The limit's name.
+    /// The limit's name, with what it counts over which time.
     pub limit: Box<str>,
     /// For whom it counts, for reports; empty where it counts for all.
     pub whose: Box<str>,

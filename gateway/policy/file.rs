@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use infergate_plugins::{authenticator, guardrail, sink};
+use infergate_plugins::{authenticator, guardrail, router, sink};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -51,6 +51,9 @@ pub struct File {
     /// 404.
     #[serde(default)]
     pub default_model: Option<String>,
+    /// Models by name that are none: which one of `models` answers is decided for each request, by what it asks.
+    #[serde(default)]
+    pub routers: BTreeMap<String, VirtualModel>,
     /// The pools of upstreams, by name.
     #[serde(default)]
     pub pools: BTreeMap<String, Pool>,
@@ -300,6 +303,41 @@ pub struct Model {
     /// A sentence for `GET /v1/models`.
     #[serde(default)]
     pub description: Option<String>,
+}
+
+/// A model that is chosen for each request by what it asks. Whoever may use it may use what it chooses; limits, prices
+/// and priorities are those of the model that is chosen.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VirtualModel {
+    /// The routers. They are asked in order, and the first answer wins.
+    #[schemars(length(min = 1))]
+    pub ask: Vec<router::Config>,
+    /// The model for what no router has an answer to, and for requests without text.
+    pub default: String,
+    /// How long a choice holds.
+    #[serde(default)]
+    pub keep: Keep,
+    /// The header by which clients name a conversation. Absent, or not sent: its beginning names it, up to the user's
+    /// first message.
+    #[serde(default)]
+    pub session_header: Option<String>,
+    /// A sentence for `GET /v1/models`.
+    #[serde(default)]
+    pub description: Option<String>,
+}
+
+/// How long the choice of a model holds. It is remembered for an hour, in this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Keep {
+    /// While the model waits for a tool: whoever called it gets what it gave back.
+    #[default]
+    ToolLoop,
+    /// For the whole conversation.
+    Conversation,
+    /// Each request is decided for itself.
+    Never,
 }
 
 /// Another pool to try before the first byte has reached the client.

@@ -36,6 +36,8 @@ impl Compiler<'_> {
     ) -> Option<Limit> {
         for (index, model) in limit.models.iter().flatten().enumerate() {
             self.listed_model(&format!("{path}.models[{index}]"), model, file, models);
+            // Limits count the model that is chosen.
+            self.is_no_router(&format!("{path}.models[{index}]"), model, file);
         }
         for (index, surface) in limit.surfaces.iter().flatten().enumerate() {
             self.listed_surface(&format!("{path}.surfaces[{index}]"), surface, file);
@@ -48,7 +50,7 @@ impl Compiler<'_> {
         // A limit that counts another thing, or over another time, has levels of its own.
         let levels = format!("{name} {unit:?} {}", limit.per.as_deref().unwrap_or_default());
         Some(Limit {
-            level: limit.each.is_empty().then(|| state.named(&name, &levels)),
+            level: limit.each.is_empty().then(|| state.named(&levels)),
             apart: state.apart(&levels),
             levels: levels.clone().into(),
             meters: self.world.telemetry.limit(&name),
@@ -70,6 +72,7 @@ impl Compiler<'_> {
     /// What the words of a limit say beside its amount.
     fn limit_words(&mut self, path: &str, limit: &file::Limit, file: &file::File, models: &Models) {
         if let Some(instead) = limit.on_exhausted.as_ref().and_then(|exhausted| exhausted.instead.as_ref())
+            && !self.is_no_router(&format!("{path}.on_exhausted.use"), instead, file)
             && models.named(instead).is_none()
         {
             let hint = nearest(instead, file.models.iter().map(|model| model.name.as_str()));

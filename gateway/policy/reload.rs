@@ -71,6 +71,9 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
         return Reloaded::Unchanged;
     }
     let from = before.as_ref().map(|before| before.hash.clone());
+    for warning in &policy.warnings {
+        tracing::warn!("{warning}");
+    }
     let revision = before.map_or(1, |before| before.revision + 1);
     let hash = policy.hash.clone();
     policy.revision = revision;

@@ -154,6 +154,7 @@ impl Compiler<'_> {
             return self.wrong(path, format!("{name}: only one * is understood"));
         }
         let passes = file.passthrough.iter().any(|entry| entry.path == name);
+        let passes = passes || file.routers.contains_key(name);
         let known = name.contains('*') || passes || models.default.is_some() || models.named(name).is_some();
         // An entry that is wrong itself is told there.
         if !known && !file.models.iter().any(|model| model.name == name || model.aliases.iter().any(|a| a == name)) {

@@ -119,6 +119,7 @@ pub fn prompt(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable
         found.message(message)?;
     }
     if let Some(documents) = request.documents {
+        found.turn = 0;
         found.parts(Place::PromptTool, 0, documents)?;
     }
     Ok(found.texts)
@@ -152,6 +153,7 @@ impl<'a> Collector<'a> {
 
     fn message(&mut self, message: &Message<'a>) -> Result<(), Unreadable> {
         let place = message.place();
+        self.turn += 1;
         for value in [message.content, message.output, message.summary].into_iter().flatten() {
             self.parts(place, 0, value)?;
         }

@@ -61,6 +61,9 @@ pub struct Evaluation {
     pub worst: Vec<Miss>,
 }
 
+/// What a row gets of which nothing is known.
+pub const NOTHING: &str = "(nothing)";
+
 /// A row that got a wrong label.
 #[derive(Clone, Debug)]
 pub struct Miss {
@@ -102,10 +105,10 @@ impl Tally {
         let right = class.is_some_and(|class| **class.label == **label);
         let counts = self.of_label.entry(label.clone()).or_default();
         *counts = (counts.0 + 1, counts.1 + usize::from(right));
-        if let Some(class) = class.filter(|_| !right) {
-            let got = Arc::clone(class.label).to_string();
-            *self.confusion.entry((label.clone(), got.clone())).or_default() += 1;
-            self.worst.push(Miss { row, got, score: class.score });
+        if !right {
+            let (got, score) = class.map_or((NOTHING.into(), 0.0), |class| (Arc::clone(class.label), class.score));
+            *self.confusion.entry((label.clone(), got.to_string())).or_default() += 1;
+            self.worst.push(Miss { row, got: got.to_string(), score });
         }
     }
 

@@ -181,6 +181,10 @@ impl Router for Semantic {
     fn models(&self) -> Vec<Arc<str>> {
         self.models.iter().map(|(_, model)| Arc::clone(model)).collect()
     }
+
+    fn semantic(&self) -> Option<&Semantic> {
+        Some(self)
+    }
 }
 
 #[cfg(test)]

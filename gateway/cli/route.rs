@@ -1,0 +1,325 @@
+//! `infergate route`: which model a prompt gets and why; how well routes do on labelled prompts.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{Args, Subcommand};
+use infergate_plugins::operation::Operation;
+use infergate_plugins::prompt::Prompt;
+use infergate_plugins::router::evaluation::{self, Evaluation, Row};
+use infergate_plugins::router::semantic::Semantic;
+use infergate_plugins::router::signals::Signals;
+use infergate_plugins::router::{Answer, Router};
+use infergate_plugins::semantic::Embedding;
+use serde_json::{Value, json};
+
+use crate::policy::{Policy, World, load};
+use crate::routers::conversations::Conversations;
+use crate::routers::words::Words;
+use crate::routers::{Routers, Whose, told};
+use crate::state::State;
+use crate::surface;
+use crate::telemetry::Telemetry;
+
+/// The longest request that is read.
+const LONGEST: u64 = 64 << 20;
+/// How many wrong rows are shown.
+const WORST: usize = 10;
+/// How often a decision is made to tell how long it takes.
+const ROUNDS: u32 = 100;
+
+/// Which model a prompt gets.
+#[derive(Args)]
+pub(super) struct Route {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Read a request's body from the standard input and tell which model it gets, and what each router says
+    Explain(Explain),
+    /// Try the routes told by examples on labelled prompts, one JSON object a line: {"text": ..., "label": ROUTE}
+    Eval(Eval),
+}
+
+#[derive(Args)]
+struct Explain {
+    #[command(flatten)]
+    of: Of,
+    /// The endpoint that the request is for
+    #[arg(long, value_name = "PATH", default_value = "/v1/chat/completions")]
+    surface: String,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Eval {
+    /// The labelled prompts; a label that no route has is out of scope
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    #[command(flatten)]
+    of: Of,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Whose routers.
+#[derive(Args)]
+struct Of {
+    /// The policy
+    #[arg(long, value_name = "FILE", default_value = "config/policy.yaml")]
+    policy: PathBuf,
+    /// The virtual model: one of the policy's `routers`. Absent: the first
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+}
+
+impl Route {
+    pub(super) fn run(self) -> Result<ExitCode, String> {
+        match self.command {
+            Command::Explain(explain) => explain.run(),
+            Command::Eval(eval) => eval.run(),
+        }
+    }
+}
+
+impl Of {
+    fn routers(&self) -> Result<Arc<Routers>, String> {
+        let policy = compiled(&self.policy)?;
+        let mut virtuals = policy.listed().iter().filter_map(|(name, route)| Some((name, route.routers.clone()?)));
+        let found = virtuals.find(|(name, _)| self.model.as_ref().is_none_or(|wanted| wanted == *name));
+        found.map(|(_, routers)| routers).ok_or_else(|| {
+            let file = self.policy.display();
+            match &self.model {
+                Some(name) => format!("{file} has no {name} under `routers`"),
+                None => format!("{file} has no `routers`: name a policy that has with --policy"),
+            }
+        })
+    }
+}
+
+/// The policy, whether or not its secrets are there.
+fn compiled(file: &Path) -> Result<Policy, String> {
+    let (state, telemetry) = (State::new(0), Telemetry::new());
+    let env = |name: &str| std::env::var(name).ok().or_else(|| Some("unknown".to_owned()));
+    let now = Instant::now();
+    let world = World { env: &env, state: &state, telemetry: &telemetry, zone: None, now, secret_files: false };
+    load(file, &world).map_err(|problems| problems.lines(&file.display().to_string()).join("\n"))
+}
+
+impl Explain {
+    fn run(self) -> Result<ExitCode, String> {
+        let routers = self.of.routers()?;
+        let operation = surface::find(&self.surface).map(|surface| surface.operation);
+        let operation = operation.ok_or_else(|| format!("nothing is served at {}", self.surface))?;
+        let mut body = Vec::new();
+        let read = std::io::stdin().take(LONGEST).read_to_end(&mut body);
+        read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
+        let found = explained(&routers, operation, &body)?;
+        if self.json {
+            println!("{found}");
+        } else {
+            print!("{}", story(&found));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// What a request gets, and what everybody says of it.
+fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Value, String> {
+    let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
+    let words = Words::of(operation, body, true).map_err(|_| unreadable)?;
+    let spans = words.spans();
+    let prompt = words.prompt(&spans);
+    let kept = Conversations::default();
+    // The first time the tables are cold.
+    let decided = routers.decide(operation, body, &kept, &Whose::default());
+    let fresh = Conversations::default();
+    let began = Instant::now();
+    for _ in 0..ROUNDS {
+        std::hint::black_box(routers.decide(operation, body, &fresh, &Whose::default()));
+    }
+    let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
+    Ok(json!({
+        "asked": &*routers.name,
+        "model": &*decided.model,
+        "rule": decided.rule.as_str(),
+        "why": decided.why.as_str(),
+        "in_tool_loop": words.in_loop(&prompt),
+        "microseconds": micros,
+        "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
+        "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
+        "signals": signals(&prompt),
+    }))
+}
+
+fn said(router: &dyn Router, prompt: &Prompt<'_>) -> Value {
+    let mut said = match router.ask(prompt) {
+        Answer::Route(choice) => json!({
+            "model": &*choice.model, "route": &*choice.route,
+            "score": rounded(choice.score), "margin": rounded(choice.margin),
+        }),
+        Answer::Pass(why) => json!({"passes": told(why)}),
+    };
+    said["kind"] = router.kind().into();
+    if let Some(semantic) = router.semantic() {
+        said["routes"] = ranked(semantic, prompt);
+        said["fingerprint"] = format!("{:016x}", semantic.heads().fingerprint()).into();
+        said["least_likeness"] = rounded(semantic.least_likeness());
+        let class = semantic.heads().classify(&Embedding::of_parts(prompt.asked())).map(|class| class.likeness);
+        said["likeness"] = class.map_or(Value::Null, rounded);
+    }
+    said
+}
+
+/// The routes by how likely they are.
+fn ranked(semantic: &Semantic, prompt: &Prompt<'_>) -> Value {
+    let asked = Embedding::of_parts(prompt.asked());
+    let ranked = semantic.heads().ranked(&asked).into_iter();
+    ranked.map(|(route, score)| json!({"route": &**route, "score": rounded(score)})).collect()
+}
+
+fn rounded(number: f32) -> Value {
+    json!((f64::from(number) * 10_000.0).round() / 10_000.0)
+}
+
+fn signals(prompt: &Prompt<'_>) -> Value {
+    let found = Signals::of(prompt);
+    json!({
+        "bytes": found.bytes, "tokens": found.tokens, "turns": found.turns, "images": found.images,
+        "tools": found.tools, "language": found.language, "code": found.code, "maths": found.maths,
+        "structured": found.structured,
+    })
+}
+
+/// The same for people.
+fn story(found: &Value) -> String {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let mut told = format!(
+        "{} -> {}   by {} ({}), in {:.0} microseconds\n",
+        text(&found["asked"]),
+        text(&found["model"]),
+        text(&found["rule"]),
+        text(&found["why"]),
+        found["microseconds"].as_f64().unwrap_or_default()
+    );
+    for router in found["routers"].as_array().into_iter().flatten() {
+        let answer = match router.get("passes") {
+            Some(why) => format!("passes: {}", text(why)),
+            None => format!(
+                "{} (route {}, score {}, margin {})",
+                text(&router["model"]),
+                text(&router["route"]),
+                router["score"],
+                router["margin"]
+            ),
+        };
+        told += &format!("  {:<11} {answer}\n", text(&router["kind"]));
+        if let Some(likeness) = router.get("likeness") {
+            told += &format!("    likeness {likeness} of {} at least\n", router["least_likeness"]);
+        }
+        for route in router["routes"].as_array().into_iter().flatten().take(5) {
+            told += &format!("    {:<20} {}\n", text(&route["route"]), route["score"]);
+        }
+    }
+    let signals = found["signals"].as_object().into_iter().flatten();
+    let signals: Vec<String> = signals.map(|(name, value)| format!("{name} {}", text(value))).collect();
+    told + &format!("  signals     {}\n", signals.join(", "))
+}
+
+impl Eval {
+    fn run(self) -> Result<ExitCode, String> {
+        let routers = self.of.routers()?;
+        let semantic = routers.ask.iter().find_map(|router| router.semantic());
+        let semantic = semantic.ok_or_else(|| format!("{} has no routes told by examples", routers.name))?;
+        let file = self.file.display();
+        let lines = std::fs::read_to_string(&self.file).map_err(|error| format!("{file} cannot be read: {error}"))?;
+        let rows: Vec<Row> = evaluation::rows(&lines).map_err(|wrong| format!("{file}: {wrong}"))?;
+        let began = Instant::now();
+        let found = Evaluation::of(semantic.heads(), semantic.least_likeness(), &rows);
+        let micros = began.elapsed().as_nanos() as f64 / 1000.0 / rows.len().max(1) as f64;
+        if self.json {
+            println!("{}", measured(&found, semantic, &rows, micros));
+        } else {
+            print!("{}", report(&found, semantic, &rows, micros));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn measured(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) -> Value {
+    let confusion: Vec<Value> = found
+        .confusion
+        .iter()
+        .map(|((label, got), count)| json!({"label": label, "got": got, "rows": count}))
+        .collect();
+    let worst = found.worst.iter().take(WORST).map(|miss| {
+        let Row { text, label } = &rows[miss.row];
+        json!({"row": miss.row + 1, "text": text, "label": label, "got": miss.got, "score": rounded(miss.score)})
+    });
+    json!({
+        "in_scope": found.in_scope, "accuracy": found.accuracy, "mean_accuracy": found.mean_accuracy,
+        "out_of_scope": found.out_of_scope, "auroc": found.auroc,
+        "taken_in_scope": found.taken.0, "taken_out_of_scope": found.taken.1,
+        "least_likeness": rounded(semantic.least_likeness()),
+        "suggested_likeness": rounded(found.suggested_likeness),
+        "left_out_accuracy": semantic.report().accuracy(),
+        "confusion": confusion, "worst": worst.collect::<Vec<_>>(), "microseconds": micros,
+    })
+}
+
+/// The same for people.
+fn report(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) -> String {
+    let (in_scope, out_of_scope) = (found.in_scope, found.out_of_scope);
+    let mut told = format!(
+        "accuracy {:.1} % of {in_scope} prompts, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
+        100.0 * found.accuracy,
+        100.0 * found.mean_accuracy
+    );
+    if let Some(auroc) = found.auroc {
+        told += &format!("out of scope: AUROC {:.1} % over {out_of_scope} prompts\n", 100.0 * auroc);
+    }
+    told += &format!(
+        "taken by a route: {:.1} % in scope, {:.1} % out of scope, at least_likeness {:.3}; {:.3} would keep 95 % in scope\n",
+        100.0 * found.taken.0,
+        100.0 * found.taken.1,
+        semantic.least_likeness(),
+        found.suggested_likeness
+    );
+    told += &matrix(found, semantic, rows);
+    for miss in found.worst.iter().take(WORST) {
+        let Row { text, label } = &rows[miss.row];
+        let text: String = text.chars().take(80).collect();
+        told += &format!("line {}: {label} taken for {} ({:.2}): {text}\n", miss.row + 1, miss.got, miss.score);
+    }
+    told
+}
+
+/// Which label got which route. Of many routes only what went wrong is shown.
+fn matrix(found: &Evaluation, semantic: &Semantic, rows: &[Row]) -> String {
+    const MOST: usize = 20;
+    let labels = semantic.heads().labels();
+    if labels.len() > MOST {
+        let mut wrong: Vec<_> = found.confusion.iter().collect();
+        wrong.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let line = |((label, got), count): &(&(String, String), &usize)| format!("{count:>5} {label} -> {got}\n");
+        return wrong.iter().take(MOST).map(line).collect();
+    }
+    let wrong = |label: &str, got: &str| found.confusion.get(&(label.to_owned(), got.to_owned())).copied();
+    let row = |label: &Arc<str>| {
+        let all = rows.iter().filter(|row| row.label == **label).count();
+        let missed: usize = found.confusion.iter().filter(|((of, _), _)| *of == **label).map(|(_, count)| count).sum();
+        let cell = |got: &Arc<str>| if got == label { all - missed } else { wrong(label, got).unwrap_or_default() };
+        let cells: String = labels.iter().map(|got| format!("{:>6}", cell(got))).collect();
+        format!("{label:<20}{cells}\n")
+    };
+    let head: String = (1..=labels.len()).map(|number| format!("{number:>6}")).collect();
+    format!("{:<20}{head}\n", "label \\ got route") + &labels.iter().map(row).collect::<String>()
+}

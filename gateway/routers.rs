@@ -1,0 +1,209 @@
+//! Models whose name leaves it open which one answers: what a request asks decides.
+//!
+//! The routers of the policy are asked in order once the body has been parsed, and before limits count it, so that they
+//! count the model that is chosen; the first answer wins, and where there is none the default answers. Not every
+//! candidate serves every endpoint: one that cannot do what is asked is passed over.
+
+pub mod conversations;
+pub mod words;
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::{HeaderMap, HeaderName};
+use infergate_plugins::operation::Operation;
+use infergate_plugins::prompt::{Prompt, Role};
+use infergate_plugins::router::{Answer, Choice, Router, Why};
+
+use self::conversations::Conversations;
+use self::words::Words;
+use crate::audit::record::Text;
+use crate::exchange::Exchange;
+use crate::guard::BESIDE;
+use crate::house::House;
+use crate::pipeline::Planned;
+use crate::policy::Route;
+use crate::policy::file::Keep;
+use crate::refusal::{Code, Refusal};
+use crate::relay::Downstream;
+
+/// A virtual model.
+#[derive(Debug)]
+pub struct Routers {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Who is asked, in order.
+    pub ask: Vec<Arc<dyn Router>>,
+    /// Who answers where nobody has an answer.
+    pub default: Arc<str>,
+    /// Where the candidates are served.
+    pub models: HashMap<Arc<str>, Arc<Route>>,
+    /// How long a choice holds.
+    pub keep: Keep,
+    /// The header that names a conversation.
+    pub session_header: Option<HeaderName>,
+    /// Whether somebody counts images, tools and the like.
+    pub counts: bool,
+}
+
+/// What was chosen, for the header.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// The virtual model.
+    pub by: Arc<str>,
+    /// The model.
+    pub model: Arc<str>,
+}
+
+/// A decision, as it goes on record.
+#[derive(Debug)]
+pub struct Decided {
+    /// The model.
+    pub model: Arc<str>,
+    /// The name of the route or the rule.
+    pub rule: Text,
+    /// How it came to that.
+    pub why: Text,
+}
+
+/// Decides which model answers a request that leaves it open.
+pub async fn choose(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &Downstream,
+    planned: &mut Planned,
+) -> Result<(), Refusal> {
+    let Some(routers) = planned.route.routers.clone() else { return Ok(()) };
+    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
+    let conversations = house.state.conversations.clone();
+    let whose = Whose::of(exchange, &routers, &downstream.head().headers);
+    let deciding = routers.clone();
+    let decide = move || deciding.decide(operation, &body, &conversations, &whose);
+    let decided = if planned.received.body.len() > BESIDE {
+        let broke = |_| Refusal::new(Code::Internal, "a router broke");
+        tokio::task::spawn_blocking(decide).await.map_err(broke)?
+    } else {
+        decide()
+    };
+    let route = routers.models.get(&decided.model).filter(|route| serves(route, operation)).cloned();
+    let Some(route) = route else {
+        let (name, path) = (&decided.model, planned.identified.surface.path);
+        return Err(Refusal::new(Code::NotFound, format!("no upstream of the model `{name}` can do {path}")));
+    };
+    let Decided { model, rule, why } = decided;
+    exchange.decide("route", rule, &model, why);
+    exchange.chosen = Some(Chosen { by: routers.name.clone(), model: model.clone() });
+    exchange.serve_instead(route.clone(), model);
+    planned.goes_to(exchange, route);
+    Ok(())
+}
+
+fn serves(route: &Route, operation: Operation) -> bool {
+    route.stages.iter().any(|stage| stage.pool.serves(operation))
+}
+
+/// Whose conversation it is: no tenant is told by another's.
+#[derive(Clone, Debug, Default)]
+pub struct Whose {
+    tenant: Option<Arc<str>>,
+    /// What the client calls it.
+    session: Option<Box<[u8]>>,
+}
+
+impl Whose {
+    fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
+        let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
+        Self {
+            tenant: exchange.who.as_ref().map(|who| who.tenant.name.clone()),
+            session: named.map(|value| value.as_bytes().into()),
+        }
+    }
+}
+
+impl Routers {
+    /// The models that may be chosen, the default first, each once.
+    pub fn candidates(&self) -> impl Iterator<Item = &Arc<str>> {
+        let mut others: Vec<&Arc<str>> = self.models.keys().filter(|name| **name != self.default).collect();
+        others.sort_unstable();
+        std::iter::once(&self.default).chain(others)
+    }
+
+    /// The model for the request `body` to `operation`.
+    pub fn decide(&self, operation: Operation, body: &[u8], kept: &Conversations, whose: &Whose) -> Decided {
+        let Ok(words) = Words::of(operation, body, self.counts) else {
+            return self.by_default("the prompt cannot be read".into());
+        };
+        let spans = words.spans();
+        let prompt = words.prompt(&spans);
+        let key = (self.keep != Keep::Never).then(|| self.key(&prompt, kept, whose)).flatten();
+        let holds = self.keep == Keep::Conversation || words.in_loop(&prompt);
+        let now = Instant::now();
+        if let Some(model) = key.filter(|_| holds).and_then(|key| kept.get(key, now))
+            && self.can(&model, operation)
+        {
+            return Decided { model, rule: "conversation".into(), why: "it was chosen before, and is kept".into() };
+        }
+        let decided = self.asked(operation, &prompt);
+        if let Some(key) = key {
+            kept.put(key, decided.model.clone(), now);
+        }
+        decided
+    }
+
+    /// The first answer.
+    fn asked(&self, operation: Operation, prompt: &Prompt<'_>) -> Decided {
+        let mut passed = String::new();
+        for router in &self.ask {
+            match router.ask(prompt) {
+                Answer::Route(choice) if self.can(&choice.model, operation) => return decided(router.kind(), choice),
+                Answer::Route(choice) => note(&mut passed, router.kind(), &format!("{} cannot do this", choice.model)),
+                Answer::Pass(why) => note(&mut passed, router.kind(), &told(why)),
+            }
+        }
+        self.by_default(passed.into())
+    }
+
+    fn by_default(&self, why: Text) -> Decided {
+        Decided { model: self.default.clone(), rule: "default".into(), why }
+    }
+
+    fn can(&self, model: &str, operation: Operation) -> bool {
+        self.models.get(model).is_some_and(|route| serves(route, operation))
+    }
+
+    /// The number of the conversation: by what the client calls it, or by how it begins.
+    fn key(&self, prompt: &Prompt<'_>, kept: &Conversations, whose: &Whose) -> Option<u64> {
+        let of = (&*self.name, whose.tenant.as_deref());
+        if let Some(session) = &whose.session {
+            return Some(kept.key(of, &[session]));
+        }
+        let first = prompt.spans.iter().position(|span| span.role == Role::User)?;
+        let turn = prompt.spans[first].turn;
+        let goes_on = |span: &&infergate_plugins::prompt::Span<'_>| span.role == Role::User && span.turn == turn;
+        let end = first + prompt.spans[first..].iter().take_while(goes_on).count();
+        let texts: Vec<&[u8]> = prompt.spans[..end].iter().map(|span| span.text.as_bytes()).collect();
+        Some(kept.key(of, &texts))
+    }
+}
+
+fn decided(kind: &'static str, choice: Choice) -> Decided {
+    let why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
+    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into() }
+}
+
+fn note(passed: &mut String, kind: &str, why: &str) {
+    let between = if passed.is_empty() { "" } else { "; " };
+    let _ = write!(passed, "{between}{kind}: {why}");
+}
+
+/// Why a router has no answer, for people.
+pub fn told(why: Why) -> String {
+    match why {
+        Why::Unknown => "nothing is asked that it knows".to_owned(),
+        Why::OutOfScope(is, least) => format!("like none of its examples, likeness {is:.3} of {least:.3}"),
+        Why::Unsure(is, least) => format!("two routes are alike, margin {is:.3} of {least:.3}"),
+        Why::Unmatched => "its conditions do not hold".to_owned(),
+    }
+}

@@ -1,0 +1,126 @@
+//! Which model a conversation has, so that it does not change in the middle.
+//!
+//! Bounded: each of 16 shards has a young half and an old one of [`HALF`] conversations; when the young half is full it
+//! becomes the old one, which is forgotten. Whoever is forgotten is decided again, by the same rules.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+const SHARDS: usize = 16;
+/// Conversations in half a shard: 65,536 in all at least, twice as many at most.
+const HALF: usize = 4096;
+/// How long a choice is kept after it was last of use.
+pub const KEPT: Duration = Duration::from_secs(3600);
+/// How much of each end of a long text tells conversations apart, beside its length.
+const END: usize = 2048;
+
+/// The models of conversations.
+#[derive(Debug)]
+pub struct Conversations {
+    shards: [Mutex<Shard>; SHARDS],
+    /// Keyed for this process, so that nobody can make two conversations meet.
+    hasher: RandomState,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    young: HashMap<u64, Kept>,
+    old: HashMap<u64, Kept>,
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    model: Arc<str>,
+    until: Instant,
+}
+
+impl Default for Conversations {
+    fn default() -> Self {
+        Self { shards: std::array::from_fn(|_| Mutex::default()), hasher: RandomState::new() }
+    }
+}
+
+impl Conversations {
+    /// The number of a conversation, by whose it is and by these texts.
+    pub fn key(&self, of: (&str, Option<&str>), texts: &[&[u8]]) -> u64 {
+        let mut hasher = self.hasher.build_hasher();
+        of.hash(&mut hasher);
+        for text in texts {
+            text.len().hash(&mut hasher);
+            hasher.write(&text[..text.len().min(END)]);
+            hasher.write(&text[text.len().saturating_sub(END)..]);
+        }
+        hasher.finish()
+    }
+
+    /// The model of a conversation, which has it for another hour then.
+    pub fn get(&self, key: u64, now: Instant) -> Option<Arc<str>> {
+        let mut shard = self.shard(key).lock();
+        let kept = shard.young.get(&key).or_else(|| shard.old.get(&key)).filter(|kept| kept.until > now)?;
+        let model = kept.model.clone();
+        shard.put(key, Kept { model: model.clone(), until: now + KEPT });
+        Some(model)
+    }
+
+    /// This conversation has this model from now on.
+    pub fn put(&self, key: u64, model: Arc<str>, now: Instant) {
+        self.shard(key).lock().put(key, Kept { model, until: now + KEPT });
+    }
+
+    fn shard(&self, key: u64) -> &Mutex<Shard> {
+        &self.shards[key as usize % SHARDS]
+    }
+}
+
+impl Shard {
+    fn put(&mut self, key: u64, kept: Kept) {
+        self.young.insert(key, kept);
+        if self.young.len() >= HALF {
+            self.old = std::mem::take(&mut self.young);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_keeps_its_model_for_an_hour_after_it_was_last_of_use() {
+        let (kept, now) = (Conversations::default(), Instant::now());
+        let key = kept.key(("auto", None), &[b"hello"]);
+        kept.put(key, "m".into(), now);
+        let at = |share: f64| kept.get(key, now + KEPT.mul_f64(share)).is_some();
+        assert_eq!([at(0.9), at(1.8), at(2.9)], [true, true, false]);
+    }
+
+    #[test]
+    fn conversations_meet_only_where_name_tenant_and_beginning_are_the_same() {
+        let kept = Conversations::default();
+        let keys = [
+            kept.key(("auto", None), &[b"ab"]),
+            kept.key(("auto", Some("t")), &[b"ab"]),
+            kept.key(("other", None), &[b"ab"]),
+            kept.key(("auto", None), &[b"a", b"b"]),
+            kept.key(("auto", None), &[&[b'x'; 3 * END]]),
+            kept.key(("auto", None), &[&[b'x'; 3 * END + 1]]),
+        ];
+        let distinct: std::collections::HashSet<u64> = keys.into_iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+        assert_eq!(kept.key(("auto", None), &[b"ab"]), keys[0]);
+    }
+
+    #[test]
+    fn there_is_an_end_to_what_is_remembered_and_the_newest_is() {
+        let (kept, now) = (Conversations::default(), Instant::now());
+        let many = 4 * SHARDS * HALF;
+        (0..many as u64).for_each(|key| kept.put(key, "m".into(), now));
+        let held: usize = kept.shards.iter().map(|shard| shard.lock().young.len() + shard.lock().old.len()).sum();
+        assert!(held <= 2 * SHARDS * HALF, "{held}");
+        assert!(kept.get(many as u64 - 1, now).is_some() && kept.get(0, now).is_none());
+    }
+}

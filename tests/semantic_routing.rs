@@ -1,0 +1,288 @@
+//! A virtual model: what is asked decides which model answers, on every endpoint with text; nothing but the model's name
+//! changes in the body; the header and the record say what was decided and why; and the same policy decides the same.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::keys::{asks_for, key, start};
+use crate::support::wire::sha256;
+use crate::support::{Client, Gateway, Journal, Options, Process, Simulated};
+
+const CHAT: &str = "/v1/chat/completions";
+const MESSAGES: &str = "/v1/messages";
+const RESPONSES: &str = "/v1/responses";
+
+const CODE: &str = "implement quicksort in c++";
+const BANK: &str = "move 20 euros to my checking account";
+const NEITHER: &str = "who painted the mona lisa";
+
+const ROUTERS: &str = "routers:
+  auto:
+    default: plain
+    session_header: x-session
+    ask:
+      - signals: {name: pictures, model: eyes, images: true}
+      - semantic:
+          routes:
+            - name: code
+              model: coder
+              examples:
+                - write a python function that sorts a list
+                - fix the bug in this javascript loop
+                - why does my rust program not compile
+                - explain this sql query
+                - refactor this class into smaller functions
+            - name: bank
+              model: small
+              examples:
+                - transfer fifty dollars to my savings account
+                - what is my account balance
+                - how do i pay my credit card bill
+                - send money to my landlord
+                - show my recent transactions
+";
+
+fn routed(url: &str, more: &str) -> String {
+    format!(
+        "version: 1\nmodels:\n  - {{name: coder, pool: p}}\n  - {{name: small, pool: p}}\n  - {{name: plain, pool: p}}\n  - {{name: eyes, pool: p}}\npools:\n  p: {{upstreams: [{{url: '{url}'}}]}}\n{ROUTERS}{more}"
+    )
+}
+
+async fn models() -> Simulated {
+    let models = ["coder", "small", "plain", "eyes"].map(str::to_owned).to_vec();
+    Simulated::start(Options { models, ..Options::default() }).await.unwrap()
+}
+
+/// A body whose model's name, key order, spaces and unknown fields are not what anybody would write.
+fn body(path: &str, text: &str, stream: bool) -> String {
+    match path {
+        MESSAGES => format!(
+            r#"{{"max_tokens":3, "x_own":1.50,"model" : "auto","messages":[{{"role":"user","content":[{{"type":"text","text":"{text}"}}]}}],"stream":{stream}}}"#
+        ),
+        RESPONSES => format!(
+            r#"{{"max_output_tokens":16,"input":[{{"role":"user","content":[{{"type":"input_text","text":"{text}"}}]}}], "model" : "auto","stream":{stream}}}"#
+        ),
+        _ => format!(
+            r#"{{"x_own":1.50,"messages":[{{"role":"system","content":"You are a bank."}}, {{"role":"user","content":"{text}"}}],"model" : "auto","max_tokens":3,"stream":{stream}}}"#
+        ),
+    }
+}
+
+fn tool_loop(text: &str) -> String {
+    format!(
+        r#"{{"model":"auto","max_tokens":3,"messages":[{{"role":"user","content":"{CODE}"}},{{"role":"assistant","content":"ok"}},{{"role":"user","content":"{text}"}},{{"role":"assistant","content":null,"tool_calls":[{{"id":"c1","type":"function","function":{{"name":"f","arguments":"{{}}"}}}}]}},{{"role":"tool","tool_call_id":"c1","content":"done"}}]}}"#
+    )
+}
+
+async fn route(gateway: &Gateway, headers: &[(&str, &str)], path: &str, body: String) -> String {
+    let answer = Client::h1().post_with(gateway.address, path, headers, body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.header("x-infergate-route").to_owned()
+}
+
+#[tokio::test]
+async fn a_prompt_goes_to_the_model_that_the_examples_say_and_only_the_models_name_changes() {
+    let server = models().await;
+    let gateway = Gateway::start(&routed(&server.url(), "")).await;
+    for (text, model) in
+        [(CODE, "coder"), (BANK, "small"), (NEITHER, "plain"), (r"\u0069mplement quicksort in c++", "coder")]
+    {
+        for path in [CHAT, MESSAGES, RESPONSES] {
+            for stream in [false, true] {
+                let sent = body(path, text, stream);
+                let answer = Client::h1().post(gateway.address, path, sent.clone()).await;
+                assert_eq!(answer.status, 200, "{path} {text}: {}", answer.text());
+                assert_eq!(answer.header("x-infergate-route"), format!("auto={model}"), "{path} {text}");
+                assert_eq!(answer.header("x-infergate-model"), model);
+                let expected = sent.replace("\"auto\"", &format!("\"{model}\""));
+                let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+                assert_eq!(seen.body_sha256, sha256(expected.as_bytes()), "{path} {text}");
+            }
+        }
+    }
+    let picture = r#"{"model":"auto","max_tokens":3,"messages":[{"role":"user","content":[{"type":"text","text":"fix the bug"},{"type":"image_url","image_url":{"url":"data:image/png;base64,AA=="}}]}]}"#;
+    assert_eq!(route(&gateway, &[], CHAT, picture.to_owned()).await, "auto=eyes");
+}
+
+#[tokio::test]
+async fn the_record_says_what_was_decided_by_what_and_how_clearly() {
+    let server = models().await;
+    let gateway = Gateway::start(&routed(&server.url(), "")).await;
+    for text in [CODE, NEITHER] {
+        route(&gateway, &[], CHAT, body(CHAT, text, false)).await;
+    }
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    assert_eq!(records[0]["model"], json!({"asked": "auto", "route": "coder", "used": "coder"}));
+    let decisions = |record: &Value| -> Vec<Value> {
+        let all = record["decisions"].as_array().unwrap();
+        all.iter().filter(|decision| decision["stage"] == "route").cloned().collect()
+    };
+    let of_code = decisions(&records[0]);
+    assert_eq!((&of_code[0]["rule"], &of_code[0]["why"]), (&json!("auto"), &json!("by its name")));
+    assert_eq!((&of_code[1]["rule"], &of_code[1]["verdict"]), (&json!("code"), &json!("coder")));
+    let why = of_code[1]["why"].as_str().unwrap();
+    assert!(why.starts_with("semantic: score 0.") && why.contains("margin 0."), "{why}");
+    let of_neither = decisions(&records[1]);
+    assert_eq!((&of_neither[1]["rule"], &of_neither[1]["verdict"]), (&json!("default"), &json!("plain")));
+    let why = of_neither[1]["why"].as_str().unwrap();
+    assert!(why.contains("signals: its conditions do not hold; semantic: like none of its examples"), "{why}");
+}
+
+#[tokio::test]
+async fn who_called_a_tool_gets_what_it_gave_back() {
+    let server = models().await;
+    let gateway = Gateway::start(&routed(&server.url(), "")).await;
+    let first = format!(r#"{{"model":"auto","max_tokens":3,"messages":[{{"role":"user","content":"{CODE}"}}]}}"#);
+    // Nothing is remembered yet: what the user asked last decides.
+    assert_eq!(route(&gateway, &[], CHAT, tool_loop(BANK)).await, "auto=small");
+    assert_eq!(route(&gateway, &[], CHAT, first.clone()).await, "auto=coder");
+    assert_eq!(route(&gateway, &[], CHAT, tool_loop(BANK)).await, "auto=coder", "by how the conversation begins");
+    let named = [("x-session", "s-1")];
+    assert_eq!(route(&gateway, &named, CHAT, body(CHAT, NEITHER, false)).await, "auto=plain");
+    assert_eq!(route(&gateway, &named, CHAT, tool_loop(BANK)).await, "auto=plain", "by what the client calls it");
+    assert_eq!(route(&gateway, &named, CHAT, first).await, "auto=coder", "outside of a loop it is decided again");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    assert!(records[2].to_string().contains("it was chosen before, and is kept"), "{}", records[2]);
+}
+
+#[tokio::test]
+async fn a_conversation_keeps_its_model_where_the_policy_says_so() {
+    let server = models().await;
+    let keeps = |keep: &str| routed(&server.url(), "").replace("    ask:", &format!("    keep: {keep}\n    ask:"));
+    let later = format!(
+        r#"{{"model":"auto","max_tokens":3,"messages":[{{"role":"user","content":"{CODE}"}},{{"role":"assistant","content":"ok"}},{{"role":"user","content":"{BANK}"}}]}}"#
+    );
+    let first = format!(r#"{{"model":"auto","max_tokens":3,"messages":[{{"role":"user","content":"{CODE}"}}]}}"#);
+    for (keep, expected) in [("conversation", "auto=coder"), ("never", "auto=small")] {
+        let gateway = Gateway::start(&keeps(keep)).await;
+        assert_eq!(route(&gateway, &[], CHAT, first.clone()).await, "auto=coder");
+        assert_eq!(route(&gateway, &[], CHAT, later.clone()).await, expected, "{keep}");
+    }
+}
+
+#[tokio::test]
+async fn a_tenant_may_use_a_virtual_model_like_any_and_limits_count_the_chosen_one() {
+    let server = models().await;
+    let (may, may_not) = (key("may", ""), key("not", ""));
+    let keys = asks_for(&[&may, &may_not], "{may: {models: [auto]}, not: {models: [coder]}}");
+    let limits = "limits:\n  - {name: coders, models: [coder], requests: 1, per: 1h, on_exhausted: {use: small}}\n  - {name: smalls, models: [small], requests: 1, per: 1h}\n";
+    let gateway = start(&routed(&server.url(), &format!("{keys}{limits}")), "").await;
+    let client = Client::h1();
+    let ask = |secret: &str, text: &str| {
+        let bearer = format!("Bearer {secret}");
+        let sent = body(CHAT, text, false);
+        let (client, address) = (&client, gateway.address);
+        async move { client.post_with(address, CHAT, &[("authorization", &bearer)], sent).await }
+    };
+    let refused = ask(&may_not.text, CODE).await;
+    assert_eq!((refused.status, refused.code().as_str()), (403, "model_not_allowed"));
+    assert_eq!(ask(&may.text, CODE).await.header("x-infergate-route"), "auto=coder");
+    let refused = ask(&may.text, CODE).await;
+    assert_eq!((refused.status, refused.code().as_str()), (429, "rate_limit_exceeded"), "small is not in its list");
+    assert!(refused.text().contains("coders"), "{}", refused.text());
+    assert_eq!(ask(&may.text, BANK).await.header("x-infergate-route"), "auto=small");
+    assert!(ask(&may.text, BANK).await.text().contains("smalls"));
+    assert_eq!(ask(&may.text, NEITHER).await.status, 200);
+    let bearer = format!("Bearer {}", may.text);
+    let request = http::Request::get(format!("http://{}/v1/models", gateway.address)).header("authorization", &bearer);
+    let listed = client.send(request.body(Default::default()).unwrap()).await.json();
+    let names: Vec<&str> = listed["data"].as_array().unwrap().iter().filter_map(|model| model["id"].as_str()).collect();
+    assert_eq!(names, ["auto"]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_and_what_has_no_text_goes_to_the_default() {
+    let server = models().await;
+    let gateway = Gateway::start(&routed(&server.url(), "default_model: auto\n")).await;
+    let twice = format!(
+        r#"{{"model":"auto","max_tokens":3,"messages":[{{"role":"user","content":"{CODE}","content":"{CODE}"}}]}}"#
+    );
+    assert_eq!(route(&gateway, &[], CHAT, twice).await, "auto=plain");
+    let unknown = body(CHAT, CODE, false).replace("\"auto\"", "\"whatever\"");
+    assert_eq!(route(&gateway, &[], CHAT, unknown).await, "auto=coder");
+    let long = body(CHAT, &format!("{CODE}. {}", "lorem ipsum dolor ".repeat(20_000)), false);
+    let answer = Client::h1().post(gateway.address, CHAT, long).await;
+    assert!(answer.header("x-infergate-route").starts_with("auto=") || answer.status == 400, "{}", answer.text());
+}
+
+#[tokio::test]
+async fn a_reload_changes_what_is_decided_and_a_wrong_one_nothing() {
+    let server = models().await;
+    let gateway = Gateway::start(&routed(&server.url(), "")).await;
+    let wrong = routed(&server.url(), "").replace("model: coder", "model: codr");
+    let told = gateway.reload(&wrong).await.text();
+    assert!(told.contains("routers.auto.ask[1].semantic.routes[0].model: no model is named codr"), "{told}");
+    assert_eq!(route(&gateway, &[], CHAT, body(CHAT, CODE, false)).await, "auto=coder");
+    gateway.reload(&routed(&server.url(), "").replace("model: coder", "model: small")).await;
+    assert_eq!(route(&gateway, &[], CHAT, body(CHAT, CODE, false)).await, "auto=small");
+}
+
+/// The standard output of the program, given this on its standard input.
+fn told(arguments: &[&str], input: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infergate"));
+    let mut child =
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let done = child.wait_with_output().unwrap();
+    assert!(done.status.success());
+    String::from_utf8(done.stdout).unwrap()
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    file
+}
+
+#[test]
+fn the_command_line_explains_a_prompt_and_the_same_policy_has_the_same_fingerprint() {
+    let policy = file(&routed("http://127.0.0.1:1", ""));
+    let path = policy.path().to_str().unwrap();
+    let explain = |more: &[&str], text: &str| {
+        told(&[&["route", "explain", "--policy", path], more].concat(), &body(CHAT, text, false))
+    };
+    let parsed = |text: &str| serde_json::from_str::<Value>(&explain(&["--json"], text)).unwrap();
+    let (one, two) = (parsed(CODE), parsed(CODE));
+    assert_eq!((&one["asked"], &one["model"], &one["rule"]), (&json!("auto"), &json!("coder"), &json!("code")));
+    assert_eq!(one["candidates"], json!(["plain", "coder", "eyes", "small"]));
+    assert_eq!(one["routers"][1]["fingerprint"].as_str().unwrap().len(), 16);
+    assert_eq!(one["routers"], two["routers"], "bit by bit");
+    assert!(one["microseconds"].as_f64().unwrap() > 0.0 && one["signals"]["turns"] == 1);
+    let story = explain(&["--model", "auto"], NEITHER);
+    assert!(story.starts_with("auto -> plain   by default"), "{story}");
+    assert!(story.contains("semantic") && story.contains("likeness") && story.contains("signals"), "{story}");
+}
+
+#[test]
+fn the_command_line_measures_routes_on_labelled_prompts() {
+    let policy = file(&routed("http://127.0.0.1:1", ""));
+    let rows = [(CODE, "code"), (BANK, "bank"), ("will my python loop end", "bank"), (NEITHER, "art")];
+    let lines: String =
+        rows.iter().map(|(text, label)| format!("{}\n", json!({"text": text, "label": label}))).collect();
+    let rows = file(&lines);
+    let arguments = ["route", "eval", rows.path().to_str().unwrap(), "--policy", policy.path().to_str().unwrap()];
+    let found: Value = serde_json::from_str(&told(&[&arguments[..], &["--json"]].concat(), "")).unwrap();
+    assert_eq!((&found["in_scope"], &found["out_of_scope"]), (&json!(3), &json!(1)));
+    assert!((found["accuracy"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-9, "{found}");
+    assert_eq!((&found["auroc"], &found["worst"][0]["got"]), (&json!(1.0), &json!("code")));
+    assert_eq!(found["confusion"], json!([{"label": "bank", "got": "code", "rows": 1}]));
+    let report = told(&arguments, "");
+    assert!(report.starts_with("accuracy 66.7 % of 3 prompts"), "{report}");
+    assert!(report.contains("line 3: bank taken for code") && report.contains("AUROC 100.0 %"), "{report}");
+    let (code, _, complaint) =
+        Process::run(&["route", "eval", arguments[2], "--policy", arguments[4], "--model", "no"]);
+    assert!(code == Some(1) && complaint.contains("no no under `routers`"), "{complaint}");
+}
+
+#[test]
+fn check_warns_of_routes_that_will_not_do_and_says_that_the_policy_is_good() {
+    let few = "            - name: few\n              model: small\n              examples: [sing a song for my cat]\n";
+    let policy = file(&routed("http://127.0.0.1:1", few));
+    let (code, out, _) = Process::run(&["check", policy.path().to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{out}");
+    let warning = out.lines().find(|line| line.starts_with("warning: ")).unwrap();
+    assert!(warning.contains("routers.auto.ask[1].semantic.routes[2].examples: 1 examples are few"), "{warning}");
+    assert!(out.lines().last().unwrap().contains("good ("), "{out}");
+}
