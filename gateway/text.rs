@@ -201,6 +201,9 @@ mod tests {
 
     use super::*;
 
+    /// An operation, a document, and the texts in it: the last word of each one's place, and what it says.
+    type Case = (Operation, &'static str, &'static [(&'static str, &'static str)]);
+
     /// The texts of a document, each with the last word of its place.
     fn told(document: &str, texts: Vec<Text>) -> Vec<(String, String)> {
         let word = |place: Place| place.name().rsplit('.').next().unwrap().to_owned();
@@ -214,7 +217,7 @@ mod tests {
     #[test]
     fn every_text_of_a_request_is_found_with_whose_it_is() {
         use Operation::{Chat, Completions, Embeddings, Generate, Messages, Rerank, Responses, Score};
-        let cases: &[(Operation, &str, &[(&str, &str)])] = &[
+        let cases: &[Case] = &[
             (
                 Chat,
                 r#"{"messages":[{"content":"S","role":"system"},{"role":"user","content":[{"type":"text","text":"U\n"},{"type":"image_url","image_url":{"url":"x"}}]},{"role":"assistant","content":null,"tool_calls":[{"id":"i","function":{"name":"f","arguments":"{\"a\":1}"}}]},{"role":"tool","content":"T"}],"model":"m"}"#,
@@ -254,7 +257,7 @@ mod tests {
     #[test]
     fn every_text_of_an_answer_is_found() {
         use Operation::{Chat, Completions, Generate, Messages, Responses, Transcription};
-        let cases: &[(Operation, &str, &[(&str, &str)])] = &[
+        let cases: &[Case] = &[
             (
                 Chat,
                 r#"{"choices":[{"message":{"content":"A","reasoning_content":"R","refusal":"N","tool_calls":[{"function":{"arguments":"{}"}}]}},{"message":{"content":"B"}}]}"#,
@@ -284,7 +287,7 @@ mod tests {
     #[test]
     fn every_text_of_an_event_is_found_and_belongs_to_its_stream() {
         use Operation::{Chat, Completions, Generate, Messages, Responses};
-        let cases: &[(Operation, &str, &[(&str, &str)])] = &[
+        let cases: &[Case] = &[
             (
                 Chat,
                 r#"{"choices":[{"index":1,"delta":{"content":"A","reasoning":"R","tool_calls":[{"index":2,"function":{"arguments":"{\""}}]}}]}"#,

@@ -1,6 +1,6 @@
 //! Which model a conversation has, so that it does not change in the middle.
 //!
-//! Bounded: each of 16 shards has a young half and an old one of [`HALF`] conversations; when the young half is full it
+//! Bounded: each of 16 shards has a young half and an old one of `HALF` conversations; when the young half is full it
 //! becomes the old one, which is forgotten. Whoever is forgotten is decided again, by the same rules.
 
 use std::collections::HashMap;
