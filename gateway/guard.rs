@@ -31,7 +31,10 @@ pub struct Rails {
 }
 
 /// Bodies above this are judged beside the threads that carry requests.
-pub const BESIDE: usize = 128 << 10;
+const BESIDE: usize = 128 << 10;
+
+/// The same where some rule has to think about them.
+const BESIDE_THINKING: usize = 16 << 10;
 
 /// The longest answer in one piece that is judged: it is held until then.
 pub const WHOLE_MAX: usize = 32 << 20;
@@ -86,6 +89,11 @@ impl Rails {
     /// Whether any rule looks at prompts, or at answers.
     pub fn looks_at(&self, prompts: bool) -> bool {
         self.rules.rules().iter().any(|rule| rule.places.iter().any(|place| place.is_prompt() == prompts))
+    }
+
+    /// Bodies above this are judged beside the threads that carry requests.
+    pub fn beside(&self) -> usize {
+        if self.rules.thinks() { BESIDE_THINKING } else { BESIDE }
     }
 
     /// A rule that must read what nobody can read, if there is one.

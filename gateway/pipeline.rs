@@ -320,7 +320,7 @@ async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Ref
         return Err(Blocked::Unread(rule.clone()).refusal("a WebSocket"));
     }
     let tokens = exchange.tally.reservation.as_ref().map(|reservation| reservation.input);
-    let judged = if body.len() > guard::BESIDE {
+    let judged = if body.len() > rails.beside() {
         let judging = tokio::task::spawn_blocking(move || Guard::prompt(rails, operation, &body, tokens)).await;
         judging.map_err(|_| Refusal::new(Code::Internal, "a guardrail broke"))?
     } else {

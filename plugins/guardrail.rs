@@ -13,6 +13,9 @@
 //! - What is spelled out, written backwards, encoded (base64, hex, leetspeak), put into a picture or spread over several
 //!   messages is not found. Words are compared letter for letter: a zero-width sign or a look-alike letter from another
 //!   alphabet hides one.
+//! - Injections are suspected, not known, and topics are guessed from what a text has in common with examples, both in
+//!   English: an attack that is new, short or buried in a long document passes, and now and then something harmless is
+//!   found. Whoever lets a model act on what others wrote must bound what it may do.
 //! - A language is told from 40 letters on, by script and frequent words: enough to keep a conversation in its language,
 //!   not to tell dialects.
 //! - Rules that are found to be wrong on some text cannot be excused for it here: write an `allow` list or use
@@ -22,6 +25,7 @@ pub mod json;
 pub mod redact;
 pub mod stream;
 
+mod injection;
 mod language;
 mod patterns;
 mod pii;
@@ -29,7 +33,9 @@ mod regex;
 mod repetition;
 mod secrets;
 mod size;
+mod topic;
 mod triggers;
+mod whole;
 mod words;
 
 use std::collections::{BTreeMap, HashSet};
@@ -44,6 +50,7 @@ use redact::{Redaction, Style};
 pub use size::Measure;
 use stream::Act;
 pub use stream::{Edit, Finder, Found, Progress, Scanner, Search, Stream, Window};
+use whole::Whole;
 use words::{Word, Words};
 
 /// One rule. Exactly one of the kinds must be given.
@@ -90,6 +97,12 @@ pub struct Config {
     /// Another language than those that are allowed.
     #[serde(default)]
     pub language: Option<language::Config>,
+    /// Attempts to override a model's instructions.
+    #[serde(default)]
+    pub injection: Option<injection::Config>,
+    /// What it is about.
+    #[serde(default)]
+    pub topic: Option<topic::Config>,
 }
 
 /// A part of an exchange that has text.
@@ -234,6 +247,8 @@ pub(crate) enum Detector {
     Own(Vec<Arc<dyn Finder>>),
     /// Bounds of a whole prompt, and a search for answers.
     Size(size::Bounds),
+    /// A view of whole texts.
+    Whole(Whole),
 }
 
 /// A rule as the policy has it.
@@ -295,6 +310,21 @@ impl Guardrails {
     /// What scans a place; None if no rule looks there.
     pub fn scanner(&self, place: Place) -> Option<&Arc<Scanner>> {
         self.scanners.get(&place)
+    }
+
+    /// Searches a text of `place` with one rule alone, which finds and changes nothing: for measurements. None if it does
+    /// not look there.
+    pub fn alone(&self, rule: usize, place: Place) -> Option<Arc<Scanner>> {
+        let one = self.rules.get(rule).filter(|rule| rule.places.contains(&place))?;
+        // Its words and expressions were put together before, with those of the others.
+        let finders = finders(std::iter::once(one), place.is_prompt()).ok()?;
+        let acts = vec![Act::Watch; self.rules.len()];
+        Some(Arc::new(Scanner::new(acts, Vec::new(), finders)))
+    }
+
+    /// Whether some rule has to think about a text: it takes a millisecond for 32 KiB.
+    pub fn thinks(&self) -> bool {
+        self.rules.iter().any(|rule| matches!(rule.detector, Detector::Whole(_)))
     }
 
     /// The rules whose bounds a prompt exceeds, and by what.
@@ -376,8 +406,9 @@ fn contradictions(config: &Config) -> Vec<Wrong> {
             "placeholders hide things from the model, so they are for prompts: take the answer's places out",
         );
     }
-    let whole = config.size.is_some() || config.repetition.is_some() || config.language.is_some();
-    if whole && config.verdict == Verdict::Redact {
+    let of_parts = config.size.is_some() || config.repetition.is_some() || config.language.is_some();
+    let of_wholes = config.injection.is_some() || config.topic.is_some();
+    if (of_parts || of_wholes) && config.verdict == Verdict::Redact {
         tell(".verdict", "there is nothing to take out of such a text: make it `flag` or `block`");
     }
     wrong
@@ -409,6 +440,12 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
     if let Some(config) = &config.language {
         built.push(("language", language::build(config, rule)));
     }
+    if let Some(config) = &config.injection {
+        built.push(("injection", injection::build(config, rule)));
+    }
+    if let Some(config) = &config.topic {
+        built.push(("topic", topic::build(config, rule)));
+    }
     let count = built.len();
     match (built.pop(), count) {
         (Some((kind, Ok(detector))), 1) => Ok((kind, detector)),
@@ -421,7 +458,8 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
 }
 
 /// Every built-in kind: the word in `policy.yaml`.
-pub const KINDS: &[&str] = &["words", "regex", "pii", "secrets", "size", "repetition", "language"];
+pub const KINDS: &[&str] =
+    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic"];
 
 /// One scanner for each place where rules look; places with the same rules share it.
 fn scanners(rules: &[Rule], key: &[u8]) -> Result<BTreeMap<Place, Arc<Scanner>>, String> {
@@ -468,6 +506,7 @@ fn finders<'r>(rules: impl Iterator<Item = &'r Rule>, prompt: bool) -> Result<Ve
             Detector::Own(own) => finders.extend(own.iter().cloned()),
             Detector::Size(bounds) if !prompt => finders.extend(bounds.finder()),
             Detector::Size(_) => {}
+            Detector::Whole(whole) => finders.push(whole.finder(prompt)),
         }
     }
     for words in words.into_values() {
