@@ -154,6 +154,7 @@ impl Guard {
         let mut edits = Vec::new();
         self.judge(&texts, &body, &mut edits)?;
         self.passed(false);
+        text::forget_tokens(operation, &body, &mut edits);
         let body = splice(&body, &mut edits);
         if self.placeholders.is_empty() {
             return Ok(body);

@@ -1,6 +1,8 @@
 //! Guardrails: what must not pass does not, streamed or not, wherever the bytes are cut; what is not touched leaves as
 //! it came; and the record says who read what.
 
+mod dialects;
+
 use std::time::Duration;
 
 use bytes::Bytes;

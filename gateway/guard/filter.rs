@@ -26,6 +26,8 @@ pub(super) struct Filter {
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
     over: bool,
+    /// More waits than may, and whoever must read everything is not asked any more: all of it leaves.
+    blind: bool,
 }
 
 /// A text that has begun.
@@ -69,7 +71,7 @@ impl Filter {
 
     fn new(operation: Operation, restores: bool) -> Self {
         let (channels, waiting) = (Vec::new(), VecDeque::new());
-        Self { operation, restores, channels, waiting, waiting_bytes: 0, over: false }
+        Self { operation, restores, channels, waiting, waiting_bytes: 0, over: false, blind: false }
     }
 
     /// Takes whole events and leaves in `events` what may leave.
@@ -92,25 +94,31 @@ impl Filter {
         if self.over {
             return Ok(());
         }
-        self.end_all(|_| true, guard).map_err(|blocked| self.stop(blocked, events))?;
+        if !self.blind {
+            self.end_all(|_| true, guard).map_err(|blocked| self.stop(blocked, events))?;
+        }
         self.leave(events);
         Ok(())
     }
 
     /// Takes one event.
     fn event(&mut self, event: Bytes, guard: &mut Guard) -> Result<(), Blocked> {
-        let Some(data) = data(&event) else {
+        let Some(data) = data(&event).filter(|_| !self.blind) else {
             return self.unread(event, guard);
         };
         let Ok(told) = text::event(self.operation, &event[data.clone()]) else {
             return self.unread(event, guard);
         };
+        if self.waiting_bytes + event.len() > WAITING_MAX {
+            self.unread(event, guard)?;
+            self.blind = true;
+            return Ok(());
+        }
         self.waiting_bytes += event.len();
         let mut waiting = Waiting { event, parts: SmallVec::new(), edits: Vec::new() };
-        if self.waiting_bytes > WAITING_MAX {
-            return guard.unread(false).map_or(Ok(()), Err);
-        }
         if !told.is_part {
+            // The parts of what is repeated here are at their end: they are judged first.
+            told.ends.map_or(Ok(()), |number| self.end_all(|open| open.number >> 32 == number, guard))?;
             for text in told.texts {
                 let span = data.start + text.span.start..data.start + text.span.end;
                 self.whole(&mut waiting, Text { span, ..text }, guard)?;
@@ -187,7 +195,11 @@ impl Filter {
         };
         let (progress, edits) = channel.whole(&waiting.event[text.span.clone()], &mut guard.placeholders);
         waiting.edits.extend(edits.into_iter().map(|edit| edit.at(&text)));
-        // What is found was found in its parts already, unless there were none.
+        // What is found was found in its parts already, unless there were none, or they are not at their end.
+        let in_parts = |open: &Open| open.place == text.place && open.number >> 32 == text.channel >> 32;
+        if !self.restores && (progress.blocked.is_some() || !self.channels.iter().any(in_parts)) {
+            guard.noted(text.place, &progress, text.span.len());
+        }
         progress.blocked.map_or(Ok(()), |rule| Err(guard.blocked_by(rule)))
     }
 
@@ -248,11 +260,19 @@ impl Filter {
         let is_free =
             |part: &Part, channels: &[Open]| channels[part.open].channel.released >= part.from + part.span.len() as u64;
         while let Some(first) = self.waiting.front()
-            && first.parts.iter().all(|part| is_free(part, &self.channels))
+            && (self.blind || first.parts.iter().all(|part| is_free(part, &self.channels)))
             && let Some(mut first) = self.waiting.pop_front()
         {
             self.waiting_bytes -= first.event.len();
+            self.forget_tokens(&mut first);
             out.extend_from_slice(&splice(&first.event, &mut first.edits));
+        }
+    }
+
+    /// What an event told of texts that were edited is not told by their tokens either. Originals are the client's own.
+    fn forget_tokens(&self, waiting: &mut Waiting) {
+        if !self.restores {
+            text::forget_tokens(self.operation, &waiting.event, &mut waiting.edits);
         }
     }
 
@@ -262,7 +282,9 @@ impl Filter {
         self.over = true;
         if let Some(mut first) = self.waiting.pop_front() {
             let mut kept = 0;
-            for part in &first.parts {
+            // What repeats the whole text at its end goes whole.
+            let repeats = |part: &Part| self.operation == Operation::Generate && self.channels[part.open].number != 0;
+            for part in first.parts.iter().filter(|part| !repeats(part)) {
                 let released = self.channels[part.open].channel.released.saturating_sub(part.from);
                 let released = (released as usize).min(part.span.len());
                 kept += released;
@@ -271,6 +293,9 @@ impl Filter {
                 first.edits.push(scan::Edit { span: gone, text: String::new() });
             }
             if kept > 0 {
+                // What ends the stream comes behind this, and nothing else says that it is over.
+                self.forget_tokens(&mut first);
+                text::forget_end(self.operation, &first.event, &mut first.edits);
                 out.extend_from_slice(&splice(&first.event, &mut first.edits));
             }
         }

@@ -241,7 +241,10 @@ impl Edge {
     }
 
     fn passed(&mut self, pieces: &[u8]) {
-        if !pieces.is_empty() && pieces.len() <= Self::KEPT {
+        // A sign of life says nothing of what is open.
+        let is_sign = pieces.starts_with(b":") || pieces.starts_with(b"event: ping");
+        let is_alone = || ending::ends(pieces).nth(1).is_none();
+        if !pieces.is_empty() && pieces.len() <= Self::KEPT && !(is_sign && is_alone()) {
             self.last = Bytes::copy_from_slice(pieces);
         }
     }
