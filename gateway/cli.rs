@@ -3,6 +3,7 @@
 mod audit;
 mod check;
 mod explain;
+mod guard;
 mod key;
 mod prices;
 mod reference;
@@ -38,6 +39,8 @@ enum Command {
     Audit(audit::Audit),
     /// Tell what happened to a request
     Explain(explain::Explain),
+    /// Try guardrails on a text, or measure them on labelled ones
+    Guard(guard::Guard),
     /// Make API keys, tell whose a key is
     Key(key::Key),
     /// Check a file of prices, or make one
@@ -71,6 +74,7 @@ pub fn run() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Audit(audit) => audit.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Guard(guard) => guard.run(),
         Command::Key(key) => key.run(),
         Command::Prices(prices) => prices.run(),
         Command::Schema(schema) => schema.run(),

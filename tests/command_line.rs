@@ -373,3 +373,106 @@ async fn with_no_arguments_it_serves_and_prints_a_line_that_streams_an_answer() 
     );
     assert_eq!(Client::h1().get(([127, 0, 0, 1], 9090).into(), "/readyz").await.status, 200);
 }
+
+const GUARDED: &str = "guardrails:
+  - {name: cards, in: [prompt.user, answer.content], verdict: redact, pii: {find: [card]}}
+  - {name: words, in: [prompt.user, answer.content], verdict: block, words: {list: [geheim]}}
+  - {name: attacks, in: [prompt.user], verdict: flag, mode: monitor, injection: {}}
+";
+
+/// The same with words on its standard input.
+fn given(arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
+    use std::io::Write;
+    use std::process::Stdio;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_infergate"))
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let done = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (done.status.code(), text(done.stdout), text(done.stderr))
+}
+
+#[test]
+fn guard_try_shows_what_is_found_and_what_would_leave() {
+    let (_directory, path) = file(&(policy(&["http://127.0.0.1:1"], "") + GUARDED));
+    let card = "My card is 4111 1111 1111 1111.";
+    let (code, out, err) = given(&["guard", "try", "--policy", &path], card);
+    assert_eq!(code, Some(0), "{err}");
+    for expected in [
+        "prompt.user, 31 bytes, 3 rules look there: redacted",
+        "11..30  cards (pii)  card  redacted",
+        "My card is [CARD].",
+    ] {
+        assert!(out.contains(expected), "{expected} is not in\n{out}");
+    }
+    let (_, out, _) =
+        given(&["guard", "try", "--policy", &path, "--in", "answer.content", "--json"], "It is geheim now");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (&told["outcome"], &told["leaves"], &told["blocked"]),
+        (&"blocked".into(), &"It is ".into(), &true.into())
+    );
+    let found = &told["found"][0];
+    assert_eq!((&found["rule"], &found["start"], &found["text"]), (&"words".into(), &6.into(), &"geheim".into()));
+    let (_, out, _) = given(&["guard", "try", "--policy", &path], "It is geheim");
+    assert!(out.contains("nothing of it leaves"), "{out}");
+    let (_, out, _) = given(&["guard", "try", "--policy", &path], "What is the capital of France?");
+    assert!(out.contains("3 rules look there: passed") && out.contains("it leaves as it is"), "{out}");
+}
+
+#[test]
+fn guard_test_counts_what_each_rule_found_and_missed() {
+    let (directory, path) = file(&(policy(&["http://127.0.0.1:1"], "") + GUARDED));
+    let rows = directory.path().join("rows.jsonl");
+    let text = r#"{"text": "My card is 4111 1111 1111 1111.", "label": "cards"}
+{"text": "é 4111 1111 1111 1111 and geheim", "spans": [["card", 2, 21], {"start": 26, "end": 32, "label": "words"}]}
+{"text": "nothing, but geheim", "label": null}
+{"text": "no card at all", "label": ["cards", "names"]}
+
+{"text": "a system prompt", "label": "cards", "in": "prompt.system"}
+"#;
+    std::fs::write(&rows, text).unwrap();
+    let rows = rows.display().to_string();
+    let (code, out, err) = Process::run(&["guard", "test", &rows, "--policy", &path, "--json"]);
+    assert_eq!(code, Some(0), "{err}");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    let of = |rule: usize, keys: &[&str]| -> Vec<Value> {
+        keys.iter().map(|key| told["rules"][rule][key].clone()).collect()
+    };
+    let counts = ["texts", "clean", "right", "wrong", "missed"];
+    assert_eq!(of(0, &counts), [4, 1, 2, 0, 1].map(Value::from), "cards: {told}");
+    assert_eq!(of(1, &counts), [4, 3, 1, 1, 0].map(Value::from), "words: {told}");
+    assert_eq!(of(2, &counts), [4, 4, 0, 0, 0].map(Value::from), "attacks: {told}");
+    assert_eq!((&told["rules"][1]["precision"], &told["rules"][0]["precision"]), (&0.5.into(), &1.0.into()));
+    assert_eq!(told["rules"][0]["missed_examples"][0]["line"], 4);
+    assert_eq!(told["rules"][1]["wrong_examples"][0]["text"], "\"geheim\"");
+    assert_eq!(told["unclaimed"], serde_json::json!({"names": 1}));
+    let (_, out, _) = Process::run(&["guard", "test", &rows, "--policy", &path, "--worst", "1"]);
+    assert!(out.contains("rows.jsonl:4: cards missed (cards, names): \"no card at all\""), "{out}");
+    assert!(out.contains("no rule is named so, or found anything that it calls so: names (1)"), "{out}");
+}
+
+#[test]
+fn guard_says_what_is_wrong_and_where() {
+    let (directory, path) = file(&(policy(&["http://127.0.0.1:1"], "") + GUARDED));
+    let rows = directory.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"text\": \"a\"}\n{\"text\": \"a\", \"spans\": [[\"x\", 0, 9]]}\n").unwrap();
+    let (_bare, bare) = file(&policy(&["http://127.0.0.1:1"], ""));
+    let rows = rows.display().to_string();
+    for (arguments, expected) in [
+        (["test", "/no/such/rows", "--policy", &path], "/no/such/rows cannot be read"),
+        (["test", &rows, "--policy", &path], "rows.jsonl:2: [\"x\",0,9] is no span of a text of 1 characters"),
+        (["test", &rows, "--policy", &bare], "has no guardrails"),
+        (["test", &rows, "--policy", "/no/such/policy"], "/no/such/policy"),
+        (["try", "--in", "answer.nothing", "--json"], "give one of prompt.system"),
+    ] {
+        let all: Vec<&str> = ["guard"].into_iter().chain(arguments).collect();
+        let (code, out, err) = Process::run(&all);
+        assert!(code != Some(0) && out.is_empty() && err.contains(expected), "{all:?}: {out}{err}");
+    }
+}

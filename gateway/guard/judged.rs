@@ -58,7 +58,7 @@ impl Judged {
 }
 
 /// The word of an outcome in records, headers and metrics.
-pub(super) fn word(outcome: Outcome) -> &'static str {
+pub(crate) fn word(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Passed => "passed",
         Outcome::Flagged => "flagged",
