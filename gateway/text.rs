@@ -193,6 +193,15 @@ struct ToolCall<'a> {
     index: Option<u64>,
     #[serde(borrow, default)]
     function: Option<Function<'a>>,
+    #[serde(borrow, default)]
+    custom: Option<Custom<'a>>,
+}
+
+/// A tool that takes any text.
+#[derive(Deserialize)]
+struct Custom<'a> {
+    #[serde(borrow, default)]
+    input: Option<&'a RawValue>,
 }
 
 #[cfg(test)]
@@ -220,14 +229,14 @@ mod tests {
         let cases: &[Case] = &[
             (
                 Chat,
-                r#"{"messages":[{"content":"S","role":"system"},{"role":"user","content":[{"type":"text","text":"U\n"},{"type":"image_url","image_url":{"url":"x"}}]},{"role":"assistant","content":null,"tool_calls":[{"id":"i","function":{"name":"f","arguments":"{\"a\":1}"}}]},{"role":"tool","content":"T"}],"model":"m"}"#,
-                &[("system", "S"), ("user", r"U\n"), ("assistant", r#"{\"a\":1}"#), ("tool", "T")],
+                r#"{"messages":[{"content":"S","role":"system"},{"role":"user","content":[{"type":"text","text":"U\n"},{"type":"image_url","image_url":{"url":"x"}}]},{"role":"assistant","content":null,"tool_calls":[{"id":"i","function":{"name":"f","arguments":"{\"a\":1}"}}]},{"role":"assistant","tool_calls":[{"id":"i","type":"custom","custom":{"name":"f","input":"I"}}]},{"role":"tool","content":"T"}],"model":"m"}"#,
+                &[("system", "S"), ("user", r"U\n"), ("assistant", r#"{\"a\":1}"#), ("assistant", "I"), ("tool", "T")],
             ),
             (Completions, r#"{"prompt":["A","B"],"suffix":"C"}"#, &[("user", "A"), ("user", "B"), ("user", "C")]),
             (
                 Responses,
-                r#"{"instructions":"S","input":[{"role":"user","content":[{"type":"input_text","text":"U"}]},{"type":"function_call_output","output":"T"},{"type":"function_call","arguments":"A"}]}"#,
-                &[("system", "S"), ("user", "U"), ("tool", "T"), ("assistant", "A")],
+                r#"{"instructions":"S","input":[{"role":"user","content":[{"type":"input_text","text":"U"}]},{"type":"function_call_output","output":"T"},{"type":"function_call","arguments":"A"},{"type":"custom_tool_call","input":"I"},{"type":"custom_tool_call_output","output":"O"}]}"#,
+                &[("system", "S"), ("user", "U"), ("tool", "T"), ("assistant", "A"), ("assistant", "I"), ("tool", "O")],
             ),
             (Responses, r#"{"input":"U"}"#, &[("user", "U")]),
             (
@@ -274,6 +283,21 @@ mod tests {
                 r#"{"content":[{"type":"thinking","thinking":"R"},{"type":"text","text":"A"},{"type":"tool_use","input":{"k":"V"}}]}"#,
                 &[("reasoning", "R"), ("content", "A"), ("tool_arguments", "V")],
             ),
+            (
+                Chat,
+                r#"{"choices":[{"message":{"content":null,"audio":{"data":"x","transcript":"A"},"tool_calls":[{"type":"custom","custom":{"name":"f","input":"I"}}]}}]}"#,
+                &[("tool_arguments", "I"), ("content", "A")],
+            ),
+            (
+                Responses,
+                r#"{"output":[{"type":"custom_tool_call","name":"f","input":"I"}]}"#,
+                &[("tool_arguments", "I")],
+            ),
+            (
+                Generate,
+                r#"{"generated_text":"A","details":{"finish_reason":"length","best_of_sequences":[{"generated_text":"B"}]}}"#,
+                &[("content", "A"), ("content", "B")],
+            ),
             (Generate, r#"{"generated_text":"A"}"#, &[("content", "A")]),
             (Generate, r#"[{"generated_text":"A"}]"#, &[("content", "A")]),
             (Transcription, r#"{"text":"A","segments":[{"text":"B"}]}"#, &[("content", "A"), ("content", "B")]),
@@ -303,6 +327,11 @@ mod tests {
                 Messages,
                 r#"{"type":"content_block_delta","index":3,"delta":{"type":"input_json_delta","partial_json":"{"}}"#,
                 &[("tool_arguments", "{")],
+            ),
+            (
+                Chat,
+                r#"{"choices":[{"index":0,"delta":{"audio":{"transcript":"A"},"tool_calls":[{"index":0,"custom":{"input":"I"}}]}}]}"#,
+                &[("tool_arguments", "I"), ("content", "A")],
             ),
             (
                 Responses,

@@ -34,7 +34,7 @@ fn every_command_in_it_is_one() {
         let words = line.split(" #").next().unwrap().split_whitespace();
         let flags = words.clone().filter(|word| word.starts_with("--"));
         let mut subcommand: Vec<&str> = words.clone().take(1).collect();
-        if ["audit", "key", "prices", "route"].contains(&subcommand[0]) {
+        if ["audit", "guard", "key", "prices", "route"].contains(&subcommand[0]) {
             subcommand.extend(words.clone().nth(1));
         }
         let (known, help) = infergate(&[&subcommand[..], &["--help"]].concat());

@@ -167,7 +167,8 @@ impl<'g> Tried<'g> {
     fn tell(&self) {
         let looking = self.rules.rules().iter().filter(|rule| rule.places.contains(&self.place)).count();
         let (place, bytes, outcome) = (self.place.name(), self.text.len(), word(self.outcome()));
-        println!("{place}, {bytes} bytes, {looking} rules look there: {outcome}");
+        let rules = if looking == 1 { "1 rule looks".to_owned() } else { format!("{looking} rules look") };
+        println!("{place}, {bytes} bytes, {rules} there: {outcome}");
         for found in &self.progress.found {
             let rule = &self.rules.rules()[found.rule];
             let monitored = if rule.mode == Mode::Monitor { ", only watched" } else { "" };

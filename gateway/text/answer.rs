@@ -23,6 +23,21 @@ struct Answer<'a> {
     text: Option<&'a RawValue>,
     #[serde(borrow, default)]
     segments: Option<Vec<Segment<'a>>>,
+    #[serde(borrow, default)]
+    details: Option<Details<'a>>,
+}
+
+/// TGI's details: where several answers were asked for, all but the best stand here.
+#[derive(Deserialize)]
+struct Details<'a> {
+    #[serde(borrow, default)]
+    best_of_sequences: Option<Vec<Sequence<'a>>>,
+}
+
+#[derive(Deserialize)]
+struct Sequence<'a> {
+    #[serde(borrow, default)]
+    generated_text: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -50,6 +65,15 @@ pub(super) struct Spoken<'a> {
     tool_calls: Option<Vec<ToolCall<'a>>>,
     #[serde(borrow, default)]
     function_call: Option<Function<'a>>,
+    #[serde(borrow, default)]
+    audio: Option<Audio<'a>>,
+}
+
+/// What is spoken aloud, written down. The sound itself nobody reads.
+#[derive(Deserialize)]
+struct Audio<'a> {
+    #[serde(borrow, default)]
+    transcript: Option<&'a RawValue>,
 }
 
 /// One item of a response's output.
@@ -63,6 +87,9 @@ pub(super) struct Item<'a> {
     summary: Option<Vec<Block<'a>>>,
     #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
+    /// What a tool gets that takes any text.
+    #[serde(borrow, default)]
+    input: Option<&'a RawValue>,
 }
 
 /// One block of a message, one part of a response's item.
@@ -122,6 +149,10 @@ impl<'a> Collector<'a> {
         for text in [answer.generated_text, answer.text].into_iter().flatten() {
             self.string(Place::AnswerContent, 0, text);
         }
+        let details = answer.details.as_ref().and_then(|details| details.best_of_sequences.as_ref());
+        for sequence in details.into_iter().flatten() {
+            self.optional(Place::AnswerContent, 0, sequence.generated_text);
+        }
         for segment in answer.segments.iter().flatten() {
             self.optional(Place::AnswerContent, 0, segment.text);
         }
@@ -139,7 +170,11 @@ impl<'a> Collector<'a> {
         for (at, call) in (0..).zip(spoken.tool_calls.iter().flatten()) {
             let arguments = call.function.as_ref().and_then(|function| function.arguments);
             self.arguments(Place::AnswerToolArguments, channel(index, call.index.unwrap_or(at)), arguments);
+            let input = call.custom.as_ref().and_then(|custom| custom.input);
+            self.optional(Place::AnswerToolArguments, channel(index, call.index.unwrap_or(at)), input);
         }
+        let transcript = spoken.audio.as_ref().and_then(|audio| audio.transcript);
+        self.optional(Place::AnswerContent, channel(index, u64::from(u32::MAX)), transcript);
         let arguments = spoken.function_call.as_ref().and_then(|function| function.arguments);
         self.arguments(Place::AnswerToolArguments, channel(index, u64::from(u32::MAX)), arguments);
     }
@@ -153,6 +188,7 @@ impl<'a> Collector<'a> {
             self.blocks(index, place, blocks);
         }
         self.arguments(Place::AnswerToolArguments, channel(index, 0), item.arguments);
+        self.optional(Place::AnswerToolArguments, channel(index, 0), item.input);
     }
 
     pub(super) fn blocks(&mut self, index: u64, place: Place, blocks: &[Block<'a>]) {

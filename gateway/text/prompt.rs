@@ -60,6 +60,8 @@ struct Message<'a> {
     #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
     #[serde(borrow, default)]
+    input: Option<&'a RawValue>,
+    #[serde(borrow, default)]
     output: Option<&'a RawValue>,
     #[serde(borrow, default)]
     summary: Option<&'a RawValue>,
@@ -70,8 +72,11 @@ impl Message<'_> {
     fn place(&self) -> Place {
         match (self.role.as_deref(), self.kind.as_deref()) {
             (Some("system" | "developer"), _) => Place::PromptSystem,
-            (Some("assistant" | "model"), _) | (None, Some("function_call" | "reasoning")) => Place::PromptAssistant,
-            (Some("tool" | "function"), _) | (None, Some("function_call_output")) => Place::PromptTool,
+            (Some("assistant" | "model"), _) | (None, Some("reasoning")) => Place::PromptAssistant,
+            (Some("tool" | "function"), _) => Place::PromptTool,
+            // Functions, custom tools, shells: each has a name of its own for both.
+            (None, Some(kind)) if kind.ends_with("_call") => Place::PromptAssistant,
+            (None, Some(kind)) if kind.ends_with("_output") => Place::PromptTool,
             _ => Place::PromptUser,
         }
     }
@@ -161,9 +166,13 @@ impl<'a> Collector<'a> {
             self.string(place, 0, value);
         }
         self.arguments(place, 0, message.arguments);
+        self.optional(place, 0, message.input);
         let calls = message.tool_calls.iter().flatten().filter_map(|call| call.function.as_ref());
         for function in calls.chain(&message.function_call) {
             self.arguments(place, 0, function.arguments);
+        }
+        for custom in message.tool_calls.iter().flatten().filter_map(|call| call.custom.as_ref()) {
+            self.optional(place, 0, custom.input);
         }
         Ok(())
     }
