@@ -32,10 +32,7 @@ pub struct Rails {
 }
 
 /// Bodies above this are judged beside the threads that carry requests.
-const BESIDE: usize = 128 << 10;
-
-/// The same where some rule has to think about them.
-const BESIDE_THINKING: usize = 16 << 10;
+pub const BESIDE: usize = 128 << 10;
 
 /// The same where some rule has to think about them.
 const BESIDE_THINKING: usize = 16 << 10;

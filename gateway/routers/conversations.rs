@@ -119,7 +119,8 @@ mod tests {
         let (kept, now) = (Conversations::default(), Instant::now());
         let many = 4 * SHARDS * HALF;
         (0..many as u64).for_each(|key| kept.put(key, "m".into(), now));
-        let held: usize = kept.shards.iter().map(|shard| shard.lock().young.len() + shard.lock().old.len()).sum();
+        let held = |shard: &Shard| shard.young.len() + shard.old.len();
+        let held: usize = kept.shards.iter().map(|shard| held(&shard.lock())).sum();
         assert!(held <= 2 * SHARDS * HALF, "{held}");
         assert!(kept.get(many as u64 - 1, now).is_some() && kept.get(0, now).is_none());
     }
