@@ -191,8 +191,9 @@ async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(),
 
 /// What the guardrails say of an answer that is here as a whole.
 fn judged(exchange: &mut Exchange, operation: Operation, head: &mut AnswerHead, answer: &mut Rest) -> Result<(), Stop> {
-    let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
-    match guard.whole(operation, answer.body()) {
+    let tally = &mut exchange.tally;
+    let Some(guard) = &mut tally.guard else { return Ok(()) };
+    match guard.whole(operation, answer.body(), &mut |text| relay::redacted(&mut tally.capture, text)) {
         Ok(body) => {
             answer.replace(head, body);
             Ok(())

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use http::Method;
 
 use crate::audit::capture::Capture;
@@ -20,7 +21,7 @@ use crate::limits::standing::Standing;
 use crate::limits::{Used, millis};
 use crate::money::NanoUsd;
 use crate::money::bill::{self, Bill, Cost, End as Whole};
-use crate::policy::file::{Durable, OnError};
+use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
@@ -193,8 +194,12 @@ impl Exchange {
         self.who.as_ref().map(|who| Hold::of(&who.identity))
     }
 
-    /// Begins to keep its text, if the policy wants that and the disk keeps up.
-    pub fn capture(&mut self, body: &[u8]) {
+    /// Begins to keep its text, if the policy wants this kind of it and the disk keeps up.
+    pub fn capture(&mut self, kind: CaptureText, body: impl FnOnce() -> Bytes) {
+        if self.policy.audit.capture.text != kind {
+            return;
+        }
+        let body = &body();
         let takes = || self.journal.as_ref().is_some_and(|journal| journal.takes_captures());
         let tenant = self.who.as_ref().map(|who| &*who.tenant.name);
         self.tally.capture = Capture::begin(&self.policy.audit.capture, tenant, body).filter(|_| takes());

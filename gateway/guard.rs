@@ -148,15 +148,18 @@ impl Guard {
     }
 
     /// Judges an answer that is here as a whole; returns it as it may leave.
-    pub fn whole(&mut self, operation: Operation, body: Bytes) -> Result<Bytes, Blocked> {
+    /// `seen` gets it as the rules left it, before originals come back.
+    pub fn whole(&mut self, operation: Operation, body: Bytes, seen: &mut impl FnMut(&[u8])) -> Result<Bytes, Blocked> {
         let Ok(texts) = text::answer(operation, &body) else {
-            return self.unread(false).map_or(Ok(body), Err);
+            let blocked = self.unread(false);
+            return blocked.map_or(Ok(body), Err).inspect(|body| seen(body));
         };
         let mut edits = Vec::new();
         self.judge(&texts, &body, &mut edits)?;
         self.passed(false);
         text::forget_tokens(operation, &body, &mut edits);
         let body = splice(&body, &mut edits);
+        seen(&body);
         if self.placeholders.is_empty() {
             return Ok(body);
         }
@@ -170,8 +173,14 @@ impl Guard {
         Ok(splice(&body, &mut edits))
     }
 
-    /// Takes whole events of a stream and leaves in `events` what may leave now.
-    pub fn events(&mut self, events: &mut BytesMut) -> Result<(), Blocked> {
+    /// Whether it does anything about the answer that has begun.
+    pub fn is_reading(&self) -> bool {
+        self.rules.is_some() || self.restorer.is_some()
+    }
+
+    /// Takes whole events of a stream and leaves in `events` what may leave now. `seen` gets them as the rules left
+    /// them, before originals come back.
+    pub fn events(&mut self, events: &mut BytesMut, seen: &mut impl FnMut(&[u8])) -> Result<(), Blocked> {
         let judged = match self.rules.take() {
             None => Ok(()),
             Some(mut filter) => {
@@ -180,6 +189,7 @@ impl Guard {
                 judged
             }
         };
+        seen(events);
         if let Some(mut filter) = self.restorer.take() {
             // Originals are the client's own: nothing is said of them.
             let _ = filter.take(events, self);
@@ -189,7 +199,7 @@ impl Guard {
     }
 
     /// The stream is at its end: what is left of it, and whether that may leave.
-    pub fn rest(&mut self) -> (BytesMut, Result<(), Blocked>) {
+    pub fn rest(&mut self, seen: &mut impl FnMut(&[u8])) -> (BytesMut, Result<(), Blocked>) {
         let mut events = BytesMut::new();
         let mut judged = Ok(());
         if let Some(mut filter) = self.rules.take() {
@@ -198,6 +208,7 @@ impl Guard {
                 self.passed(false);
             }
         }
+        seen(&events);
         if let Some(mut filter) = self.restorer.take() {
             let _ = filter.take(&mut events, self);
             let mut last = BytesMut::new();

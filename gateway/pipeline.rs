@@ -22,7 +22,7 @@ use crate::identity;
 use crate::limits;
 use crate::local;
 use crate::parameters;
-use crate::policy::file::{OnDisconnect, OnError, Priority};
+use crate::policy::file::{CaptureText, OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{AnswerHead, BodyFault, Downstream, Waiting};
@@ -125,13 +125,14 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     let received = read(house, exchange, downstream).await?;
     exchange.times.body = Instant::now();
     exchange.body_bytes = received.body.len() as u64;
-    exchange.capture(&received.body);
+    exchange.capture(CaptureText::Full, || received.body.clone());
     let mut planned = admit(exchange, downstream, identified, received)?;
     if planned.route.routers.is_some() {
         Box::pin(routers::choose(house, exchange, downstream, &mut planned)).await?;
     }
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
     judge(exchange, &mut planned).await?;
+    exchange.capture(CaptureText::Redacted, || scan::splice(&planned.received.body, &mut planned.guard_edits.clone()));
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
         return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;

@@ -30,7 +30,7 @@ use crate::pipeline;
 pub use attempt::{Answer, Failure, Order, Rest, ask, fetch};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
-pub use stream::{Pace, Passed, Reading, Tally, WholeFault, pass_on, whole};
+pub use stream::{Pace, Passed, Reading, Tally, WholeFault, pass_on, redacted, whole};
 pub use upgrade::{Tunnelled, carry, tunnel};
 pub use waiting::{Interrupted, Waiting};
 

@@ -274,3 +274,44 @@ async fn what_cannot_be_read_follows_on_error() {
     let refused = Client::h1().post(gateway.address, CHAT, twice).await;
     assert_eq!((refused.status, refused.code().as_str()), (400, "content_unread"));
 }
+
+#[tokio::test]
+async fn what_is_captured_redacted_has_nothing_of_what_was_found_on_either_side() {
+    let wire = Wire::start(|heard| {
+        let asked: Value = serde_json::from_slice(&heard.body).unwrap();
+        let content = asked["messages"][0]["content"].as_str().unwrap().to_owned();
+        if !asked["stream"].as_bool().unwrap() {
+            let answer = json!({"choices": [{"message": {"content": format!("{content} {CARD}")}}]}).to_string();
+            return Framing::Length.answer("application/json", &Bytes::from(answer), 40);
+        }
+        let body = delta(&content) + &delta(" 4111 1111") + &delta(" 1111 1111") + &finish();
+        Framing::Chunked.answer(EVENTS, &Bytes::from(body), 30)
+    })
+    .await;
+    let rules = "  - {name: mail, in: [prompt.user], verdict: redact, redact: placeholder, pii: {find: [email]}}\n  - {name: stop, in: [prompt.user], verdict: block, words: {list: [forbidden]}}\n  - {name: cards, in: [answer.content], verdict: redact, pii: {find: [card]}}\naudit: {capture: {text: redacted}}";
+    let gateway = Gateway::start(&guarded(&wire.url(), rules)).await;
+    for stream in [true, false] {
+        let asked = chat(stream, 9).replace("Hello", "I am ann@example.com");
+        let answer = Client::h1().post(gateway.address, CHAT, asked).await;
+        assert!(answer.text().contains("ann@example.com"), "the client has its own: {}", answer.text());
+    }
+    ask_blocked(&gateway).await;
+    let journal = Journal::settled(&gateway).await;
+    let kept = captured(&journal);
+    assert_eq!(kept.matches("I am <EMAIL_1>").count(), 4, "two prompts, two answers: {kept}");
+    for secret in ["ann@example.com", "4111", "forbidden"] {
+        assert!(!kept.contains(secret), "{secret}: {kept}");
+    }
+}
+
+/// Everything that is captured beside the journal.
+fn captured(journal: &Journal) -> String {
+    let runs = std::fs::read_dir(journal.0.join("captures")).unwrap();
+    let files = runs.flat_map(|run| std::fs::read_dir(run.unwrap().path()).unwrap());
+    files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap()).collect()
+}
+
+async fn ask_blocked(gateway: &Gateway) {
+    let refused = Client::h1().post(gateway.address, CHAT, chat(false, 9).replace("Hello", "forbidden")).await;
+    assert_eq!(refused.code(), "content_filter");
+}

@@ -25,6 +25,7 @@ pub struct Capture {
     answer: Vec<u8>,
     max: usize,
     cut: bool,
+    redacted: bool,
 }
 
 /// What a record says of its capture.
@@ -60,9 +61,15 @@ impl Capture {
             return None;
         }
         let max = usize::try_from(policy.bytes_max).unwrap_or(usize::MAX);
-        let mut capture = Box::new(Self { max, ..Self::default() });
+        let redacted = policy.text == file::CaptureText::Redacted;
+        let mut capture = Box::new(Self { max, redacted, ..Self::default() });
         capture.cut = !take(&mut capture.request, body, max);
         Some(capture)
+    }
+
+    /// Whether only what the guardrails left may be in it.
+    pub fn is_redacted(&self) -> bool {
+        self.redacted
     }
 
     /// A piece of the answer.

@@ -775,7 +775,8 @@ impl Default for Audit {
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Capture {
-    /// `none`: no prompt and no answer is ever kept. `full`: both bodies, as they came and went.
+    /// `none`: no prompt and no answer is ever kept. `redacted`: what `guardrails` left of both, before originals come
+    /// back; nothing of a prompt that they blocked. `full`: both bodies, as they came and went.
     pub text: CaptureText,
     /// The tenants whose text is kept. Absent: everybody's.
     pub tenants: Option<Vec<String>>,
@@ -802,6 +803,8 @@ impl Default for Capture {
 pub enum CaptureText {
     /// Nothing.
     None,
+    /// What guardrails left.
+    Redacted,
     /// Everything.
     Full,
 }

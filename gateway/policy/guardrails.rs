@@ -13,6 +13,9 @@ impl Compiler<'_> {
     /// The guardrails, if the policy has any.
     pub(super) fn guardrails(&mut self, file: &file::File) -> Option<Arc<Rails>> {
         if file.guardrails.is_empty() {
+            if file.audit.capture.text == file::CaptureText::Redacted {
+                self.wrong("audit.capture.text", "nothing redacts: give the policy `guardrails`, or say none or full");
+            }
             return None;
         }
         let key = self.guardrail_key(file);

@@ -70,6 +70,8 @@ pub struct Tally {
     hide: Hide,
     line: Option<Box<Line>>,
     edge: Option<Box<Edge>>,
+    /// Whether guardrails read it.
+    judged: bool,
 }
 
 /// What is to be made of an answer besides passing it on.
@@ -87,6 +89,7 @@ impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
         self.line = self.line.take().filter(|_| reading.events);
+        self.judged = self.guard.as_ref().is_some_and(|guard| guard.is_reading());
         self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
         self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
@@ -140,7 +143,8 @@ impl Tally {
             return goes_on;
         };
         edge.began(pieces);
-        let passes = self.guard.as_mut().map_or(Ok(()), |guard| guard.events(pieces));
+        let mut seen = |text: &[u8]| redacted(&mut self.capture, text);
+        let passes = self.guard.as_mut().map_or(Ok(()), |guard| guard.events(pieces, &mut seen));
         edge.passed(pieces);
         self.count(pieces);
         passes.map_err(Stop::Blocked).and(goes_on)
@@ -149,7 +153,7 @@ impl Tally {
     /// What the guardrails held back of a stream that is at its end.
     fn rest(&mut self) -> (Bytes, Result<(), Stop>) {
         let (Some(guard), Some(edge)) = (&mut self.guard, &mut self.edge) else { return (Bytes::new(), Ok(())) };
-        let (pieces, passes) = guard.rest();
+        let (pieces, passes) = guard.rest(&mut |text| redacted(&mut self.capture, text));
         edge.passed(&pieces);
         self.count(&pieces);
         (pieces.freeze(), passes.map_err(Stop::Blocked))
@@ -207,9 +211,17 @@ impl Tally {
 
     fn count(&mut self, piece: &[u8]) {
         self.bytes += piece.len() as u64;
-        if let Some(capture) = &mut self.capture {
+        // What rules have left of it is captured where they leave it.
+        if let Some(capture) = self.capture.as_mut().filter(|capture| !(self.judged && capture.is_redacted())) {
             capture.answer(piece);
         }
+    }
+}
+
+/// Captures what the rules left, where no more may be kept.
+pub fn redacted(capture: &mut Option<Box<Capture>>, text: &[u8]) {
+    if let Some(capture) = capture.as_mut().filter(|capture| capture.is_redacted()) {
+        capture.answer(text);
     }
 }
 
