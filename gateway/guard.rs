@@ -243,7 +243,11 @@ impl Guard {
     /// Judges texts one after another; the edits are of `document`.
     fn judge(&mut self, texts: &[Text], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
         for text in texts {
-            self.placeholders.avoid(&String::from_utf8_lossy(&document[text.span.clone()]));
+            let encoded = &document[text.span.clone()];
+            // Only what has such a sign can look like a placeholder.
+            if memchr::memchr(b'<', encoded).is_some() {
+                self.placeholders.avoid(&String::from_utf8_lossy(encoded));
+            }
         }
         for text in texts {
             let Some(scanner) = self.rails.rules.scanner(text.place).cloned() else { continue };
