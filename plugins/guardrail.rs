@@ -31,6 +31,7 @@ mod patterns;
 mod pii;
 mod regex;
 mod repetition;
+mod runs;
 mod secrets;
 mod size;
 mod topic;
