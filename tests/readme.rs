@@ -1,8 +1,16 @@
-//! The README says what is true: its reference is the code's, its policy compiles.
+//! The README and the guides say what is true: the reference is the code's, the policy compiles, commands are commands.
 
 use std::process::Command;
 
 const README: &str = include_str!("../README.md");
+const REFERENCE: &str = include_str!("../config/reference.md");
+
+/// The README, then every guide.
+fn pages() -> Vec<String> {
+    let guides = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config/guides")).unwrap();
+    let guides = guides.map(|guide| std::fs::read_to_string(guide.unwrap().path()).unwrap());
+    std::iter::once(README.to_owned()).chain(guides).collect()
+}
 
 fn infergate(arguments: &[&str]) -> (bool, String) {
     let done = Command::new(env!("CARGO_BIN_EXE_infergate")).args(arguments).output().unwrap();
@@ -12,8 +20,8 @@ fn infergate(arguments: &[&str]) -> (bool, String) {
 #[test]
 fn the_reference_is_what_the_code_says() {
     let (_, reference) = infergate(&["reference"]);
-    let told = "the reference is out of date: run `cargo run -- reference --into README.md`";
-    assert!(README.contains(&format!("<!-- reference -->\n{reference}<!-- /reference -->")), "{told}");
+    let told = "the reference is out of date: run `cargo run -- reference --into config/reference.md`";
+    assert!(REFERENCE.contains(&format!("<!-- reference -->\n{reference}<!-- /reference -->")), "{told}");
 }
 
 #[test]
@@ -27,7 +35,9 @@ fn the_policy_in_it_is_good() {
 
 #[test]
 fn every_command_in_it_is_one() {
-    let commands = README.split("```sh\n").skip(1).flat_map(|block| block.split("```").next().unwrap().lines());
+    let pages = pages();
+    let blocks = pages.iter().flat_map(|page| page.split("```sh\n").skip(1));
+    let commands = blocks.flat_map(|block| block.split("```").next().unwrap().lines());
     let ours = commands.filter_map(|line| line.strip_prefix("infergate ")).collect::<Vec<_>>();
     assert!(ours.len() >= 7);
     for line in ours {
