@@ -154,7 +154,7 @@ impl Page {
             let text = std::fs::read_to_string(Path::new(HOME).join(name)).unwrap();
             Self { name: name.display().to_string(), text }
         };
-        let top = ["README.md"].map(PathBuf::from);
+        let top = ["README.md", "CONTRIBUTING.md", "SECURITY.md"].map(PathBuf::from);
         let guides = std::fs::read_dir(Path::new(HOME).join("config/guides")).unwrap();
         let mut guides: Vec<PathBuf> =
             guides.map(|entry| Path::new("config/guides").join(entry.unwrap().file_name())).collect();
