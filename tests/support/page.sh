@@ -18,7 +18,7 @@ infergate() {
 settled() {
   local level
   for level in 'infergate_journal_places_in_use 0' 'infergate_journal_lag_lines 0' 'infergate_ledger_lag_lines 0'; do
-    until command curl -s "http://$INFERGATE_ADMIN/metrics" | grep -qx "$level"; do
+    until command curl -s "http://$INFERGATE_ADMIN/metrics" | grep -x "$level" >/dev/null; do
       kill -0 "$gateway" 2>/dev/null || return 0
       sleep 0.02
     done
