@@ -11,9 +11,9 @@ use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::guard::{self, Blocked};
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
-use crate::local;
 use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
 use crate::pipeline::{Planned, Stop, broken_off, drain, heartbeat};
@@ -31,12 +31,13 @@ pub async fn relay(
     planned: Planned,
     asked: Asked<'_>,
 ) -> Result<(), Stop> {
+    let is_events = asked.answer.is_event_stream();
     let pace = Pace {
         between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
         total: planned.total,
         heartbeat: heartbeat(exchange),
         drain: drain(exchange),
-        holds_end: holds_end(exchange),
+        holds_end: is_events && holds_end(exchange),
     };
     let Asked { answer, picked, permit, stage } = asked;
     let target = &picked.endpoint.target;
@@ -44,7 +45,6 @@ pub async fn relay(
         answer.discard(&house.connections, target).await;
         return Err(refusal.into());
     }
-    let is_events = answer.is_event_stream();
     let (mut head, mut answer) = answer.split();
     let status = head.status;
     exchange.bill = bill(exchange, &planned, stage, picked.upstream, status);
@@ -117,14 +117,14 @@ fn client_head(
     stage: &Stage,
 ) -> Result<Box<AnswerHead>, Refusal> {
     let cost = answer.whole(&head).and_then(|body| exchange.costs(body));
-    let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, stage)?;
+    let mut head = failover::head_for_client(*head, answer.first_at, is_events, upstream, exchange, stage)?;
     if let Some(flagged) = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged()) {
-        local::set(&mut head, "x-infergate-guardrails", flagged)?;
+        set(&mut head.headers, headers::GUARDRAILS, flagged)?;
     }
     if let Some(cost) = cost {
-        local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
+        set(&mut head.headers, headers::COST_USD, cost.to_string())?;
     }
-    Ok(head)
+    Ok(Box::new(head.into()))
 }
 
 /// Ends what the client has, as its protocol ends such answers.

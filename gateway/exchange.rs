@@ -14,6 +14,7 @@ use crate::audit::record::{
     Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::guard::{Blocked, Guard};
+use crate::headers::REQUEST_ID;
 use crate::house::House;
 use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
@@ -25,7 +26,7 @@ use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
+use crate::relay::headers::is_sane_id;
 use crate::relay::{Downstream, Tally};
 use crate::routers::Chosen;
 use crate::surface::{Surface, UNKNOWN};
@@ -124,7 +125,7 @@ impl Exchange {
     pub fn begin(house: &House, downstream: &Downstream) -> Self {
         let (now, policy) = (Instant::now(), house.policy.get());
         let head = downstream.head();
-        let request_id = head.headers.get(X_REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
+        let request_id = head.headers.get(REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
         Self {
             id: Id::new(),
             surface: &UNKNOWN,

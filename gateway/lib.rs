@@ -33,6 +33,7 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+pub mod headers;
 pub mod hex;
 pub mod house;
 pub mod identity;

@@ -89,6 +89,7 @@ mod patterns;
 mod pii;
 mod regex;
 mod repetition;
+mod runs;
 mod secrets;
 mod size;
 mod topic;
