@@ -1,7 +1,7 @@
 //! `policy.yaml` exactly as it is written.
 //!
 //! The doc comments here are the reference that users read: the JSON Schema, the editor's completion and the
-//! table in the README are generated from them. What the words mean together is decided in `policy.rs`.
+//! table in `config/reference.md` are generated from them. What the words mean together is decided in `policy.rs`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
