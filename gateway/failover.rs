@@ -239,7 +239,7 @@ async fn attempt(
         Ok(answer) => answer,
         Err(failure) => {
             let mut miss = failed(exchange, planned, stage, picked, failure)?;
-            miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
+            miss.again = may_retry(exchange, planned, &stage.pool, rest, miss.cause) && granted(&stage.pool);
             return Ok(Err(miss));
         }
     };
@@ -256,7 +256,7 @@ async fn attempt(
     let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
-    let again = may_retry(exchange, planned, &stage.pool, Some(cause)) && granted(&stage.pool);
+    let again = may_retry(exchange, planned, &stage.pool, rest, Some(cause)) && granted(&stage.pool);
     let miss = Miss { cause: Some(cause), refusal, again };
     if !again && !may_fall_back(exchange, planned, rest, cause) && !downstream.head_sent() {
         // The upstream's own error says more than ours would.
@@ -419,9 +419,12 @@ fn failed(
     Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
 }
 
-fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
-    let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
-    listed && exchange.attempt_count() < planned.attempts_max() && pool.available(Instant::now())
+/// Whether the same pool may be asked again: an attempt is kept for every pool behind it that could help.
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, rest: &[&Stage], cause: Option<Cause>) -> bool {
+    let Some(cause) = cause.filter(|cause| pool.retry.on.contains(cause)) else { return false };
+    let now = Instant::now();
+    let kept = rest.iter().filter(|next| next.on.contains(&cause) && next.pool.available(now)).count() as u32;
+    exchange.attempt_count() + kept < planned.attempts_max() && pool.available(now)
 }
 
 fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
@@ -554,7 +557,7 @@ pub async fn tunnel(
             Err(failure) => {
                 let miss = failed(exchange, planned, stage, &picked, failure)?;
                 if miss.cause != Some(Cause::Connect)
-                    || !may_retry(exchange, planned, pool, miss.cause)
+                    || !may_retry(exchange, planned, pool, &[], miss.cause)
                     || !granted(pool)
                 {
                     return Err(miss.refusal.into());

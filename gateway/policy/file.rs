@@ -503,7 +503,8 @@ impl Default for Timeouts {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
-    /// How many attempts one request may cost in all, the first one and those on fallback pools included.
+    /// How many attempts one request may cost in all, the first one and those on fallback pools included. One of them is
+    /// kept for each fallback that could help.
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
