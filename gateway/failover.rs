@@ -271,14 +271,14 @@ async fn attempt(
 /// The name of the model that answers.
 pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
     let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
-    stage.other_name(upstream).or_else(asked).unwrap_or_default()
+    stage.other_name(upstream, exchange.named()).or_else(asked).unwrap_or_default()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
 /// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
 /// question of what a stream used where the policy wants to know and the client does not.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
+    let name = stage.other_name(upstream, exchange.named()).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
     edits.extend(planned.parameter_edits.iter().chain(&planned.guard_edits).cloned());
     if let Some(max) = planned.output_max {

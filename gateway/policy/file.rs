@@ -291,7 +291,8 @@ pub struct Model {
     pub aliases: Vec<String>,
     /// The pool that serves it.
     pub pool: String,
-    /// The name that the upstreams know it by, if it is another. Only the name's bytes change in the body.
+    /// The name that the upstreams know it by, if it is another; `*` for what the star of `name` stands for
+    /// (`openai/*`). Only the name's bytes change in the body.
     #[serde(default)]
     pub rename: Option<String>,
     /// Where a request goes when the pool cannot answer it, in this order.
