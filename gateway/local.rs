@@ -4,6 +4,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use crate::compatible;
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::pipeline::{Identified, Stop};
@@ -19,6 +20,10 @@ pub async fn answer(
     identified: &Identified,
 ) -> Result<(), Stop> {
     let (status, body) = match identified.surface.path {
+        _ if compatible::is_liveness(&identified.path) => (StatusCode::OK, json!("I'm alive!")),
+        _ if compatible::is_readiness(&identified.path) && house.ready() => {
+            (StatusCode::OK, json!({"status": "healthy"}))
+        }
         "/v1/models" => (StatusCode::OK, models(exchange)),
         "/version" => (StatusCode::OK, json!({"version": env!("CARGO_PKG_VERSION"), "server": "infergate"})),
         _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
@@ -77,6 +82,9 @@ pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange)
 /// Says which request an answer belongs to: our id, and the client's own.
 pub fn identify(head: &mut AnswerHead, exchange: &Exchange) -> Result<(), Refusal> {
     set(head, "x-request-id", exchange.id.as_str())?;
+    if exchange.policy.requests.compatible_with.is_some() {
+        set(head, compatible::CALL_ID, exchange.id.as_str())?;
+    }
     exchange.client_id().map_or(Ok(()), |id| set(head, "x-client-request-id", id))
 }
 

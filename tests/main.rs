@@ -4,6 +4,7 @@
 mod bytes;
 mod capture;
 mod command_line;
+mod compatible;
 mod dashboards;
 mod disconnect;
 mod edge;

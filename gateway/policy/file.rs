@@ -671,6 +671,18 @@ pub struct Requests {
     pub server_timing: bool,
     /// Whether answers tell the microseconds that the gateway itself took (`x-infergate-overhead-us`).
     pub overhead: bool,
+    /// The gateway whose health paths and headers are here too, for applications that count on them. Absent: none.
+    pub compatible_with: Option<Other>,
+}
+
+/// Another gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Other {
+    /// LiteLLM: `/health/liveliness`, `/health/liveness` and `/health/readiness`; on answers `x-litellm-call-id`,
+    /// `-model-id`, `-model-group`, `-response-cost`, `-response-duration-ms`, `-overhead-duration-ms`,
+    /// `-attempted-retries` and `-attempted-fallbacks`.
+    Litellm,
 }
 
 impl Default for Requests {
@@ -690,6 +702,7 @@ impl Default for Requests {
             name_upstream: true,
             server_timing: true,
             overhead: false,
+            compatible_with: None,
         }
     }
 }
