@@ -19,6 +19,7 @@
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
 //! | [`compatible`] | paths and headers of another gateway, where the policy wants them |
+//! | [`import`] | another gateway's configuration becomes a policy |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
@@ -38,6 +39,7 @@ pub mod guard;
 pub mod hex;
 pub mod house;
 pub mod identity;
+pub mod import;
 pub mod issuers;
 pub mod ledger;
 pub mod limits;

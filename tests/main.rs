@@ -13,6 +13,7 @@ mod failure;
 mod fuzz;
 mod guardrails;
 mod identity;
+mod import;
 mod ledger;
 mod lifecycle;
 mod limits;
