@@ -6,6 +6,7 @@ mod capture;
 mod command_line;
 mod compatible;
 mod dashboards;
+mod deploy;
 mod disconnect;
 mod edge;
 mod evidence;
