@@ -7,6 +7,7 @@ use http::{Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::audit::record::Ending;
+use crate::compatible;
 use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
@@ -120,6 +121,11 @@ fn client_head(
     let mut head = failover::head_for_client(*head, answer.first_at, is_events, upstream, exchange, stage)?;
     if let Some(flagged) = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged()) {
         set(&mut head.headers, headers::GUARDRAILS, flagged)?;
+    }
+    if exchange.policy.requests.compatible_with.is_some() {
+        let told =
+            compatible::Told { upstream, stage, first_at: answer.first_at, cost: cost.map(|cost| cost.to_string()) };
+        compatible::tell(&mut head.headers, exchange, &told)?;
     }
     if let Some(cost) = cost {
         set(&mut head.headers, headers::COST_USD, cost.to_string())?;

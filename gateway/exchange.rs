@@ -444,7 +444,7 @@ impl Exchange {
         let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
         let used = self.attempts.last().and_then(|attempt| {
             let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?).or(self.named()).or(Some(&route.model.name))
+            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
         });
         Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
     }

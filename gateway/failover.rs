@@ -242,7 +242,7 @@ async fn attempt(
         Ok(answer) => answer,
         Err(failure) => {
             let mut miss = failed(exchange, planned, stage, picked, failure)?;
-            miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
+            miss.again = may_retry(exchange, planned, &stage.pool, rest, miss.cause) && granted(&stage.pool);
             return Ok(Err(miss));
         }
     };
@@ -259,7 +259,7 @@ async fn attempt(
     let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
-    let again = may_retry(exchange, planned, &stage.pool, Some(cause)) && granted(&stage.pool);
+    let again = may_retry(exchange, planned, &stage.pool, rest, Some(cause)) && granted(&stage.pool);
     let miss = Miss { cause: Some(cause), refusal, again };
     if !again && !may_fall_back(exchange, planned, rest, cause) && !downstream.head_sent() {
         // The upstream's own error says more than ours would.
@@ -274,14 +274,14 @@ async fn attempt(
 /// The name of the model that answers.
 pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
     let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
-    stage.other_name(upstream).or_else(asked).unwrap_or_default()
+    stage.other_name(upstream, exchange.named()).or_else(asked).unwrap_or_default()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
 /// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
 /// question of what a stream used where the policy wants to know and the client does not.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
+    let name = stage.other_name(upstream, exchange.named()).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
     edits.extend(planned.parameter_edits.iter().chain(&planned.guard_edits).cloned());
     if let Some(max) = planned.output_max {
@@ -422,9 +422,12 @@ fn failed(
     Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
 }
 
-fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
-    let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
-    listed && exchange.attempt_count() < planned.attempts_max() && pool.available(Instant::now())
+/// Whether the same pool may be asked again: an attempt is kept for every pool behind it that could help.
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, rest: &[&Stage], cause: Option<Cause>) -> bool {
+    let Some(cause) = cause.filter(|cause| pool.retry.on.contains(cause)) else { return false };
+    let now = Instant::now();
+    let kept = rest.iter().filter(|next| next.on.contains(&cause) && next.pool.available(now)).count() as u32;
+    exchange.attempt_count() + kept < planned.attempts_max() && pool.available(now)
 }
 
 fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
@@ -559,7 +562,7 @@ pub async fn tunnel(
             Err(failure) => {
                 let miss = failed(exchange, planned, stage, &picked, failure)?;
                 if miss.cause != Some(Cause::Connect)
-                    || !may_retry(exchange, planned, pool, miss.cause)
+                    || !may_retry(exchange, planned, pool, &[], miss.cause)
                     || !granted(pool)
                 {
                     return Err(miss.refusal.into());

@@ -18,6 +18,8 @@
 //! | [`ledger`] | what was spent, by whom and when: folded from the journal |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
+//! | [`compatible`] | paths and headers of another gateway, where the policy wants them |
+//! | [`import`] | another gateway's configuration becomes a policy |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
@@ -26,6 +28,7 @@ pub mod answering;
 pub mod audit;
 pub mod certificate;
 pub mod cli;
+pub mod compatible;
 pub mod decimal;
 pub mod discover;
 pub mod egress;
@@ -37,6 +40,7 @@ pub mod headers;
 pub mod hex;
 pub mod house;
 pub mod identity;
+pub mod import;
 pub mod issuers;
 pub mod ledger;
 pub mod limits;

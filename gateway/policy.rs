@@ -180,14 +180,21 @@ pub struct Stage {
     pub pool: Arc<Pool>,
     /// The model's name there.
     pub rename: Option<String>,
+    /// What stands around the star of the entry's name, where the rest of a name is the model's name there.
+    pub around: Option<(String, String)>,
     /// What must have happened before; empty for the first.
     pub on: Vec<Cause>,
 }
 
 impl Stage {
-    /// The name that an upstream knows the model by, if the policy gives another than the client's.
-    pub fn other_name<'a>(&'a self, upstream: &'a Upstream) -> Option<&'a str> {
-        upstream.model.as_deref().or(self.rename.as_deref())
+    /// The name that an upstream knows the model by that was asked for as `asked`, if the policy gives another than the
+    /// client's.
+    pub fn other_name<'a>(&'a self, upstream: &'a Upstream, asked: Option<&'a str>) -> Option<&'a str> {
+        let of_star = || {
+            let (before, behind) = self.around.as_ref()?;
+            asked?.strip_prefix(before.as_str())?.strip_suffix(behind.as_str()).filter(|name| !name.is_empty())
+        };
+        upstream.model.as_deref().or_else(|| if self.around.is_some() { of_star() } else { self.rename.as_deref() })
     }
 }
 
@@ -558,7 +565,15 @@ impl<'a> Compiler<'a> {
     ) -> Option<Arc<Route>> {
         let first = self.find_pool(&format!("{path}.pool"), &model.pool, pools);
         let mut complete = first.is_some();
-        let stage = |pool| Stage { pool, rename: model.rename.clone(), on: Vec::new() };
+        let around = |rename: &Option<String>| {
+            let (before, behind) = model.name.split_once('*').filter(|_| rename.as_deref() == Some("*"))?;
+            Some((before.to_owned(), behind.to_owned()))
+        };
+        if model.rename.as_deref() == Some("*") && !model.name.contains('*') {
+            let message = format!("* is what the * of the model's name stands for, and {} has none", model.name);
+            self.wrong(&format!("{path}.rename"), message);
+        }
+        let stage = |pool| Stage { pool, rename: model.rename.clone(), around: around(&model.rename), on: Vec::new() };
         let mut stages: Vec<Stage> = first.into_iter().map(stage).collect();
         for (index, fallback) in model.fallbacks.iter().enumerate() {
             let place = format!("{path}.fallbacks[{index}].pool");
@@ -570,7 +585,8 @@ impl<'a> Compiler<'a> {
                 continue;
             };
             let rename = fallback.rename.clone().or_else(|| model.rename.clone());
-            stages.push(Stage { pool, rename, on: fallback.on.clone().unwrap_or_else(usual_causes) });
+            let around = around(&rename);
+            stages.push(Stage { pool, rename, around, on: fallback.on.clone().unwrap_or_else(usual_causes) });
         }
         let priority = match &model.priority {
             None => None,
@@ -615,7 +631,7 @@ impl<'a> Compiler<'a> {
             priority: None,
             description: None,
         };
-        let stages = vec![Stage { pool, rename: None, on: Vec::new() }];
+        let stages = vec![Stage { pool, rename: None, around: None, on: Vec::new() }];
         let density = self.world.state.density(&model.name);
         let route = Route::new(stages, None, model, density);
         Some(Passthrough { path: entry.path.clone(), methods, websocket: entry.websocket, route })

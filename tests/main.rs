@@ -4,7 +4,9 @@
 mod bytes;
 mod capture;
 mod command_line;
+mod compatible;
 mod dashboards;
+mod deploy;
 mod disconnect;
 mod edge;
 mod evidence;
@@ -12,6 +14,7 @@ mod failure;
 mod fuzz;
 mod guardrails;
 mod identity;
+mod import;
 mod ledger;
 mod lifecycle;
 mod limits;

@@ -291,7 +291,8 @@ pub struct Model {
     pub aliases: Vec<String>,
     /// The pool that serves it.
     pub pool: String,
-    /// The name that the upstreams know it by, if it is another. Only the name's bytes change in the body.
+    /// The name that the upstreams know it by, if it is another; `*` for what the star of `name` stands for
+    /// (`openai/*`). Only the name's bytes change in the body.
     #[serde(default)]
     pub rename: Option<String>,
     /// Where a request goes when the pool cannot answer it, in this order.
@@ -503,7 +504,8 @@ impl Default for Timeouts {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
-    /// How many attempts one request may cost in all, the first one and those on fallback pools included.
+    /// How many attempts one request may cost in all, the first one and those on fallback pools included. One of them is
+    /// kept for each fallback that could help.
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
@@ -669,6 +671,18 @@ pub struct Requests {
     pub server_timing: bool,
     /// Whether answers tell the microseconds that the gateway itself took (`x-infergate-overhead-us`).
     pub overhead: bool,
+    /// The gateway whose health paths and headers are here too, for applications that count on them. Absent: none.
+    pub compatible_with: Option<Other>,
+}
+
+/// Another gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Other {
+    /// LiteLLM: `/health/liveliness`, `/health/liveness` and `/health/readiness`; on answers `x-litellm-call-id`,
+    /// `-model-id`, `-model-group`, `-response-cost`, `-response-duration-ms`, `-overhead-duration-ms`,
+    /// `-attempted-retries` and `-attempted-fallbacks`.
+    Litellm,
 }
 
 impl Default for Requests {
@@ -688,6 +702,7 @@ impl Default for Requests {
             name_upstream: true,
             server_timing: true,
             overhead: false,
+            compatible_with: None,
         }
     }
 }
