@@ -94,7 +94,7 @@ fn give(house: &House, limit: &Limit, row: &Row, now: u64) {
 
 fn amount(unit: Unit, spent: &Spent) -> u64 {
     match unit {
-        Unit::Requests => spent.ok,
+        Unit::Requests => spent.asked,
         Unit::InputTokens => spent.input_tokens,
         Unit::OutputTokens => spent.output_tokens,
         Unit::Tokens => spent.input_tokens.saturating_add(spent.output_tokens),
