@@ -176,6 +176,8 @@ struct Hold {
     /// When the span began in which it was taken.
     from: u64,
     reserved: u64,
+    /// Whether it is the limit that the answer is bounded by.
+    bounds: bool,
     settled: Option<u64>,
 }
 
@@ -387,7 +389,7 @@ impl Levels {
             if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
                 return Err(limit.clone());
             }
-            holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, settled: None });
+            holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, bounds: false, settled: None });
         }
         // In one order everywhere: nobody waits in a circle.
         holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
@@ -507,7 +509,7 @@ impl Limit {
 fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
     let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
     let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
-    let agreed = agreed(&holds, counts.iter_mut().map(|count| &mut **count), request, way);
+    let agreed = agreed(&mut holds, counts.iter_mut().map(|count| &mut **count), request, way);
     let standing = |hold: &Hold, count: &Count| Standing::of(&hold.limit, count, request.now);
     let output = match agreed {
         Ok(output) => output,
@@ -531,21 +533,23 @@ fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
 
 /// The longest answer that all limits have room for, as far as it is worth it; or the one that is short.
 fn agreed<'a>(
-    holds: &Holds,
+    holds: &mut Holds,
     counts: impl Iterator<Item = &'a mut Count>,
     request: &Counted<'_>,
     way: Way,
 ) -> Result<u64, Short> {
-    let (mut output, mut short) = (request.output, None);
-    for (hold, count) in holds.iter().zip(counts) {
+    let (mut output, mut short, mut bounding) = (request.output, None, None);
+    for (index, (hold, count)) in holds.iter().zip(counts).enumerate() {
         let terms = hold.limit.terms(request.now);
         count.roll(&terms);
         let payable = hold.limit.payable(request, request.output, way.free(count, &terms));
         match payable.filter(|payable| way.is_worth_it(*payable, request.output)) {
-            Some(payable) => output = output.min(payable),
+            Some(payable) if payable < output => (output, bounding) = (payable, Some(index)),
+            Some(_) => {}
             None => short = Some(shorter(short, hold, count, request, way)),
         }
     }
+    holds.iter_mut().enumerate().for_each(|(index, hold)| hold.bounds = bounding == Some(index));
     short.map_or(Ok(output), Err)
 }
 
@@ -622,8 +626,7 @@ impl Reservation {
 
     /// The answer was bounded to less than was asked for.
     pub fn clamped(&self) {
-        let bounding = self.holds.iter().filter(|hold| hold.limit.unit.grows());
-        for hold in bounding {
+        if let Some(hold) = self.holds.iter().find(|hold| hold.bounds) {
             hold.limit.meters.clamped.inc();
         }
     }

@@ -12,6 +12,7 @@ use crate::exchange::Exchange;
 use crate::house::House;
 use crate::money::bill::{cached, text_bytes, work};
 use crate::money::{Cached, Price};
+use crate::parameters::User;
 use crate::pipeline::{Planned, Stop, invalid, waiting};
 use crate::policy::{Policy, Route};
 use crate::refusal::{Code, Refusal};
@@ -89,13 +90,22 @@ fn asked(
     let output = asked.unwrap_or(usual).min(cap.unwrap_or(u64::MAX));
     let choices = planned.scan.choices(body).map_err(invalid)?;
     Ok(Asked {
-        user: user(planned, user_header),
+        user: forced_user(exchange).or_else(|| user(planned, user_header)),
         input: if reads { planned.route.density.estimate(text_bytes) } else { 0 },
         text_bytes,
         output: if writes { output } else { 0 },
         choices,
         besides: besides(operation, choices, body.len()),
     })
+}
+
+/// The end user that the tenant's parameters put into all its requests: what a request itself says is replaced.
+fn forced_user(exchange: &Exchange) -> Option<Box<str>> {
+    let who = exchange.who.as_ref()?;
+    match who.tenant.parameters.as_ref()?.user.as_ref()? {
+        User::Caller => Some((*who.identity.principal).into()),
+        User::Fixed(name) => Some(name.as_str().into()),
+    }
 }
 
 /// The end user as the header names them, or the body.
@@ -247,7 +257,7 @@ fn refuse(exchange: &mut Exchange, short: Short) -> Refusal {
     let Short { limit, free, needed, wait, standings } = short;
     let (unit, free, needed) = (limit.unit, limit.unit.spelt(free), limit.unit.spelt(needed));
     limit.meters.refused.inc();
-    exchange.decide("limit", &limit.name, "refuse", format!("{needed} needed, {free} left"));
+    exchange.decide("limit", &limit.name, "refuse", format!("{needed} needed, {free} left, {}", again(unit, wait)));
     exchange.short = Some(standings);
     let (name, max) = (&limit.name, unit.spelt(limit.max));
     if unit == Unit::Concurrency {
@@ -264,6 +274,15 @@ fn refuse(exchange: &mut Exchange, short: Short) -> Refusal {
     };
     let message = format!("the limit {name} of {max} has {free} left, and this request may use {needed}");
     Refusal::new(Code::RateLimitExceeded, message).retry_after(wait)
+}
+
+/// When a limit that is short has room again.
+fn again(unit: Unit, wait: Option<Duration>) -> String {
+    match wait {
+        _ if unit == Unit::Concurrency => "free again when another request is over".to_owned(),
+        Some(wait) => format!("free again in {}", super::standing::spelt(wait)),
+        None => "never as much".to_owned(),
+    }
 }
 
 /// How its dialect counts cached tokens, for whoever settles.
