@@ -22,6 +22,7 @@ use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
+use crate::tokens::Encoding;
 
 /// Passes the answer on, and ends it properly if the upstream did not.
 pub async fn relay(
@@ -53,6 +54,7 @@ pub async fn relay(
         events: is_events,
         hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
         service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
+        counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, picked.upstream)),
     };
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
     if guards && !is_events {
@@ -247,6 +249,12 @@ fn bill(
     let body = &planned.received.body;
     let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
     Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
+}
+
+/// How the tokens of an answer are counted that does not tell them.
+fn encoding(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Option<Encoding> {
+    let route = exchange.route.as_ref()?;
+    route.model.tokenizer.of(failover::model_at(exchange, stage, upstream))
 }
 
 /// Whether something must be done before a client may know that its answer is complete.

@@ -240,6 +240,13 @@ pub struct Short {
     pub standings: Box<[Standing]>,
 }
 
+impl Short {
+    /// Whether it matters how well the prompt was estimated: a tenth less would fit.
+    fn is_close(&self) -> bool {
+        self.limit.unit.reads() && self.needed - self.needed / 10 <= self.free
+    }
+}
+
 /// What there is to be had.
 pub enum Outcome {
     /// All that was asked for, or as much of the answer as is payable.
@@ -443,6 +450,11 @@ impl Unit {
         }
     }
 
+    /// Whether a longer prompt needs more of it.
+    fn reads(self) -> bool {
+        matches!(self, Self::InputTokens | Self::Tokens | Self::Nanousd)
+    }
+
     /// Whether a longer answer needs more of it.
     fn grows(self) -> bool {
         matches!(self, Self::OutputTokens | Self::Tokens | Self::Nanousd)
@@ -629,6 +641,15 @@ impl Reservation {
         if let Some(hold) = self.holds.iter().find(|hold| hold.bounds) {
             hold.limit.meters.clamped.inc();
         }
+    }
+
+    /// Whether so little is left of a limit that counts the prompt that it matters how well that was estimated: less
+    /// than a tenth of what there was.
+    pub fn is_tight(&self) -> bool {
+        let counts = self.holds.iter().zip(&self.standings);
+        counts
+            .into_iter()
+            .any(|(hold, standing)| hold.limit.unit.reads() && standing.free.saturating_mul(9) <= hold.reserved)
     }
 
     /// Whether answers end where no more may be used, as far as any limit counts them.

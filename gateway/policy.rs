@@ -41,6 +41,7 @@ use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::trace::Traces;
 use crate::telemetry::{Meters, SpentMeters, Telemetry};
+use crate::tokens::Tokenizer;
 
 /// What every request is decided by.
 #[derive(Debug)]
@@ -613,6 +614,7 @@ impl<'a> Compiler<'a> {
             rename: None,
             fallbacks: Vec::new(),
             priority: None,
+            tokenizer: Tokenizer::Auto,
             description: None,
         };
         let stages = vec![Stage { pool, rename: None, on: Vec::new() }];

@@ -123,7 +123,8 @@ pub enum Source {
     /// There are none.
     #[default]
     None,
-    /// The upstream did not say them all: the answer's are the events of its stream, or follow from its length.
+    /// The upstream did not say them all: the answer's are those of its text, or the events of its stream, or follow
+    /// from its length.
     Estimated,
     /// The same, of an answer that did not come to its end.
     Partial,
@@ -289,8 +290,12 @@ impl Meter {
 
     /// How many events of a stream carried a part of the answer so far, or how many tokens it says that it has.
     pub fn counted(&self) -> u64 {
-        let told = self.finds.as_ref().and_then(|finds| finds.reported).and_then(|usage| usage.output_tokens);
-        self.tally.counted.max(told.unwrap_or_default())
+        self.tally.counted.max(self.told_output().unwrap_or_default())
+    }
+
+    /// How many tokens it says that it has so far.
+    pub fn told_output(&self) -> Option<u64> {
+        self.finds.as_ref().and_then(|finds| finds.reported).and_then(|usage| usage.output_tokens)
     }
 
     /// Whether events need not be counted any more.

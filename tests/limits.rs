@@ -146,8 +146,8 @@ pub async fn deaf_server(count: usize) -> Wire {
         let mut steps = vec![Step::Say(Framing::Chunked.head(EVENTS, 0))];
         let first = "data: {\"id\":\"c-7\",\"object\":\"chat.completion.chunk\",\"created\":5,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
         steps.push(Step::Say(Framing::Chunked.piece(first.as_bytes())));
-        for token in 0..count {
-            let event = format!("data: {{\"id\":\"c-7\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"t{token} \"}}}}]}}\n\n");
+        for _ in 0..count {
+            let event = format!("data: {{\"id\":\"c-7\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"the \"}}}}]}}\n\n");
             steps.push(Step::Say(Framing::Chunked.piece(event.as_bytes())));
             steps.push(Step::Pause(Duration::from_millis(1)));
         }
@@ -508,4 +508,31 @@ async fn a_budget_of_requests_that_is_restored_counts_all_that_an_upstream_was_a
     let gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
     gateway.ready().await;
     assert_eq!(left(&gateway, "calls").await, 2);
+}
+
+#[tokio::test]
+async fn a_prompt_whose_estimate_is_near_a_hard_limit_is_counted() {
+    let wire = Wire::start(|_| Framing::Length.answer("application/json", &Bytes::from_static(b"{}"), 64)).await;
+    // Estimated at two tokens for five bytes: 1,047 of 1,000.
+    let body = |model: &str| {
+        let prompt = "hello ".repeat(418);
+        format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"{prompt}"}}],"max_tokens":1}}"#)
+    };
+    let text = format!(
+        "version: 1\nmodels: [{{name: gpt-4o, pool: p}}, {{name: other, pool: p}}, {{name: far, pool: p, tokenizer: o200k}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}]}}\nlimits:\n  - {{models: [gpt-4o, other], input_tokens: 1000, per: 1h}}\n  - {{name: far, models: [far], input_tokens: 900, per: 1h}}\n",
+        wire.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let status = async |model: &str| ask(&gateway, body(model)).await.status;
+    crate::support::eventually("the vocabulary is loaded", Duration::from_secs(30), || async {
+        status("gpt-4o").await == 200
+    })
+    .await;
+    assert_eq!(status("far").await, 429, "an estimate that is far off the limit stands");
+    assert_eq!(status("other").await, 429, "nobody knows how this one counts");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let counted = |record: &Value| record["decisions"].to_string().contains("\"count\"");
+    let told: Vec<_> =
+        records.iter().filter(|record| counted(record)).map(|record| &record["model"]["asked"]).collect();
+    assert_eq!(told, ["gpt-4o"]);
 }

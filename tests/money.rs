@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use infergate::tokens::Tokenizer;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -340,4 +341,36 @@ fn the_prices_that_are_shipped_are_good_and_litellms_can_be_taken_over() {
     std::fs::write(&ours, "version: 1\nlist: [{models: [a]}]\n").unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
     assert!(code == Some(1) && out.contains("ours.yaml:2:"), "{out}");
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_tell_its_tokens_is_counted_by_its_text_however_it_was_cut() {
+    let text = "Internationalization, hyperparameters and counterintuitive misunderstandings. ".repeat(8);
+    let parts: Vec<&str> = (0..text.len()).step_by(3).map(|at| &text[at..(at + 3).min(text.len())]).collect();
+    let event =
+        |part: &&str| format!("data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{part}\"}}}}]}}\n\n");
+    let stream: String = parts.iter().map(event).chain([BEHIND.to_owned()]).collect();
+    let whole = json!({"choices": [{"index": 0, "message": {"content": text}}]}).to_string();
+    let wire = Wire::start(move |heard| {
+        let streams = String::from_utf8_lossy(&heard.body).contains("\"stream\":true");
+        let (kind, body) = if streams { (EVENTS, &stream) } else { ("application/json", &whole) };
+        Framing::Length.answer(kind, &Bytes::copy_from_slice(body.as_bytes()), 100_000)
+    })
+    .await;
+    let encoding = Tokenizer::Cl100k.of("m").unwrap();
+    encoding.load();
+    let expected = encoding.count(&text).unwrap();
+    assert!(expected < parts.len() as u64 / 2, "there are many more parts than tokens");
+    let named = policy(&[&wire.url()], "").replace("name: m\n", "name: m\n    tokenizer: cl100k\n");
+    let gateway = Gateway::start(&format!("{named}{PRICES}")).await;
+    for streams in [true, false] {
+        let counted = || async {
+            let answer = Client::h1().post(gateway.address, CHAT, chat(streams, 900)).await;
+            let record = record_of(&gateway, &answer).await;
+            assert_eq!(record["usage"]["source"], "estimated");
+            assert!(record["cost"]["nanousd"].as_u64() > Some(0), "before the vocabulary is there it costs, too");
+            record["usage"]["output_tokens"] == expected
+        };
+        eventually("the vocabulary is loaded", Duration::from_secs(30), counted).await;
+    }
 }

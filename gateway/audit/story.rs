@@ -253,7 +253,7 @@ impl<'a> Record<'a> {
         }
         match self.at("usage.source").as_str() {
             Some("upstream") => line.push_str(" (the upstream's own count)"),
-            Some("estimated") => line.push_str(" (counted from the stream's events: the upstream did not say)"),
+            Some("estimated") => line.push_str(" (counted from the text, or its events: the upstream did not say)"),
             Some("partial") => line.push_str(" (counted as far as the answer came: it did not come to its end)"),
             _ => {}
         }

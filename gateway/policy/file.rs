@@ -14,6 +14,7 @@ use crate::limits::Each;
 use crate::money::file::Prices;
 use crate::money::usd::Usd;
 use crate::secret::SecretSource;
+use crate::tokens::Tokenizer;
 
 /// What the gateway does with every request. Reloaded under traffic: save the file, send SIGHUP, or
 /// `POST /admin/reload`.
@@ -300,6 +301,10 @@ pub struct Model {
     /// The class of urgency of its requests, one of `priorities`.
     #[serde(default)]
     pub priority: Option<String>,
+    /// How the tokens of its texts are counted where its upstreams do not say how many there are: of an answer without
+    /// usage, and of a prompt that is near a hard limit.
+    #[serde(default)]
+    pub tokenizer: Tokenizer,
     /// A sentence for `GET /v1/models`.
     #[serde(default)]
     pub description: Option<String>,

@@ -20,7 +20,8 @@ use crate::guard::{Blocked, Guard};
 use crate::limits::{self, Reservation};
 use crate::money::Cached;
 use crate::refusal::Code;
-use crate::usage::{Meter, Usage};
+use crate::tokens::{Encoding, Said};
+use crate::usage::{Meter, Source, Usage};
 
 /// The most that leaves in one write when several pieces have come already.
 const GATHER_MAX: usize = 64 << 10;
@@ -67,6 +68,7 @@ pub struct Tally {
     /// What it may use of its limits.
     pub reservation: Option<Box<Reservation>>,
     meter: Option<Meter>,
+    said: Option<Box<Said>>,
     hide: Hide,
     line: Option<Box<Line>>,
     edge: Option<Box<Edge>>,
@@ -83,6 +85,8 @@ pub struct Reading {
     pub hides_usage: bool,
     /// Whether its class of service is looked for.
     pub service_tier: bool,
+    /// How its tokens are counted, should it not tell them.
+    pub counts: Option<Encoding>,
 }
 
 impl Tally {
@@ -93,6 +97,7 @@ impl Tally {
         self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
         self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
+        self.said = reading.counts.map(|encoding| Box::new(Said::begin(operation, reading.events, encoding)));
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
     }
 
@@ -101,10 +106,14 @@ impl Tally {
         self.read(body);
     }
 
-    /// The tokens that it used, as far as it told: to its end, or to where it broke off.
+    /// The tokens that it used: as far as it told, and else as its text has them; to its end, or to where it broke off.
     pub fn usage(&self, ended: bool) -> Usage {
-        let usage = if ended { Meter::usage } else { Meter::usage_of_a_part };
-        self.meter.as_ref().map(usage).unwrap_or_default()
+        let Some(meter) = &self.meter else { return Usage::default() };
+        let told = if ended { meter.usage() } else { meter.usage_of_a_part() };
+        let Some(said) = self.said.as_ref().filter(|_| told.source != Source::Upstream) else { return told };
+        let Some(counted) = said.tokens() else { return told };
+        let source = if ended { Source::Estimated } else { Source::Partial };
+        Usage { output_tokens: meter.told_output().max(Some(counted)), source, ..told }
     }
 
     /// An answer may use what has been reserved. Where that is to hold while it comes, its tokens are counted.
@@ -199,6 +208,7 @@ impl Tally {
         let paid = counted <= line.output + line.beside || line.extend(self.reservation.as_deref_mut(), counted);
         if paid {
             self.meter = Some(ahead);
+            self.keep(event);
         }
         paid
     }
@@ -206,6 +216,13 @@ impl Tally {
     fn read(&mut self, piece: &[u8]) {
         if let Some(meter) = &mut self.meter {
             meter.push(piece);
+        }
+        self.keep(piece);
+    }
+
+    fn keep(&mut self, piece: &[u8]) {
+        if let Some(said) = &mut self.said {
+            said.push(piece);
         }
     }
 
