@@ -7,6 +7,7 @@ pub mod level;
 pub mod restore;
 pub mod shared;
 pub mod standing;
+pub mod warn;
 pub mod window;
 
 use std::collections::HashSet;
@@ -23,6 +24,7 @@ use smallvec::SmallVec;
 use self::level::{Count, Id, Level, Terms};
 use self::shared::Shared;
 use self::standing::Standing;
+use self::warn::Warnings;
 use self::window::Window;
 use crate::money::{Cached, Price};
 use crate::policy::Pattern;
@@ -47,6 +49,8 @@ pub struct Limit {
     pub models: Option<Vec<Pattern>>,
     /// The endpoints that it holds for; all, if there is no list.
     pub surfaces: Option<HashSet<String>>,
+    /// The plans that it holds for; everybody, if there is no list.
+    pub plans: Option<HashSet<String>>,
     /// Whether an answer ends where no more may be used.
     pub on_limit: OnLimit,
     /// Whether a request may have less of an answer than it asks for.
@@ -65,6 +69,8 @@ pub struct Limit {
     pub levels: Box<str>,
     /// Its metrics.
     pub meters: LimitMeters,
+    /// Where somebody hears that it is nearly used up.
+    pub warnings: Warnings,
 }
 
 /// What a limit counts.
@@ -117,6 +123,8 @@ pub struct Counted<'a> {
     pub tenant: Option<&'a str>,
     /// Who asks.
     pub key: Option<&'a str>,
+    /// The plans that they have.
+    pub plans: &'a [Arc<str>],
     /// The policy's entry for the model.
     pub model: &'a str,
     /// The endpoint.
@@ -274,6 +282,8 @@ pub struct Levels {
     hashers: (RandomState, RandomState),
     /// How they are shared with other replicas, where the policy says so.
     pub shared: Arc<Shared>,
+    /// Where somebody hears of limits that are nearly used up.
+    pub warnings: Warnings,
 }
 
 /// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
@@ -470,6 +480,7 @@ impl Limit {
     fn holds_for(&self, request: &Counted<'_>) -> bool {
         self.models.as_ref().is_none_or(|list| list.iter().any(|pattern| pattern.takes(request.model)))
             && self.surfaces.as_ref().is_none_or(|list| list.contains(request.surface))
+            && self.plans.as_ref().is_none_or(|list| request.plans.iter().any(|plan| list.contains(&**plan)))
     }
 
     fn terms(&self, now: u64) -> Terms<'_> {
@@ -725,21 +736,13 @@ impl Drop for Reservation {
 impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
-        Self { tenant: None, key: None, model: "", surface: "", user: None, input, output, cost, now }
+        Self { tenant: None, key: None, plans: &[], model: "", surface: "", user: None, input, output, cost, now }
     }
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
         let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
         Self::of_tokens(0, 0, cost, now)
-    }
-}
-
-impl Limit {
-    /// A threshold was passed: somebody is told.
-    fn warned(&self, whose: &str, passed: u8) {
-        self.meters.warned.inc();
-        tracing::warn!(limit = %self.name, whose, "{passed} % of {} are used", self.unit.spelt(self.max));
     }
 }
 

@@ -64,6 +64,9 @@ pub struct Usage {
     /// Images that were made. Told only where the policy has prices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<u64>,
+    /// Microseconds that the upstream's server worked for it, where its price is by the hour.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_us: Option<u64>,
     /// The class of service, where the upstream says it beside its numbers or the price depends on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service_tier: Option<ServiceTier>,
@@ -638,6 +641,7 @@ impl Usage {
             image_output_tokens: join(self.image_output_tokens, other.image_output_tokens),
             audio_ms: join(self.audio_ms, other.audio_ms),
             images: join(self.images, other.images),
+            gpu_us: join(self.gpu_us, other.gpu_us),
             service_tier: other.service_tier.or(self.service_tier),
             source: self.source,
         }

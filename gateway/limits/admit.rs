@@ -178,6 +178,7 @@ async fn attempt<'a>(
     let counted = Counted {
         tenant: exchange.who.as_ref().map(|who| &*who.tenant.name),
         key: exchange.who.as_ref().map(|who| &*who.identity.principal),
+        plans: exchange.who.as_ref().map_or(&[], |who| &who.identity.plans),
         model: &planned.route.model.name,
         surface: planned.identified.surface.path,
         user: asked.user.as_deref(),

@@ -74,6 +74,8 @@ pub struct Tally {
     edge: Option<Box<Edge>>,
     /// Whether guardrails read it.
     judged: bool,
+    /// Of what the client gets: whether the last piece began with an event, and whether it ended with one.
+    boundary: (bool, bool),
 }
 
 /// What is to be made of an answer besides passing it on.
@@ -93,6 +95,7 @@ impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
         self.line = self.line.take().filter(|_| reading.events);
+        self.boundary = (true, true);
         self.judged = self.guard.as_ref().is_some_and(|guard| guard.is_reading());
         self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
@@ -126,6 +129,11 @@ impl Tally {
     /// What the end of a stream must know of its beginning: its first events, and the last ones that have passed.
     pub fn begun(&self) -> (&[u8], &[u8]) {
         self.edge.as_ref().map_or((&[], &[]), |edge| (&edge.opening, &edge.last))
+    }
+
+    /// Whether the last piece that the client gets begins with an event.
+    pub fn last_is_whole(&self) -> bool {
+        self.boundary.0
     }
 
     /// Reads the first piece; returns what of it the client gets, and whether the answer may go on.
@@ -228,6 +236,10 @@ impl Tally {
 
     fn count(&mut self, piece: &[u8]) {
         self.bytes += piece.len() as u64;
+        if !piece.is_empty() {
+            let ends = [&b"\n\n"[..], b"\n\r\n", b"\r\r"].iter().any(|end| piece.ends_with(end));
+            self.boundary = (self.boundary.1, ends);
+        }
         // What rules have left of it is captured where they leave it.
         if let Some(capture) = self.capture.as_mut().filter(|capture| !(self.judged && capture.is_redacted())) {
             capture.answer(piece);
