@@ -23,6 +23,7 @@ use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
+use crate::tokens::Encoding;
 
 /// Passes the answer on, and ends it properly if the upstream did not.
 pub async fn relay(
@@ -54,6 +55,7 @@ pub async fn relay(
         events: is_events,
         hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
         service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
+        counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, picked.upstream)),
     };
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
     if guards && !is_events {
@@ -142,12 +144,20 @@ async fn conclude(
     is_events: bool,
 ) -> Result<(), Stop> {
     let (code, why) = match passed {
-        Passed::Whole => return end(exchange, downstream).await,
+        Passed::Whole => {
+            exchange.settle();
+            if let Some(comment) = cost_comment(exchange).filter(|_| is_events) {
+                downstream.put_before_end(&comment, exchange.tally.last_is_whole());
+            }
+            return end(exchange, downstream).await;
+        }
         Passed::Gone => return Err(Stop::Gone),
         Passed::Spent | Passed::Blocked(_) => {
             let why = if passed == Passed::Spent { ending::Why::Length } else { ending::Why::Filtered };
+            exchange.settle();
             let events = early(exchange, ending, why);
-            downstream.write(events.into()).await.map_err(|_| Stop::Gone)?;
+            let comment = cost_comment(exchange).unwrap_or_default();
+            downstream.write(ending::before_last(events.as_bytes(), &comment, true)).await.map_err(|_| Stop::Gone)?;
             return end(exchange, downstream).await;
         }
         Passed::Broken(code, why) => (code, why),
@@ -182,6 +192,12 @@ fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: 
         Passed::Blocked(blocked) => exchange.blocked(blocked),
         Passed::Gone | Passed::Broken(..) => {}
     }
+}
+
+/// What a stream tells of its cost, if the policy wants it told.
+fn cost_comment(exchange: &Exchange) -> Option<String> {
+    let cost = if exchange.policy.cost_on_streams { exchange.cost() } else { None };
+    cost.map(|cost| format!(": x-infergate-cost-usd={cost}\n\n"))
 }
 
 /// The end of an answer: what was not used is given back first, so that whoever has read it all may ask again.
@@ -255,7 +271,13 @@ fn bill(
     Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
 }
 
+/// How the tokens of an answer are counted that does not tell them.
+fn encoding(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Option<Encoding> {
+    let route = exchange.route.as_ref()?;
+    route.model.tokenizer.of(failover::model_at(exchange, stage, upstream))
+}
+
 /// Whether something must be done before a client may know that its answer is complete.
 fn holds_end(exchange: &Exchange) -> bool {
-    exchange.is_durable() || exchange.tally.reservation.is_some()
+    exchange.is_durable() || exchange.tally.reservation.is_some() || exchange.policy.cost_on_streams
 }

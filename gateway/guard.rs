@@ -15,6 +15,7 @@ use infergate_plugins::operation::Operation;
 
 use self::channel::{Channel, decoded};
 use self::filter::Filter;
+pub use self::filter::data;
 pub(crate) use self::judged::word;
 pub use self::judged::{Judged, JudgedList, JudgedRecord};
 use crate::refusal::{Code, Refusal};
