@@ -4,6 +4,7 @@ pub mod breaker;
 pub mod origin;
 pub mod queue;
 pub mod retry;
+pub mod score;
 pub mod watch;
 
 use std::sync::Arc;
