@@ -2,6 +2,7 @@
 
 pub mod breaker;
 pub mod origin;
+pub mod prefix;
 pub mod queue;
 pub mod retry;
 pub mod score;

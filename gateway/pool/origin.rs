@@ -3,13 +3,14 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::prefix::{Prefixes, Seat};
 use crate::policy::file::Http2;
 use crate::relay::Target;
 
@@ -169,6 +170,7 @@ pub struct Endpoint {
     pub target: Target,
     /// Whether failures keep it out.
     pub breaker: Breaker,
+    seat: OnceLock<Seat>,
     in_flight: AtomicU32,
     healthy: AtomicBool,
     base: Instant,
@@ -183,6 +185,7 @@ impl Endpoint {
             spelt: address.to_string().into(),
             address,
             breaker: Breaker::new(now),
+            seat: OnceLock::new(),
             in_flight: AtomicU32::new(0),
             healthy: AtomicBool::new(true),
             base: now,
@@ -193,6 +196,16 @@ impl Endpoint {
     /// Requests that run on it now, through this gateway.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Its place in the index of who has read which prompt, taken when first asked for. It has none while all are
+    /// taken.
+    pub fn seat(&self, prefixes: &Arc<Prefixes>) -> Option<&Seat> {
+        if self.seat.get().is_none() {
+            // Of two at once one keeps its seat, and the other's is given back.
+            let _lost = self.seat.set(prefixes.seat()?);
+        }
+        self.seat.get()
     }
 
     /// Counts one request in; it is counted out when the value is dropped.
@@ -292,6 +305,20 @@ mod tests {
         assert_eq!(state.endpoints()[0].in_flight(), 1);
         state.resolved(Vec::new(), now);
         assert_eq!(state.endpoints().len(), 2);
+    }
+
+    #[test]
+    fn an_endpoint_keeps_its_seat_as_long_as_it_is_resolved() {
+        let (origin, _) = parse("http://pods:80").unwrap();
+        let (now, prefixes) = (Instant::now(), Arc::new(Prefixes::new(7, 0)));
+        let state = OriginState::new(origin, now);
+        let address = |last| Address::Tcp(SocketAddr::from(([127, 0, 0, last], 80)));
+        let number = |place: usize| state.endpoints()[place].seat(&prefixes).map(Seat::number);
+        state.resolved(vec![address(1), address(2)], now);
+        assert_eq!([number(0), number(1)], [Some(0), Some(1)]);
+        state.resolved(vec![address(3), address(2)], now);
+        assert_eq!([number(0), number(1)], [Some(2), Some(1)]);
+        assert!(prefixes.is_untidy(), "what the one that went had read is to be forgotten");
     }
 
     #[test]
