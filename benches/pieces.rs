@@ -12,6 +12,7 @@ use infergate::audit::record::{Attempt, AttemptList, Decision, Ending, Moment, R
 use infergate::identity;
 use infergate::money::Cached;
 use infergate::policy::{Policy, World, compile, prices};
+use infergate::pool::Wanted;
 use infergate::scan;
 use infergate::settings::Settings;
 use infergate::sse::Framer;
@@ -134,7 +135,7 @@ fn picks(criterion: &mut Criterion) {
         let policy = policy(upstreams);
         let pool = &policy.pools["p"];
         group.bench_function(format!("of {upstreams}"), |bencher| {
-            bencher.iter(|| pool.pick(Operation::Chat, &[], black_box(Instant::now())).is_some());
+            bencher.iter(|| pool.pick(&Wanted::of(Operation::Chat), &[], black_box(Instant::now())).is_some());
         });
     }
     group.finish();
@@ -204,7 +205,7 @@ fn parts() -> (Trace, [Decision; 3], [Attempt; 1], Moment) {
     ];
     let (policy, began) = (policy(1), Instant::now());
     let pool = &policy.pools["p"];
-    let Some(picked) = pool.pick(Operation::Chat, &[], began) else { panic!("nothing to pick") };
+    let Some(picked) = pool.pick(&Wanted::of(Operation::Chat), &[], began) else { panic!("nothing to pick") };
     let mut attempt = Attempt::begin(pool, &picked, 1024, 1);
     attempt.head = Some((Instant::now(), 200));
     attempt.end(Ending::Answered, None);

@@ -22,13 +22,15 @@ use crate::policy::file::Cause;
 use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
-use crate::pool::{Picked, Pool, Upstream};
+use crate::pool::score::Balance;
+use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
+use crate::weighing::Weight;
 
 /// The longest pause that an upstream's `Retry-After` can ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
@@ -121,14 +123,18 @@ async fn ask_stage<'a>(
     queued(exchange, pool);
     pool.state.retries.request(exchange.times.queued);
     let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
+    let weight = Weight::of(exchange, planned, stage);
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, now) else {
+        let Some(mut picked) = weight.pick(exchange, planned, stage, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));
         };
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
         tried.push(picked.endpoint.clone());
         match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
-            Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
+            Ok(answer) => {
+                weight.begins(stage, &mut picked, &answer);
+                return Ok(Outcome::Answered(Asked { answer, picked, permit, stage }));
+            }
             // What is drained for a client that has left is not tried again.
             Err(_) if downstream.is_mute() => return Err(Stop::Gone),
             Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
@@ -227,6 +233,13 @@ async fn attempt(
     let body = body_for(exchange, planned, stage, picked.upstream);
     let path = [&*picked.upstream.path, &planned.identified.path].concat();
     exchange.attempt_begins(&stage.pool, picked, body.len());
+    if let Some(choice) = &picked.choice {
+        let balance = stage.pool.balance;
+        let unit = if balance == Balance::ExpectedTime { " s" } else { "" };
+        let (rule, name) = (stage.pool.name.clone(), picked.upstream.name.to_str().unwrap_or_default());
+        let why = format!("{} {}", balance.name(), choice.why(unit));
+        exchange.decide("replica", &rule, name.to_owned(), why);
+    }
     let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
     let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
@@ -454,6 +467,9 @@ pub fn head_for_client(
     if head.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
         HOP_BY_HOP.iter().for_each(|name| _ = head.remove_header(name));
     }
+    if stage.pool.load.headers {
+        head.remove_header(told::TELLS);
+    }
     if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
         local::set(&mut head, "x-upstream-request-id", theirs)?;
     }
@@ -513,7 +529,8 @@ pub async fn tunnel(
     queued(exchange, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+        let operation = planned.identified.surface.operation;
+        let Some(picked) = pool.pick(&Wanted::of(operation), &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
         tried.push(picked.endpoint.clone());

@@ -12,7 +12,7 @@
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
 //! | [`routers`], [`text`] | models that are chosen by what is asked; where the texts of requests and answers stand |
-//! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
+//! | [`pool`], [`weighing`], [`state`], [`house`] | upstreams and their levels; what a request is to them; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
 //! | [`ledger`] | what was spent, by whom and when: folded from the journal |
@@ -61,3 +61,4 @@ pub mod telemetry;
 pub mod text;
 pub mod time;
 pub mod usage;
+pub mod weighing;

@@ -14,6 +14,7 @@ use crate::issuers::Kept;
 use crate::limits::density::Density;
 use crate::limits::{self, Levels};
 use crate::pool::PoolState;
+use crate::pool::load::{FirstTokens, Paces};
 use crate::pool::origin::{Origin, OriginState};
 use crate::pool::prefix::{self, Prefixes};
 use crate::pool::queue::Queue;
@@ -67,6 +68,9 @@ impl State {
             queue: Arc::new(Queue::default()),
             retries: Budget::new(now),
             retries_refused: telemetry.retries_refused(name),
+            paces: Paces::default(),
+            first_tokens: FirstTokens::default(),
+            turns: AtomicU64::new(0),
         };
         self.pools.entry(name.to_owned()).or_insert_with(|| Arc::new(fresh())).clone()
     }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::load::Load;
 use super::prefix::{Prefixes, Seat};
+use super::told::Report;
 use crate::policy::file::Http2;
 use crate::relay::Target;
 
@@ -159,6 +161,11 @@ impl OriginState {
     }
 }
 
+/// A hash that is the same in every process (FNV-1a).
+pub fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// One address behind an origin, and how it is doing.
 #[derive(Debug)]
 pub struct Endpoint {
@@ -170,6 +177,10 @@ pub struct Endpoint {
     pub target: Target,
     /// Whether failures keep it out.
     pub breaker: Breaker,
+    /// What runs on it, in tokens, and how fast it is.
+    pub load: Load,
+    /// Tells it from other endpoints, in every process.
+    pub seed: u64,
     seat: OnceLock<Seat>,
     in_flight: AtomicU32,
     healthy: AtomicBool,
@@ -183,6 +194,8 @@ impl Endpoint {
         Self {
             target: Target::new(origin, &address),
             spelt: address.to_string().into(),
+            seed: fnv(address.to_string().as_bytes()),
+            load: Load::new(now),
             address,
             breaker: Breaker::new(now),
             seat: OnceLock::new(),
@@ -206,6 +219,23 @@ impl Endpoint {
             let _lost = self.seat.set(prefixes.seat()?);
         }
         self.seat.get()
+    }
+
+    /// The place that it has taken, if it has.
+    pub fn seated(&self) -> Option<&Seat> {
+        self.seat.get()
+    }
+
+    /// It told of its load.
+    pub fn hears(&self, told: Report, now: Instant) {
+        self.load.told.take(told, self.in_flight(), self.load.may_wait(), self.load.millis(now));
+    }
+
+    /// It has nothing any more of what it has read.
+    pub fn forget_prompts(&self) {
+        if let Some(seat) = self.seat.get() {
+            seat.forget();
+        }
     }
 
     /// Counts one request in; it is counted out when the value is dropped.
@@ -250,6 +280,13 @@ impl Endpoint {
 /// One request on an endpoint.
 #[derive(Debug)]
 pub struct InFlight(Arc<Endpoint>);
+
+impl InFlight {
+    /// The endpoint that it is on.
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {

@@ -178,6 +178,11 @@ impl Seat {
         self.prefixes.seats.holds(self.number, blocks);
     }
 
+    /// See [`Prefixes::forget`].
+    pub fn forget(&self) {
+        self.prefixes.forget(self);
+    }
+
     /// Its number.
     pub fn number(&self) -> u8 {
         self.number

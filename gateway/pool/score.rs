@@ -82,6 +82,8 @@ pub struct Candidate {
 pub struct Told {
     /// Prompt tokens of others that wait there: of clients that do not come through this gateway.
     pub others: f32,
+    /// Answers to others that it is writing.
+    pub streams: f32,
     /// The share of its KV cache that is taken, 0 to 1.
     pub kv: f32,
     /// How much that counts: 1 when it has just been told, 0 when it is too old to be believed.
@@ -94,6 +96,8 @@ const KNEE: f32 = 32.0;
 const ADAPTER_S: f32 = 0.5;
 /// What others' waiting prompts can add at most, in seconds: no engine can talk itself out of all work.
 const OTHERS_S_MAX: f32 = 2.0;
+/// The same for others' answers.
+const OTHERS_STREAMS_MAX: f32 = 64.0;
 /// The weight of the KV barrier `k / (1 - k)`, in seconds (SMG's least_load, measured there), and the `k` it ends at.
 const KV_S: f32 = 0.15;
 const KV_MAX: f32 = 0.95;
@@ -173,9 +177,13 @@ impl Candidate {
         work + others + overdue + adapter
     }
 
-    /// Seconds that the answer is expected to take after its first token.
+    /// Seconds that the answer is expected to take after its first token. What is written beside it slows it down for as
+    /// long as both last.
     pub fn rest_s(&self, asked: &Asked) -> f32 {
-        asked.output as f32 * self.token_s * crowding(self.streams + 1)
+        let output = asked.output as f32;
+        let beside = (self.decode as f32).min(self.streams as f32 * output);
+        let others = self.told.trust * self.told.streams.min(OTHERS_STREAMS_MAX) * output;
+        self.token_s * (output + (output + beside + others) / KNEE)
     }
 
     /// Seconds that it is expected to take for everything, with what a full cache would cost.
@@ -235,6 +243,11 @@ impl Balance {
             Self::Lmetric => "lmetric",
             Self::ExpectedTime => "expected_time",
         }
+    }
+
+    /// Whether it asks what endpoints have to do, in tokens.
+    pub const fn weighs(self) -> bool {
+        !matches!(self, Self::P2c | Self::RoundRobin | Self::LeastInFlight | Self::Hash)
     }
 
     /// Whether it asks how much of a prompt an endpoint holds.
@@ -452,22 +465,23 @@ mod tests {
     #[test]
     fn every_answer_that_is_being_written_slows_the_next_one() {
         let mut candidates = idle(2);
-        candidates[0].streams = 8;
+        (candidates[0].streams, candidates[0].decode) = (8, 1_600);
         assert_eq!(best(Balance::ExpectedTime, &candidates), 1);
-        let seconds = |streams| Candidate { streams, ..Candidate::default() }.rest_s(&ASKED);
-        assert!((seconds(31) / (200.0 * TOKEN_S) - 2.0).abs() < 1e-3);
+        let beside = |decode| Candidate { streams: 31, decode, ..Candidate::default() }.rest_s(&ASKED);
+        assert!((beside(31 * 200) / (200.0 * TOKEN_S) - 2.0).abs() < 1e-3);
+        assert!(beside(31) < beside(31 * 100), "those that are nearly done slow it less");
     }
 
     #[test]
     fn what_an_engine_tells_of_itself_only_ever_adds() {
         let silent = Candidate::default();
         for lie in [0.0, -1e30, f32::NEG_INFINITY] {
-            let told = Told { others: lie.max(0.0), kv: lie, trust: 1.0 };
+            let told = Told { kv: lie, trust: 1.0, ..Told::default() };
             assert_eq!(Candidate { told, ..silent }.expected_s(&ASKED), silent.expected_s(&ASKED));
         }
-        let told = Told { others: 1e30, kv: 1e30, trust: 1.0 };
+        let told = Told { others: 1e30, streams: 1e30, kv: 1e30, trust: 1.0 };
         let most = Candidate { told, ..silent }.expected_s(&ASKED) - silent.expected_s(&ASKED);
-        assert!((2.0..=OTHERS_S_MAX + KV_S * 20.0).contains(&most), "{most}");
+        assert!((2.0..=OTHERS_S_MAX + KV_S * 20.0 + 2.0 * 200.0 * TOKEN_S).contains(&most), "{most}");
         let stale = Told { trust: Told::trust(11.0), ..told };
         assert_eq!(Candidate { told: stale, ..silent }.expected_s(&ASKED), silent.expected_s(&ASKED));
     }

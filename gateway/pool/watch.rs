@@ -215,6 +215,8 @@ impl Check {
             }
         }
         if self.in_a_row <= -i64::from(unhealthy_after) && self.endpoint.set_healthy(false, now) {
+            // Whatever comes back has nothing in its cache.
+            self.endpoint.forget_prompts();
             tracing::warn!(address = %self.endpoint.address, "upstream is unhealthy");
         }
     }
