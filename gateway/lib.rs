@@ -4,7 +4,7 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | [`pipeline`], [`failover`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
+//! | [`pipeline`], [`failover`], [`hedge`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
@@ -33,6 +33,7 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+pub mod hedge;
 pub mod hex;
 pub mod house;
 pub mod identity;

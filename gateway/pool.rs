@@ -27,7 +27,7 @@ use self::origin::{Endpoint, OriginState};
 use self::prefix::Prefixes;
 use self::score::Balance;
 use crate::policy::file;
-use crate::telemetry::AttemptCounters;
+use crate::telemetry::{AttemptCounters, HedgeCounters};
 
 /// A pool as the policy means it.
 #[derive(Debug)]
@@ -100,6 +100,12 @@ pub struct PoolState {
     pub paces: Paces,
     /// How long its first tokens take.
     pub first_tokens: FirstTokens,
+    /// How long its answers take that come as a whole.
+    pub whole_answers: FirstTokens,
+    /// The budget of what is asked twice at once.
+    pub hedges: retry::Budget,
+    /// What became of that.
+    pub hedged: HedgeCounters,
     /// Counts the requests that were placed.
     pub turns: AtomicU64,
 }

@@ -70,6 +70,9 @@ impl State {
             retries_refused: telemetry.retries_refused(name),
             paces: Paces::default(),
             first_tokens: FirstTokens::default(),
+            whole_answers: FirstTokens::default(),
+            hedges: Budget::new(now),
+            hedged: telemetry.hedges(name),
             turns: AtomicU64::new(0),
         };
         self.pools.entry(name.to_owned()).or_insert_with(|| Arc::new(fresh())).clone()

@@ -98,6 +98,12 @@ struct EndpointLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct HedgeLabels {
+    pool: String,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct HashLabels {
     hash: String,
 }
@@ -123,6 +129,19 @@ pub struct AttemptCounters {
     pub broken: Counter,
 }
 
+/// What became of asking a second endpoint beside a slow one, in one pool.
+#[derive(Clone, Debug)]
+pub struct HedgeCounters {
+    /// The second one began first.
+    pub won: Counter,
+    /// The first one did after all.
+    pub lost: Counter,
+    /// The budget did not allow it.
+    pub refused: Counter,
+    /// Prompt tokens that losers were given to read.
+    pub tokens: Counter,
+}
+
 /// The words for the fields of [`AttemptCounters`], in their order.
 const RESULTS: [&str; 8] = ["answered", "connect", "reset", "timeout", "status", "stale", "cancelled", "broken"];
 
@@ -145,6 +164,8 @@ pub struct Telemetry {
     attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
     admin_denied: Family<WhyLabels, Counter>,
     retries_refused: Family<PoolLabels, Counter>,
+    hedges: Family<HedgeLabels, Counter>,
+    hedge_tokens: Family<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
     endpoint_in_flight: Family<EndpointLabels, Gauge>,
@@ -247,6 +268,8 @@ impl Telemetry {
             attempted: Mutex::default(),
             admin_denied: Family::default(),
             retries_refused: Family::default(),
+            hedges: Family::default(),
+            hedge_tokens: Family::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
             endpoint_in_flight: Family::default(),
@@ -288,6 +311,8 @@ impl Telemetry {
         registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
         registry.register("admin_denied", "Requests on the admin port that were not let in", t.admin_denied.clone());
         registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
+        registry.register("hedges", "Second endpoints asked beside slow ones", t.hedges.clone());
+        registry.register("hedge_tokens", "Prompt tokens given to those that lost", t.hedge_tokens.clone());
         registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
         registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
         registry.register("pool_waiting", "Requests in a pool's queue", t.pool_waiting.clone());
@@ -437,6 +462,13 @@ impl Telemetry {
     /// The counter of one pool's refused retries, to be kept with it.
     pub fn retries_refused(&self, pool: &str) -> Counter {
         self.retries_refused.get_or_create_owned(&PoolLabels { pool: pool.to_owned() })
+    }
+
+    /// The counters of one pool's hedges, to be kept with it.
+    pub fn hedges(&self, pool: &str) -> HedgeCounters {
+        let of = |result| self.hedges.get_or_create_owned(&HedgeLabels { pool: pool.to_owned(), result });
+        let tokens = self.hedge_tokens.get_or_create_owned(&PoolLabels { pool: pool.to_owned() });
+        HedgeCounters { won: of("won"), lost: of("lost"), refused: of("refused"), tokens }
     }
 
     /// A policy came into force.

@@ -14,6 +14,7 @@ use crate::pipeline::Planned;
 use crate::policy::Stage;
 use crate::pool::origin::{Endpoint, fnv};
 use crate::pool::prefix::{Blocks, Chain};
+use crate::pool::queue::Claim;
 use crate::pool::score::{Asked, Balance};
 use crate::pool::{Picked, Upstream, Wanted, told};
 use crate::relay::Answer;
@@ -63,9 +64,20 @@ impl Weight {
         stage.pool.pick(&wanted, tried, now)
     }
 
+    /// Tokens of its prompt, as far as they were counted.
+    pub fn prompt(&self) -> u32 {
+        self.asked.prompt
+    }
+
     /// An answer to it has begun: its prompt has been read.
-    pub fn begins(&self, stage: &Stage, picked: &mut Picked<'_>, answer: &Answer) {
+    pub fn begins(&self, stage: &Stage, picked: &mut Picked<'_>, answer: &Answer, began: Instant) {
         let pool = &stage.pool;
+        if pool.hedge.is_some() && answer.head.status.is_success() {
+            let took = answer.first_at.saturating_duration_since(began).as_secs_f32();
+            let state = &pool.state;
+            let seen = if answer.is_event_stream() { &state.first_tokens } else { &state.whole_answers };
+            seen.took(took);
+        }
         if !pool.balance.weighs() {
             return;
         }
@@ -75,10 +87,8 @@ impl Weight {
         if !answer.head.status.is_success() {
             return;
         }
-        if answer.is_event_stream()
-            && let Some(took) = picked.work.first_token(&pool.state.paces, answer.first_at)
-        {
-            pool.state.first_tokens.took(took);
+        if answer.is_event_stream() {
+            picked.work.first_token(&pool.state.paces, answer.first_at);
         }
         if let Some(prefixes) = pool.prefixes.as_ref().filter(|_| !self.chain.is_empty())
             && let Some(seat) = picked.endpoint.seat(prefixes)
@@ -105,6 +115,17 @@ pub fn ends(exchange: &Exchange, stage: &Stage, picked: &mut Picked<'_>) {
     if let Some(route) = exchange.route.as_ref().filter(|_| unlimited) {
         route.density.learn(exchange.body_bytes, prompt_tokens(&usage, bill::cached(exchange.surface.operation)));
     }
+}
+
+/// What it claims of a pool's places; weighed only where those are counted.
+pub fn claim(exchange: &Exchange, planned: &Planned, stage: &Stage, level: i32) -> Claim {
+    if stage.pool.concurrency.max.is_none() {
+        return Claim::from(level);
+    }
+    let (prompt, output) = tokens(exchange, planned, stage);
+    let (tenant, share) =
+        exchange.who.as_ref().map_or((0, 1), |who| (fnv(who.tenant.name.as_bytes()), who.tenant.share));
+    Claim { level, tenant, tokens: prompt.saturating_add(output), share }
 }
 
 /// Tokens to be read, and to be written as far as can be expected.

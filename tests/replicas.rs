@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::support::journal::Journal;
+use crate::support::keys;
 use crate::support::{Client, Gateway, Options, Simulated, chat, eventually, model_server, policy};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -295,4 +296,130 @@ async fn a_key_stays_with_its_replica() {
         used.extend(homes);
     }
     assert!(used.len() > 1);
+}
+
+// Asking twice.
+
+/// A gateway with two servers that take turns and hedge; forty answers have told how long first tokens take.
+async fn hedging(budget_percent: u32) -> (Gateway, [Simulated; 2]) {
+    let servers = [paced(5).await, paced(5).await];
+    let urls = servers.each_ref().map(Simulated::url);
+    let extra = format!("balance: round_robin\nhedge: {{budget_percent: {budget_percent}}}");
+    let gateway = Gateway::start(&policy(&urls.each_ref().map(|url| &**url), &extra)).await;
+    let all = one_by_one(&gateway, &[&servers[0], &servers[1]], 40).await;
+    assert!(all.iter().sum::<usize>() >= 40);
+    (gateway, servers)
+}
+
+async fn hedges(gateway: &Gateway, result: &str) -> f64 {
+    gateway.metric(&format!(r#"infergate_hedges_total{{pool="p",result="{result}"}}"#)).await
+}
+
+fn slow(server: &Simulated, ms: u64) {
+    server.set_faults(vec![format!("slow-first={ms},path={CHAT}").parse().unwrap()]);
+}
+
+#[tokio::test]
+async fn a_hedge_cuts_the_tail_and_the_one_that_lost_is_let_go_at_once() {
+    let (gateway, [one, two]) = hedging(50).await;
+    slow(&two, 30_000);
+    let mut answers = Vec::new();
+    for stream in [true, true, true, true, true, true] {
+        let begun = Instant::now();
+        let answer = Client::h1().post(gateway.address, CHAT, chat(stream, 2)).await;
+        assert_eq!(answer.status, 200);
+        assert!(begun.elapsed() < SOON, "the slow one takes half a minute");
+        answers.push(answer);
+    }
+    assert!(hedges(&gateway, "won").await >= 2.0);
+    eventually("nothing runs at the one that lost", SOON, async || two.in_flight() == 0).await;
+    let hedged = answers.iter().find(|answer| answer.header("x-infergate-attempts") == "2").unwrap();
+    let record = Journal::settled(&gateway).await.record(hedged.header("x-request-id"));
+    let attempts = record["attempts"].as_array().unwrap();
+    let (lost, won) = (&attempts[0], &attempts[1]);
+    assert_eq!((lost["result"].as_str(), won["result"].as_str()), (Some("cancelled"), Some("answered")));
+    assert_eq!(won["upstream"], one.address().to_string());
+    assert!(lost["why"].as_str().unwrap().contains("another endpoint began first"), "{lost}");
+}
+
+#[tokio::test]
+async fn the_first_one_may_still_win_and_stands_last_on_the_record() {
+    let (gateway, [one, two]) = hedging(50).await;
+    slow(&one, 300);
+    slow(&two, 300);
+    let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
+    assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "2"));
+    assert_eq!(hedges(&gateway, "lost").await + hedges(&gateway, "won").await, 1.0);
+    let record = Journal::settled(&gateway).await.record(answer.header("x-request-id"));
+    let results: Vec<_> = record["attempts"].as_array().unwrap().iter().map(|one| one["result"].clone()).collect();
+    assert_eq!(results, ["cancelled", "answered"]);
+}
+
+#[tokio::test]
+async fn hedges_stay_within_their_budget() {
+    let (gateway, [_one, two]) = hedging(5).await;
+    slow(&two, 200);
+    for _ in 0..20 {
+        assert_eq!(Client::h1().post(gateway.address, CHAT, chat(true, 2)).await.status, 200);
+    }
+    let asked_twice = hedges(&gateway, "won").await + hedges(&gateway, "lost").await;
+    assert!((1.0..=3.0).contains(&asked_twice), "{asked_twice} of sixty, where one in twenty may be");
+    // When enough of them were slow, that is what is to be expected, and nobody is asked twice for it.
+    assert!(hedges(&gateway, "refused").await >= 1.0);
+}
+
+#[tokio::test]
+async fn what_is_stored_is_not_asked_twice() {
+    let (gateway, [one, two]) = hedging(50).await;
+    slow(&one, 200);
+    slow(&two, 200);
+    let body = chat(true, 2).replace("\"stream\"", "\"store\":true,\"stream\"");
+    let answer = Client::h1().post(gateway.address, CHAT, body).await;
+    assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "1"));
+    let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
+    assert_eq!(answer.header("x-infergate-attempts"), "2", "and anything else is");
+}
+
+#[tokio::test]
+async fn where_both_fail_the_request_fails_once_with_two_attempts_told() {
+    let (gateway, servers) = hedging(50).await;
+    for server in &servers {
+        server.set_faults(vec![
+            format!("slow-first=100,path={CHAT}").parse().unwrap(),
+            format!("reset,path={CHAT}").parse().unwrap(),
+        ]);
+    }
+    let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
+    assert!(answer.status >= 500, "{}", answer.status);
+    let record = Journal::settled(&gateway).await.record(answer.header("x-request-id"));
+    let attempts = record["attempts"].as_array().unwrap();
+    assert!((2..=3).contains(&attempts.len()), "no more than the policy's three: {attempts:?}");
+    assert!(attempts.iter().all(|attempt| attempt["result"] != "answered"));
+}
+
+// Fairness.
+
+#[tokio::test]
+async fn a_tenant_that_asks_for_everything_does_not_keep_another_waiting() {
+    let server = paced(0).await;
+    server.set_faults(vec![format!("slow-first=100,path={CHAT}").parse().unwrap()]);
+    let [greedy_key, modest_key] = ["greedy", "modest"].map(|tenant| keys::key(tenant, ""));
+    let asks = keys::asks_for(&[&greedy_key, &modest_key], "{greedy: {}, modest: {}}");
+    let text = policy(&[&server.url()], "concurrency: {max: 2, queue: 20}") + &asks;
+    let gateway = keys::start(&text, "").await;
+    let ask = |key: &keys::Key| {
+        let (address, key) = (gateway.address, format!("Bearer {}", key.text));
+        async move { Client::h1().post_with(address, CHAT, &[("authorization", &key)], chat(false, 1)).await.status }
+    };
+    let greedy: Vec<_> = (0..30).map(|_| tokio::spawn(ask(&greedy_key))).collect();
+    eventually("the pool is full", SOON, async || gateway.metric(r#"infergate_pool_waiting{pool="p"}"#).await >= 18.0)
+        .await;
+    let begun = Instant::now();
+    assert_eq!(ask(&modest_key).await, 200);
+    let waited = begun.elapsed();
+    // Two run, and two more get the places that they leave; without fairness twenty would have been before it.
+    assert!(waited < Duration::from_secs(1), "{waited:?} where each takes a tenth of a second");
+    let statuses: Vec<_> =
+        JoinSet::from_iter(greedy.into_iter().map(|one| async { one.await.unwrap() })).join_all().await;
+    assert!(statuses.iter().all(|status| [200, 503].contains(status)), "{statuses:?}");
 }

@@ -99,6 +99,9 @@ pub struct Tenant {
     /// The most tokens that one answer may have, for each of its choices. The lowest of it and those above it counts.
     #[schemars(range(min = 1))]
     pub output_tokens_max: Option<u64>,
+    /// Its share of a full pool's places beside other tenants that wait. Absent: 1.
+    #[schemars(range(min = 1, max = 1000))]
+    pub share: Option<u32>,
     /// What its requests may ask of a model, and what they ask anyway.
     pub parameters: Option<Parameters>,
 }

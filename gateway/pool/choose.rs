@@ -88,12 +88,12 @@ impl Pool {
         });
         let (index, upstream, endpoint) = taken.next()?;
         let job = Job { unread: candidates[index].unread(&asked), output: asked.output, whole: wanted.whole };
-        let choice = self.choice(&ranked, &places, (candidates[index].matched, asked.prompt));
+        let choice = Some(self.choice(&ranked, &places, (candidates[index].matched, asked.prompt)));
         Some(Picked {
             upstream,
             work: Work::begin(&endpoint, self.balance.weighs().then_some(job), &self.state.paces, now),
             endpoint,
-            choice: Some(Choice { candidates: candidates.len(), ..choice }),
+            choice,
         })
     }
 

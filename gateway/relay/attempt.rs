@@ -42,7 +42,7 @@ pub struct Order<'a> {
     /// For a target that may speak HTTP/2.
     http2: Option<Box<RequestHeader>>,
     bodiless: bool,
-    body: &'a Bytes,
+    body: Bytes,
     streaming: bool,
     timeouts: &'a Timeouts,
 }
@@ -52,7 +52,7 @@ impl<'a> Order<'a> {
     pub fn new(
         target: &Target,
         head: &RequestHead<'_>,
-        body: &'a Bytes,
+        body: Bytes,
         streaming: bool,
         timeouts: &'a Timeouts,
     ) -> Result<Self, Failure> {
@@ -234,7 +234,7 @@ pub async fn fetch_until(
         upgrade: None,
     };
     let (nothing, timeouts) = (Bytes::new(), Timeouts::default());
-    let order = Order::new(target, &head, &nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
+    let order = Order::new(target, &head, nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
     let connection = connections.connect(target, Duration::ZERO, None).await?;
     let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
     let mut body = AnswerBody::new(leg, &head, &order);
