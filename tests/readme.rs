@@ -230,7 +230,11 @@ impl Page {
                 ("yaml", "") if fence.text.contains("version: 1") => {
                     fence.file(&mut script, ">", &format!("policy-{}.yaml", fence.line));
                 }
-                ("yaml", "") => return Err(place("it is no whole policy: say ```yaml FILE or ```yaml >> FILE")),
+                ("yaml", "") => {
+                    let file = format!("policy-{}.yaml", fence.line);
+                    let _ = writeln!(script, "cp .shipped {file}");
+                    fence.file(&mut script, ">>", &file);
+                }
                 (language, "") if SHOWN.contains(&language) => {}
                 (_, file) if !file.is_empty() => {
                     let (how, file) = file.strip_prefix(">> ").map_or((">", file), |file| (">>", file));
@@ -390,7 +394,9 @@ fn what_a_page_shows_is_held_to_what_is_printed() {
     let mut ports = Ports::default();
     let moved = ports.moved("curl 127.0.0.1:8080/x localhost:8080 gpu:8080");
     assert!(!moved.contains("1:8080") && moved.ends_with("gpu:8080"), "{moved}");
-    assert!(Page { name: String::new(), text: "```yaml\nlimits: []\n```\n".to_owned() }.script().is_err());
+    let part = |text: &str| Page { name: String::new(), text: format!("```yaml\n{text}\n```\n") }.carry_out();
+    assert!(part("limits: [{requests: 1, per: 1m}]").is_ok());
+    assert!(part("limits: [{requests: 1, per: never}]").unwrap_err().contains("line 1"));
     assert!(Page { name: String::new(), text: "```perl\nexit\n```\n".to_owned() }.script().is_err());
     let failing = Page { name: String::new(), text: "```sh\nfalse\n```\n".to_owned() };
     assert!(failing.carry_out().unwrap_err().contains("line 1"));
