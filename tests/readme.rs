@@ -3,11 +3,14 @@
 //! are marked; what is not marked and cannot be carried out fails here.
 
 use std::fmt::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::free_port;
+use crate::support::dns::Dns;
+use crate::support::signer::Signer;
+use crate::support::{Client, Gateway, free_port};
 
 const HOME: &str = env!("CARGO_MANIFEST_DIR");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_infergate");
@@ -48,6 +51,42 @@ fn every_page_can_be_carried_out() {
     std::thread::scope(|threads| (0..3).for_each(|_| drop(threads.spawn(work))));
     let told = told.into_inner().unwrap();
     assert!(told.is_empty(), "{}", told.join("\n\n"));
+}
+
+/// Examples name servers, keys and files that nobody ships: names lead to this machine, keys are made up, files are empty.
+#[tokio::test]
+async fn every_example_is_served() {
+    let dns = Dns::start(&[Ipv4Addr::LOCALHOST], 60).await;
+    let settings = format!("threads: 1\ndns_servers: ['{}']\n", dns.address);
+    let beside = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = beside.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let keys = file("keys.yaml", "[]\n");
+    let provider = serde_json::json!({"keys": [Signer::rsa().jwk("k")]}).to_string();
+    let moved = [
+        ("../prices.yaml", format!("{HOME}/config/prices.yaml")),
+        ("/run/secrets/anthropic", file("anthropic", "a-key")),
+        ("cluster-keys.json", file("keys.json", &provider)),
+        ("file: keys.list.yaml", format!("file: {keys}")),
+        ("file: keys.yaml", format!("file: {keys}")),
+    ];
+    let secret = "a secret of more than thirty-two characters";
+    let env = ["INFERGATE_PEPPER", "INFERGATE_GUARDRAIL_KEY", "OPENAI_API_KEY", "GPU_KEY"].map(|name| (name, secret));
+    let mut examples = 0;
+    for entry in std::fs::read_dir(Path::new(HOME).join("config/examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let policy = std::fs::read_to_string(&path).unwrap();
+        let policy = moved.iter().fold(policy, |policy, (from, to)| policy.replace(from, to));
+        let gateway = Gateway::spawn(&policy, &settings, &[], &env);
+        gateway.ready().await;
+        let answer = Client::h1().get(gateway.address, "/v1/models").await;
+        assert!([200, 401].contains(&answer.status), "{}: {}", path.display(), answer.text());
+        examples += 1;
+    }
+    assert!(examples >= 15);
 }
 
 #[test]
