@@ -6,6 +6,7 @@ use http::response::Parts;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
+use crate::compatible;
 use crate::exchange::Exchange;
 use crate::headers::{self, set};
 use crate::house::House;
@@ -22,6 +23,10 @@ pub async fn answer(
     identified: &Identified,
 ) -> Result<(), Stop> {
     let (status, body) = match identified.surface.path {
+        _ if compatible::is_liveness(&identified.path) => (StatusCode::OK, json!("I'm alive!")),
+        _ if compatible::is_readiness(&identified.path) && house.ready() => {
+            (StatusCode::OK, json!({"status": "healthy"}))
+        }
         "/v1/models" => (StatusCode::OK, models(exchange)),
         "/version" => (StatusCode::OK, json!({"version": env!("CARGO_PKG_VERSION"), "server": "infergate"})),
         _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
@@ -81,5 +86,8 @@ pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange)
 /// Says which request an answer belongs to: our id, and the client's own.
 pub fn identify(headers: &mut HeaderMap, exchange: &Exchange) -> Result<(), Refusal> {
     set(headers, headers::REQUEST_ID, exchange.id.as_str())?;
+    if exchange.policy.requests.compatible_with.is_some() {
+        set(headers, compatible::CALL_ID, exchange.id.as_str())?;
+    }
     exchange.client_id().map_or(Ok(()), |id| set(headers, headers::CLIENT_REQUEST_ID, id))
 }

@@ -15,6 +15,7 @@ use infergate_plugins::operation::Operation;
 
 use crate::answering;
 use crate::audit::record::clip;
+use crate::compatible;
 use crate::exchange::Exchange;
 use crate::failover::{self};
 use crate::guard::{Blocked, Guard};
@@ -149,7 +150,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
     let head = downstream.head();
     let policy = exchange.policy.clone();
     let path = policy.stripped(head.uri.path());
-    let found = surface::find(path);
+    let found = surface::find(path).or_else(|| compatible::surface(&policy, path));
     let passthrough = policy.passthrough(&head.method, path);
     // The endpoint is known before anything is refused, so that the refusal speaks its dialect.
     exchange.surface = match (found, passthrough) {

@@ -114,6 +114,8 @@ pub struct Identity {
     pub principal: Arc<str>,
     /// Who pays.
     pub tenant: Arc<str>,
+    /// The plans that they have, by which limits may be told apart.
+    pub plans: Arc<[Arc<str>]>,
     /// By what they were known, for the record; never anything secret.
     pub by: Arc<str>,
     /// What they are found by again when the policy changes.

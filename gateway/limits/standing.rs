@@ -111,7 +111,7 @@ static KINDS: [Kind; 4] = [
 ];
 
 /// A duration as OpenAI spells it: `12ms`, `1s`, `6m0s`, `1h0m0s`.
-fn spelt(rest: Duration) -> String {
+pub(super) fn spelt(rest: Duration) -> String {
     let (millis, seconds) = (rest.as_millis() as u64, rest.as_millis().div_ceil(1000) as u64);
     match seconds {
         0..=1 if millis < 1000 => format!("{millis}ms"),
