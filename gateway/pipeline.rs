@@ -342,7 +342,7 @@ async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Ref
     let Some(blocked) = judged.blocked else { return Ok(()) };
     let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
     exchange.decide("guard", rule, "block", blocked.why());
-    Err(blocked.refusal("the prompt"))
+    Err(blocked.refusal(&judged.what))
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {

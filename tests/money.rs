@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use crate::support::keys::{asks_for, key, start};
 use crate::support::requests::{STREAMING, every_surface, passed_on, policy_for_every_surface, request};
-use crate::support::wire::{EVENTS, Framing, Heard, Step, Wire, sha256};
+use crate::support::wire::{EVENTS, Framing, Heard, Wire, sha256};
 use crate::support::{
     Answer, Client, Gateway, Journal, Process, chat, eventually, faulty_server, model_server, policy,
 };
@@ -27,17 +27,9 @@ const COST: u64 = 6_255_000;
 
 /// A model server that tells its usage at the end of a stream if it is asked to, cut in two where `x-cut` says.
 async fn telling() -> Wire {
-    Wire::start(|heard| {
+    Wire::streaming(|heard| {
         let asked = String::from_utf8_lossy(&heard.body).contains("\"include_usage\":true");
-        let body = [BEFORE, if asked { USAGE } else { "" }, BEHIND].concat();
-        let at = heard.header("x-cut").parse().unwrap_or(0).min(body.len());
-        let (one, other) = body.as_bytes().split_at(at);
-        let chunk = |piece: &[u8]| if piece.is_empty() { Bytes::new() } else { Framing::Chunked.piece(piece) };
-        vec![
-            Step::Say([Framing::Chunked.head(EVENTS, 0), chunk(one)].concat().into()),
-            Step::Pause(Duration::from_millis(1)),
-            Step::Say([chunk(other), Bytes::from("0\r\n\r\n")].concat().into()),
-        ]
+        [BEFORE, if asked { USAGE } else { "" }, BEHIND].concat()
     })
     .await
 }
