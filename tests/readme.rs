@@ -3,11 +3,14 @@
 //! are marked; what is not marked and cannot be carried out fails here.
 
 use std::fmt::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::free_port;
+use crate::support::dns::Dns;
+use crate::support::signer::Signer;
+use crate::support::{Client, Gateway, free_port};
 
 const HOME: &str = env!("CARGO_MANIFEST_DIR");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_infergate");
@@ -48,6 +51,42 @@ fn every_page_can_be_carried_out() {
     std::thread::scope(|threads| (0..3).for_each(|_| drop(threads.spawn(work))));
     let told = told.into_inner().unwrap();
     assert!(told.is_empty(), "{}", told.join("\n\n"));
+}
+
+/// Examples name servers, keys and files that nobody ships: names lead to this machine, keys are made up, files are empty.
+#[tokio::test]
+async fn every_example_is_served() {
+    let dns = Dns::start(&[Ipv4Addr::LOCALHOST], 60).await;
+    let settings = format!("threads: 1\ndns_servers: ['{}']\n", dns.address);
+    let beside = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = beside.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let keys = file("keys.yaml", "[]\n");
+    let provider = serde_json::json!({"keys": [Signer::rsa().jwk("k")]}).to_string();
+    let moved = [
+        ("../prices.yaml", format!("{HOME}/config/prices.yaml")),
+        ("/run/secrets/anthropic", file("anthropic", "a-key")),
+        ("cluster-keys.json", file("keys.json", &provider)),
+        ("file: keys.list.yaml", format!("file: {keys}")),
+        ("file: keys.yaml", format!("file: {keys}")),
+    ];
+    let secret = "a secret of more than thirty-two characters";
+    let env = ["INFERGATE_PEPPER", "INFERGATE_GUARDRAIL_KEY", "OPENAI_API_KEY", "GPU_KEY"].map(|name| (name, secret));
+    let mut examples = 0;
+    for entry in std::fs::read_dir(Path::new(HOME).join("config/examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let policy = std::fs::read_to_string(&path).unwrap();
+        let policy = moved.iter().fold(policy, |policy, (from, to)| policy.replace(from, to));
+        let gateway = Gateway::spawn(&policy, &settings, &[], &env);
+        gateway.ready().await;
+        let answer = Client::h1().get(gateway.address, "/v1/models").await;
+        assert!([200, 401].contains(&answer.status), "{}: {}", path.display(), answer.text());
+        examples += 1;
+    }
+    assert!(examples >= 15);
 }
 
 #[test]
@@ -230,7 +269,11 @@ impl Page {
                 ("yaml", "") if fence.text.contains("version: 1") => {
                     fence.file(&mut script, ">", &format!("policy-{}.yaml", fence.line));
                 }
-                ("yaml", "") => return Err(place("it is no whole policy: say ```yaml FILE or ```yaml >> FILE")),
+                ("yaml", "") => {
+                    let file = format!("policy-{}.yaml", fence.line);
+                    let _ = writeln!(script, "cp .shipped {file}");
+                    fence.file(&mut script, ">>", &file);
+                }
                 (language, "") if SHOWN.contains(&language) => {}
                 (_, file) if !file.is_empty() => {
                     let (how, file) = file.strip_prefix(">> ").map_or((">", file), |file| (">>", file));
@@ -390,7 +433,9 @@ fn what_a_page_shows_is_held_to_what_is_printed() {
     let mut ports = Ports::default();
     let moved = ports.moved("curl 127.0.0.1:8080/x localhost:8080 gpu:8080");
     assert!(!moved.contains("1:8080") && moved.ends_with("gpu:8080"), "{moved}");
-    assert!(Page { name: String::new(), text: "```yaml\nlimits: []\n```\n".to_owned() }.script().is_err());
+    let part = |text: &str| Page { name: String::new(), text: format!("```yaml\n{text}\n```\n") }.carry_out();
+    assert!(part("limits: [{requests: 1, per: 1m}]").is_ok());
+    assert!(part("limits: [{requests: 1, per: never}]").unwrap_err().contains("line 1"));
     assert!(Page { name: String::new(), text: "```perl\nexit\n```\n".to_owned() }.script().is_err());
     let failing = Page { name: String::new(), text: "```sh\nfalse\n```\n".to_owned() };
     assert!(failing.carry_out().unwrap_err().contains("line 1"));

@@ -2,6 +2,7 @@
 set -euo pipefail
 export INFERGATE_LISTEN=127.0.0.1:8080 INFERGATE_ADMIN=127.0.0.1:9090
 at=begin
+cp config/policy.yaml .shipped
 strict=
 gateway=
 trap 'status=$?; ((status == 0)) || { echo "failed at $at with $status"; tail -n 20 .beside 2>/dev/null | cut -c1-400; }' EXIT
