@@ -4,16 +4,17 @@
 
 use std::time::Instant;
 
+use http::{HeaderMap, HeaderName};
+
 use crate::exchange::Exchange;
-use crate::local::set;
+use crate::headers::set;
 use crate::policy::{Policy, Stage};
 use crate::pool::Upstream;
 use crate::refusal::Refusal;
-use crate::relay::AnswerHead;
 use crate::surface::{self, Surface};
 
 /// LiteLLM's name for the id of a request.
-pub const CALL_ID: &str = "x-litellm-call-id";
+pub const CALL_ID: HeaderName = HeaderName::from_static("x-litellm-call-id");
 
 const LIVENESS: [&str; 2] = ["/health/liveliness", "/health/liveness"];
 const READINESS: &str = "/health/readiness";
@@ -51,22 +52,34 @@ pub struct Told<'a> {
 }
 
 /// Says of an answer what LiteLLM would.
-pub fn tell(head: &mut AnswerHead, exchange: &Exchange, told: &Told<'_>) -> Result<(), Refusal> {
+pub fn tell(headers: &mut HeaderMap, exchange: &Exchange, told: &Told<'_>) -> Result<(), Refusal> {
     let now = Instant::now();
     let route = exchange.route.as_ref();
     let stages = route.map(|route| route.stages.iter().position(|stage| std::ptr::eq(stage, told.stage)));
     let milliseconds = |time: std::time::Duration| format!("{:.3}", time.as_secs_f64() * 1000.0);
     if exchange.policy.requests.name_upstream {
-        set(head, "x-litellm-model-id", told.upstream.name.clone())?;
+        set(headers, HeaderName::from_static("x-litellm-model-id"), told.upstream.name.clone())?;
     }
     if let Some(route) = route.filter(|route| route.model.name.is_ascii()) {
-        let _ = set(head, "x-litellm-model-group", route.model.name.as_str());
+        let _ = set(headers, HeaderName::from_static("x-litellm-model-group"), route.model.name.as_str());
     }
     if let Some(cost) = &told.cost {
-        set(head, "x-litellm-response-cost", cost.as_str())?;
+        set(headers, HeaderName::from_static("x-litellm-response-cost"), cost.as_str())?;
     }
-    set(head, "x-litellm-response-duration-ms", milliseconds(now - exchange.times.received))?;
-    set(head, "x-litellm-overhead-duration-ms", milliseconds(exchange.overhead(told.first_at, now)))?;
-    set(head, "x-litellm-attempted-retries", u64::from(exchange.attempt_count().saturating_sub(1)))?;
-    set(head, "x-litellm-attempted-fallbacks", stages.flatten().unwrap_or(0) as u64)
+    set(
+        headers,
+        HeaderName::from_static("x-litellm-response-duration-ms"),
+        milliseconds(now - exchange.times.received),
+    )?;
+    set(
+        headers,
+        HeaderName::from_static("x-litellm-overhead-duration-ms"),
+        milliseconds(exchange.overhead(told.first_at, now)),
+    )?;
+    set(
+        headers,
+        HeaderName::from_static("x-litellm-attempted-retries"),
+        u64::from(exchange.attempt_count().saturating_sub(1)),
+    )?;
+    set(headers, HeaderName::from_static("x-litellm-attempted-fallbacks"), stages.flatten().unwrap_or(0) as u64)
 }

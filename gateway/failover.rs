@@ -8,10 +8,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH};
+use http::response::Parts;
 use infergate_plugins::provider::Reason;
 
 use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
 use crate::limits::standing;
@@ -24,7 +27,7 @@ use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
 use crate::pool::{Picked, Pool, Upstream};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
@@ -443,48 +446,50 @@ fn granted(pool: &Pool) -> bool {
 }
 
 /// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the client
-/// can use put on.
+/// can use put on. Names of headers leave in lower case: keeping the case of each would cost a second map.
 pub fn head_for_client(
-    mut head: Box<AnswerHead>,
+    head: AnswerHead,
     first_at: Instant,
     is_event_stream: bool,
     upstream: &Upstream,
     exchange: &Exchange,
     stage: &Stage,
-) -> Result<Box<AnswerHead>, Refusal> {
-    let model = model_at(exchange, stage, upstream);
+) -> Result<Parts, Refusal> {
+    let mut head = Parts::from(head);
+    let to = &mut head.headers;
     // Nearly always none.
-    if head.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
-        HOP_BY_HOP.iter().for_each(|name| _ = head.remove_header(name));
+    if to.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        HOP_BY_HOP.iter().for_each(|name| _ = to.remove(name));
     }
-    if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
-        local::set(&mut head, "x-upstream-request-id", theirs)?;
+    if let Some(theirs) = to.remove(headers::REQUEST_ID) {
+        set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
     if is_event_stream {
-        head.remove_header(&http::header::CONTENT_LENGTH);
-        local::set(&mut head, "Cache-Control", "no-cache")?;
-        local::set(&mut head, "x-accel-buffering", "no")?;
+        to.remove(CONTENT_LENGTH);
+        set(to, CACHE_CONTROL, "no-cache")?;
+        set(to, headers::ACCEL_BUFFERING, "no")?;
     }
-    local::identify(&mut head, exchange)?;
+    local::identify(to, exchange)?;
+    let model = model_at(exchange, stage, upstream);
     // A name that no header can carry is not told.
     if model.is_ascii() {
-        let _ = local::set(&mut head, "x-infergate-model", model);
+        let _ = set(to, headers::MODEL, model);
     }
     if let Some(Chosen { by, model }) = &exchange.chosen {
-        let _ = local::set(&mut head, "x-infergate-route", format!("{by}={model}"));
+        let _ = set(to, headers::ROUTE, format!("{by}={model}"));
     }
-    standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
+    standing::tell(to, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     if exchange.policy.requests.name_upstream {
-        local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
+        set(to, headers::UPSTREAM, upstream.name.clone())?;
     }
-    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempt_count()))?;
+    set(to, headers::ATTEMPTS, u64::from(exchange.attempt_count()))?;
     let now = Instant::now();
     if exchange.policy.requests.server_timing {
-        local::set(&mut head, "server-timing", timing(exchange, first_at, now))?;
+        set(to, headers::SERVER_TIMING, timing(exchange, first_at, now))?;
     }
     if exchange.policy.requests.overhead {
         let own = exchange.overhead(first_at, now).as_micros();
-        local::set(&mut head, "x-infergate-overhead-us", own as u64)?;
+        set(to, headers::OVERHEAD_US, own as u64)?;
     }
     Ok(head)
 }

@@ -7,7 +7,7 @@
 //! | [`pipeline`], [`failover`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
-//! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
+//! | [`scan`], [`sse`], [`usage`], [`tokens`] | the one look at a body; the frame of an event stream; the tokens that an answer used, as it says and as they are counted |
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
@@ -36,6 +36,7 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+pub mod headers;
 pub mod hex;
 pub mod house;
 pub mod identity;
@@ -64,4 +65,5 @@ pub mod surface;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod tokens;
 pub mod usage;

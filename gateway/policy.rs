@@ -41,6 +41,7 @@ use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::trace::Traces;
 use crate::telemetry::{Meters, SpentMeters, Telemetry};
+use crate::tokens::Tokenizer;
 
 /// What every request is decided by.
 #[derive(Debug)]
@@ -81,6 +82,8 @@ pub struct Policy {
     pub prices: Option<Book>,
     /// Whether streams are asked for the usage that their clients did not ask for.
     pub asks_for_usage: bool,
+    /// Whether streams tell what they cost.
+    pub cost_on_streams: bool,
     /// Where the lines of the journal go.
     pub sinks: Vec<Arc<sink::Outlet>>,
     /// Which traces are kept and where they go; none is, without it.
@@ -350,6 +353,7 @@ impl<'a> Compiler<'a> {
         let guardrails = self.guardrails(&file);
         let shared = file.shared.as_ref().and_then(|shared| self.shared(shared));
         self.captured_tenants(&file);
+        self.measured_tenants(&file);
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
         self.requests(&file.requests);
@@ -376,6 +380,7 @@ impl<'a> Compiler<'a> {
             audit: file.audit,
             prices,
             asks_for_usage,
+            cost_on_streams: file.metering.is_some_and(|metering| metering.cost_on_streams),
             traces,
             warnings: Problems::in_order(std::mem::take(&mut self.warnings)).0,
             models,
@@ -629,6 +634,7 @@ impl<'a> Compiler<'a> {
             rename: None,
             fallbacks: Vec::new(),
             priority: None,
+            tokenizer: Tokenizer::Auto,
             description: None,
         };
         let stages = vec![Stage { pool, rename: None, around: None, on: Vec::new() }];
@@ -690,6 +696,7 @@ impl Policy {
             audit: file::Audit::default(),
             prices: None,
             asks_for_usage: false,
+            cost_on_streams: false,
             sinks: Vec::new(),
             traces: None,
             warnings: Vec::new(),

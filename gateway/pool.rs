@@ -5,6 +5,7 @@ pub mod origin;
 pub mod queue;
 pub mod retry;
 pub mod watch;
+pub mod worked;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use infergate::ledger::{Ledger, Place, Scope};
+use infergate::ledger::{self, Ledger, Place, Scope, Spent};
 use infergate::settings::Settings;
 use infergate::telemetry::Telemetry;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::support::keys::{PEPPER, asks_for, key};
@@ -20,20 +20,10 @@ use crate::support::{
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(15);
 const PRICES: &str = "prices: {list: [{models: [m], input: 2.5, output: 10.000001}]}\n";
-const NUMBERS: [&str; 9] = [
-    "requests",
-    "ok",
-    "input_tokens",
-    "output_tokens",
-    "cached_tokens",
-    "reasoning_tokens",
-    "cost_nanousd",
-    "unpriced",
-    "estimated",
-];
+const NUMBERS: [&str; ledger::NUMBERS] = Spent::NAMES;
 
 /// Sums by what a report is by.
-type Sums = BTreeMap<Vec<String>, [u64; 9]>;
+type Sums = BTreeMap<Vec<String>, [u64; ledger::NUMBERS]>;
 
 /// What records come to, added up in the plainest way.
 fn added(records: &[Value], by: &[&str]) -> Sums {
@@ -59,6 +49,7 @@ fn added(records: &[Value], by: &[&str]) -> Sums {
             record["cost"]["nanousd"].as_u64().unwrap_or(0),
             u64::from(record["unpriced"] == true),
             u64::from(source == "estimated" || source == "partial"),
+            u64::from(record["attempts"] != json!([])),
         ];
         let sum = sums.entry(key.collect()).or_default();
         sum.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
@@ -66,11 +57,11 @@ fn added(records: &[Value], by: &[&str]) -> Sums {
     sums
 }
 
-fn total(records: &[Value]) -> [u64; 9] {
+fn total(records: &[Value]) -> [u64; ledger::NUMBERS] {
     added(records, &[]).into_values().next().unwrap_or_default()
 }
 
-fn numbers(row: &Value) -> [u64; 9] {
+fn numbers(row: &Value) -> [u64; ledger::NUMBERS] {
     NUMBERS.map(|name| row[name].as_u64().unwrap_or_else(|| panic!("{name} in {row}")))
 }
 
@@ -86,7 +77,7 @@ fn usage(ledger: &str, more: &[&str]) -> Value {
     serde_json::from_str(&out).unwrap()
 }
 
-fn spent(ledger: &str) -> [u64; 9] {
+fn spent(ledger: &str) -> [u64; ledger::NUMBERS] {
     numbers(&usage(ledger, &[])["total"])
 }
 
@@ -129,7 +120,7 @@ fn nanousd(text: &str) -> u64 {
 
 /// What the next process would begin with: the ledger and what was not folded yet, since the beginning and since the
 /// last minutes, each with its time.
-fn restored(directory: &Path, settings: &str) -> Vec<(u64, [u64; 9])> {
+fn restored(directory: &Path, settings: &str) -> Vec<(u64, [u64; ledger::NUMBERS])> {
     let telemetry = Telemetry::new();
     let journal = infergate::audit::journal::Journal::open(directory, None, Default::default(), telemetry.journal);
     let (journal, settings) = (journal.unwrap(), Settings::parse(settings).unwrap());
@@ -405,7 +396,7 @@ async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
     }
     let of_a: Vec<Value> = records.iter().filter(|record| record["tenant"] == "a").cloned().collect();
     assert_eq!(numbers(&usage(&ledger, &["--tenant", "a"])["total"]), total(&of_a));
-    assert_eq!(spent_until(&ledger, "1h"), [0; 9], "what came later is not in it");
+    assert_eq!(spent_until(&ledger, "1h"), [0; ledger::NUMBERS], "what came later is not in it");
 
     let (mut paged, mut cursor) = (Sums::new(), String::new());
     loop {
@@ -428,6 +419,6 @@ async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
     assert_eq!(gateway.admin("/admin/v1/usage?by=team").await.status, 400);
 }
 
-fn spent_until(ledger: &str, until: &str) -> [u64; 9] {
+fn spent_until(ledger: &str, until: &str) -> [u64; ledger::NUMBERS] {
     numbers(&usage(ledger, &["--until", until])["total"])
 }

@@ -485,6 +485,7 @@ impl Replica {
         let counted = Counted {
             tenant: None,
             key: None,
+            plans: &[],
             model: "m",
             surface: CHAT,
             user: None,

@@ -311,7 +311,7 @@ impl Guard {
 }
 
 /// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.
-fn data(event: &[u8]) -> Option<Range<usize>> {
+pub fn data(event: &[u8]) -> Option<Range<usize>> {
     let (mut found, mut at) = (None, 0);
     for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
         if let Some(value) = line.strip_prefix(b"data:") {

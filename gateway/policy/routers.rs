@@ -10,6 +10,7 @@ use infergate_plugins::router;
 use super::problem::nearest;
 use super::{Compiler, Models, Route, Stage, file};
 use crate::routers::Routers;
+use crate::tokens::Tokenizer;
 
 impl Compiler<'_> {
     /// Adds the virtual models to those that are served.
@@ -134,6 +135,7 @@ impl Compiler<'_> {
             rename: None,
             fallbacks: Vec::new(),
             priority: None,
+            tokenizer: Tokenizer::Auto,
             description: written.description.clone(),
         };
         let mut route = Route::new(stages, None, model, self.world.state.density(name));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::worked::Worked;
 use crate::policy::file::Http2;
 use crate::relay::Target;
 
@@ -169,6 +170,8 @@ pub struct Endpoint {
     pub target: Target,
     /// Whether failures keep it out.
     pub breaker: Breaker,
+    /// How long it worked for whom, where that has a price.
+    pub worked: Worked,
     in_flight: AtomicU32,
     healthy: AtomicBool,
     base: Instant,
@@ -183,6 +186,7 @@ impl Endpoint {
             spelt: address.to_string().into(),
             address,
             breaker: Breaker::new(now),
+            worked: Worked::default(),
             in_flight: AtomicU32::new(0),
             healthy: AtomicBool::new(true),
             base: now,
