@@ -24,6 +24,7 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
 use crate::tokens::Encoding;
+use crate::weighing;
 
 /// Passes the answer on, and ends it properly if the upstream did not.
 pub async fn relay(
@@ -41,7 +42,7 @@ pub async fn relay(
         drain: drain(exchange),
         holds_end: is_events && holds_end(exchange),
     };
-    let Asked { answer, picked, permit, stage } = asked;
+    let Asked { answer, mut picked, permit, stage } = asked;
     let target = &picked.endpoint.target;
     if let Err(refusal) = may_pass(house, exchange, downstream, &picked, &answer) {
         answer.discard(&house.connections, target).await;
@@ -85,6 +86,9 @@ pub async fn relay(
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);
+    if passed == Passed::Whole && status.is_success() {
+        weighing::ends(exchange, stage, &mut picked);
+    }
     account(exchange, stage, &picked, &passed);
     conclude(exchange, downstream, passed, ending, is_events).await
 }

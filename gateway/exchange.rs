@@ -263,6 +263,13 @@ impl Exchange {
         }
     }
 
+    /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
+    pub fn other_attempt(&mut self) {
+        if let Some(at) = self.attempts.len().checked_sub(2) {
+            self.attempts.swap(at, at + 1);
+        }
+    }
+
     /// How many upstreams have been asked.
     pub fn attempt_count(&self) -> u32 {
         self.attempts.len() as u32

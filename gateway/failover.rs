@@ -15,6 +15,7 @@ use infergate_plugins::provider::Reason;
 use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
 use crate::headers::{self, set};
+use crate::hedge::{self, Race};
 use crate::house::House;
 use crate::identity;
 use crate::limits::standing;
@@ -25,13 +26,15 @@ use crate::policy::file::Cause;
 use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
-use crate::pool::{Picked, Pool, Upstream};
+use crate::pool::score::Balance;
+use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{HOP_BY_HOP, RequestHead};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
+use crate::weighing::{self, Weight};
 
 /// The longest pause that an upstream's `Retry-After` can ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
@@ -49,7 +52,7 @@ pub struct Asked<'a> {
 }
 
 /// What one attempt came to, where that is no answer to pass on.
-struct Miss {
+pub struct Miss {
     cause: Option<Cause>,
     refusal: Refusal,
     /// Whether the same pool is to be asked again; its budget has paid for it then.
@@ -97,7 +100,7 @@ impl Miss {
 
 impl Planned {
     /// One number bounds all attempts of a request, on whatever pools.
-    fn attempts_max(&self) -> u32 {
+    pub fn attempts_max(&self) -> u32 {
         self.route.stages[0].pool.retry.attempts
     }
 
@@ -117,21 +120,30 @@ async fn ask_stage<'a>(
     rest: &[&Stage],
 ) -> Result<Outcome<'a>, Stop> {
     let pool = &*stage.pool;
-    let permit = match enter(exchange, downstream, planned, pool).await? {
+    let permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Ok(Outcome::Missed(miss)),
     };
     queued(exchange, pool);
     pool.state.retries.request(exchange.times.queued);
+    if pool.hedge.is_some() {
+        pool.state.hedges.request(exchange.times.queued);
+    }
     let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
+    let weight = Weight::of(exchange, planned, stage);
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, now) else {
+        let Some(mut picked) = weight.pick(exchange, planned, stage, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));
         };
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
         tried.push(picked.endpoint.clone());
-        match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
-            Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
+        let hedge = (&weight, &mut tried);
+        match attempt(house, exchange, downstream, planned, stage, rest, &mut picked, hedge).await? {
+            Ok(answer) => {
+                let began = exchange.attempts.last().map_or(now, |attempt| attempt.began);
+                weight.begins(stage, &mut picked, &answer, began);
+                return Ok(Outcome::Answered(Asked { answer, picked, permit, stage }));
+            }
             // What is drained for a client that has left is not tried again.
             Err(_) if downstream.is_mute() => return Err(Stop::Gone),
             Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
@@ -158,14 +170,15 @@ async fn enter(
     exchange: &Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
-    pool: &Pool,
+    stage: &Stage,
 ) -> Result<Result<Permit, Miss>, Stop> {
+    let pool = &stage.pool;
     let mut parameters = pool.concurrency;
     let level = planned.priority.map_or(0, |priority| priority.level);
     if let Some(ms) = planned.priority.and_then(|priority| priority.queue_ms) {
         parameters.wait = Duration::from_millis(ms);
     }
-    let entering = pool.state.queue.enter(parameters, level);
+    let entering = pool.state.queue.enter(parameters, weighing::claim(exchange, planned, stage, level));
     let entered = waiting(downstream, exchange, planned).until(planned.total, entering).await;
     let (code, message, after) = match entered {
         Ok(Ok(permit)) => return Ok(Ok(permit)),
@@ -216,28 +229,35 @@ async fn back_off(
     }
 }
 
-/// One attempt: an answer to pass on, or why there is none.
-async fn attempt(
+/// One attempt: an answer to pass on, or why there is none. Where the pool hedges, another endpoint may be asked beside
+/// the one that was `picked`, and takes its place if it begins first.
+#[allow(clippy::too_many_arguments, reason = "what a request is, and what is asked for it")]
+async fn attempt<'a>(
     house: &House,
     exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
-    stage: &Stage,
+    stage: &'a Stage,
     rest: &[&Stage],
-    picked: &Picked<'_>,
+    picked: &mut Picked<'a>,
+    (weight, tried): (&Weight, &mut Vec<Arc<Endpoint>>),
 ) -> Result<Result<Answer, Miss>, Stop> {
+    let order = begin(exchange, downstream, planned, stage, picked);
+    let asked = match (order, hedge::delay(exchange, planned, stage)) {
+        (Err(failure), _) => Err(failure),
+        (Ok(order), None) => {
+            let mut waits = waiting(downstream, exchange, planned);
+            waits.drain = drain(exchange);
+            relay::ask(&house.connections, &picked.endpoint.target, &order, &mut waits).await
+        }
+        (Ok(order), Some(delay)) => {
+            let race = Race { house, planned, stage, weight };
+            Box::pin(race.run(exchange, downstream, picked, tried, (order, delay))).await
+        }
+    };
     let target = &picked.endpoint.target;
-    let body = body_for(exchange, planned, stage, picked.upstream);
-    let path = [&*picked.upstream.path, &planned.identified.path].concat();
-    exchange.attempt_begins(&stage.pool, picked, body.len());
-    let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
-    let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
     waits.drain = drain(exchange);
-    let asked = match order {
-        Ok(order) => relay::ask(&house.connections, target, &order, &mut waits).await,
-        Err(failure) => Err(failure),
-    };
     let mut answer = match asked {
         Ok(answer) => answer,
         Err(failure) => {
@@ -269,6 +289,28 @@ async fn attempt(
     exchange.attempt_ends(Ending::Status, Some(format!("status {status}").into()));
     answer.discard(&house.connections, target).await;
     Ok(Err(miss))
+}
+
+/// What `picked` is asked; the attempt is on the record from here on.
+pub fn begin<'a>(
+    exchange: &mut Exchange,
+    downstream: &Downstream,
+    planned: &Planned,
+    stage: &'a Stage,
+    picked: &Picked<'_>,
+) -> Result<Order<'a>, Failure> {
+    let body = body_for(exchange, planned, stage, picked.upstream);
+    let path = [&*picked.upstream.path, &planned.identified.path].concat();
+    exchange.attempt_begins(&stage.pool, picked, body.len());
+    if let Some(choice) = &picked.choice {
+        let balance = stage.pool.balance;
+        let unit = if balance == Balance::ExpectedTime { " s" } else { "" };
+        let (rule, name) = (stage.pool.name.clone(), picked.upstream.name.to_str().unwrap_or_default());
+        let why = format!("{} {}", balance.name(), choice.why(unit));
+        exchange.decide("replica", &rule, name.to_owned(), why);
+    }
+    let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
+    Order::new(&picked.endpoint.target, &head, body, planned.streaming, &stage.pool.timeouts)
 }
 
 /// The name of the model that answers.
@@ -360,7 +402,7 @@ fn pause(text: &str, now: SystemTime) -> Option<Duration> {
 }
 
 /// An attempt that gave no answer: what it tells about the upstream, and how it is told to the client.
-fn failed(
+pub fn failed(
     exchange: &mut Exchange,
     planned: &Planned,
     stage: &Stage,
@@ -461,6 +503,9 @@ pub fn head_for_client(
     if to.keys().any(|name| HOP_BY_HOP.contains(name)) {
         HOP_BY_HOP.iter().for_each(|name| _ = to.remove(name));
     }
+    if stage.pool.load.headers {
+        to.remove(told::TELLS);
+    }
     if let Some(theirs) = to.remove(headers::REQUEST_ID) {
         set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
@@ -514,14 +559,15 @@ pub async fn tunnel(
 ) -> Result<(), Stop> {
     let stage = &planned.route.stages[0];
     let pool = &*stage.pool;
-    let _permit = match enter(exchange, downstream, planned, pool).await? {
+    let _permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
     queued(exchange, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+        let operation = planned.identified.surface.operation;
+        let Some(picked) = pool.pick(&Wanted::of(operation), &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
         tried.push(picked.endpoint.clone());

@@ -33,7 +33,7 @@ use crate::limits::density::Density;
 use crate::limits::shared::Parameters;
 use crate::money::book::Book;
 use crate::pool::origin::Origin;
-use crate::pool::{Pool, Upstream, breaker, queue};
+use crate::pool::{Pool, Upstream, breaker, queue, told};
 use crate::refusal::{Code, Refusal};
 use crate::routers::Routers;
 use crate::secret::{self, Secret, SecretSource};
@@ -419,6 +419,14 @@ impl<'a> Compiler<'a> {
             .filter_map(|(index, upstream)| self.upstream(&format!("{path}.upstreams[{index}]"), name, upstream))
             .collect();
         upstreams.iter_mut().enumerate().for_each(|(index, upstream)| upstream.index = index);
+        if pool.load.headers {
+            let asks = (HeaderName::from_static(told::ASKS), HeaderValue::from_static("json"));
+            upstreams.iter_mut().for_each(|upstream| upstream.headers.push(asks.clone()));
+        }
+        if pool.load != file::Load::default() && !pool.balance.weighs() {
+            let message = format!("the balance {} does not ask for it: choose expected_time", pool.balance.name());
+            self.wrong(&format!("{path}.load"), message);
+        }
         Pool {
             name: name.into(),
             upstreams,
@@ -439,6 +447,10 @@ impl<'a> Compiler<'a> {
                 wait: Duration::from_millis(pool.concurrency.queue_ms),
             },
             slow_start: Duration::from_millis(pool.slow_start_ms),
+            balance: pool.balance,
+            load: pool.load,
+            hedge: pool.hedge,
+            prefixes: pool.balance.matches_prefixes().then(|| self.world.state.prefixes()),
             state: self.world.state.pool(name, self.world.telemetry, self.world.now),
         }
     }

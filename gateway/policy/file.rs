@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::limits::Each;
 use crate::money::file::Prices;
 use crate::money::usd::Usd;
+use crate::pool::score::Balance;
 use crate::secret::SecretSource;
 use crate::tokens::Tokenizer;
 
@@ -107,6 +108,9 @@ pub struct Tenant {
     /// The most tokens that one answer may have, for each of its choices. The lowest of it and those above it counts.
     #[schemars(range(min = 1))]
     pub output_tokens_max: Option<u64>,
+    /// Its share of a full pool's places beside other tenants that wait. Absent: 1.
+    #[schemars(range(min = 1, max = 1000))]
+    pub share: Option<u32>,
     /// What its requests may ask of a model, and what they ask anyway.
     pub parameters: Option<Parameters>,
 }
@@ -423,6 +427,15 @@ pub struct Pool {
     /// How many requests run at once, and how many may wait.
     #[serde(default)]
     pub concurrency: Concurrency,
+    /// How one of its endpoints is chosen. Absent: `p2c`.
+    #[serde(default)]
+    pub balance: Balance,
+    /// What engines are asked of their load, beside what the gateway counts itself; for those balances that weigh it.
+    #[serde(default)]
+    pub load: Load,
+    /// When a second endpoint is asked beside one that is slow to begin. Absent: never.
+    #[serde(default)]
+    pub hedge: Option<Hedge>,
     /// An upstream that joins or recovers gets its full share only after this long, in milliseconds. 0: at once.
     #[serde(default)]
     pub slow_start_ms: u64,
@@ -628,6 +641,47 @@ impl Default for Concurrency {
     fn default() -> Self {
         Self { max: None, queue: 1_000, queue_ms: 30_000 }
     }
+}
+
+/// What engines are asked of their load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Load {
+    /// Whether they are asked to tell it in the head of every answer (ORCA's `endpoint-load-metrics`, which vLLM and
+    /// Triton know). The client does not see it.
+    pub headers: bool,
+    /// How often their page of metrics is read while the pool is in use, in milliseconds. 0: never.
+    #[schemars(range(max = 60_000))]
+    pub metrics_ms: u64,
+    /// Whether models' names are those of adapters (LoRA), so that an endpoint that has one loaded is better. Read
+    /// from the page of metrics.
+    pub adapters: bool,
+}
+
+/// When a second endpoint is asked beside one that is slow to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Hedge {
+    /// After how long.
+    #[serde(default)]
+    pub after: HedgeAfter,
+    /// How many of a hundred requests may be asked twice.
+    #[serde(default = "five")]
+    #[schemars(range(min = 1, max = 50))]
+    pub budget_percent: u32,
+}
+
+/// After how long a second endpoint is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HedgeAfter {
+    /// When nineteen of twenty of the pool's answers would have begun.
+    #[default]
+    P95,
+}
+
+fn five() -> u32 {
+    5
 }
 
 /// A path that is passed through unread, with the pool's failover, breakers and limits.
