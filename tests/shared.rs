@@ -595,8 +595,10 @@ async fn a_store_behind_tls_is_used_by_whoever_trusts_its_authority_and_by_nobod
         let trusted = authority.file();
         let env = [("SSL_CERT_FILE", trusted.to_str().unwrap())];
         let gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+        let listens = || async { Client::h1().try_get(gateway.admin, "/readyz").await.is_some() };
+        eventually("it listens", Duration::from_secs(20), listens).await;
         if up > 0.0 {
-            is_up(&gateway, up).await;
+            gateway.ready().await;
             assert_eq!(
                 [ask(&gateway).await.status, ask(&gateway).await.status, ask(&gateway).await.status],
                 [200, 200, 429]

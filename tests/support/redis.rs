@@ -71,9 +71,12 @@ impl Redis {
         eventually("redis-server is ready", Duration::from_secs(20), || self.answers()).await;
     }
 
-    /// It says something, if only that it wants a password, or TLS.
+    /// It says something, if only that it wants a password. Where it wants TLS, it listens.
     async fn answers(&self) -> bool {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await else { return false };
+        if self.tls.is_some() {
+            return true;
+        }
         let mut word = [0; 1];
         stream.write_all(b"PING\r\n").await.is_ok() && stream.read_exact(&mut word).await.is_ok()
     }
