@@ -7,13 +7,14 @@ use http::{Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::audit::record::Ending;
+use crate::compatible;
 use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::guard::{self, Blocked};
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
-use crate::local;
 use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
 use crate::pipeline::{Planned, Stop, broken_off, drain, heartbeat};
@@ -23,6 +24,7 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
 use crate::tokens::Encoding;
+use crate::weighing;
 
 /// Passes the answer on, and ends it properly if the upstream did not.
 pub async fn relay(
@@ -32,20 +34,20 @@ pub async fn relay(
     planned: Planned,
     asked: Asked<'_>,
 ) -> Result<(), Stop> {
+    let is_events = asked.answer.is_event_stream();
     let pace = Pace {
         between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
         total: planned.total,
         heartbeat: heartbeat(exchange),
         drain: drain(exchange),
-        holds_end: holds_end(exchange),
+        holds_end: is_events && holds_end(exchange),
     };
-    let Asked { answer, picked, permit, stage } = asked;
+    let Asked { answer, mut picked, permit, stage } = asked;
     let target = &picked.endpoint.target;
     if let Err(refusal) = may_pass(house, exchange, downstream, &picked, &answer) {
         answer.discard(&house.connections, target).await;
         return Err(refusal.into());
     }
-    let is_events = answer.is_event_stream();
     let (mut head, mut answer) = answer.split();
     let status = head.status;
     exchange.bill = bill(exchange, &planned, stage, picked.upstream, status);
@@ -84,6 +86,9 @@ pub async fn relay(
     let tally = &mut exchange.tally;
     let passed = relay::pass_on(downstream, tally, &house.connections, target, (head, answer), pace, cut).await;
     drop(permit);
+    if passed == Passed::Whole && status.is_success() {
+        weighing::ends(exchange, stage, &mut picked);
+    }
     account(exchange, stage, &picked, &passed);
     conclude(exchange, downstream, passed, ending, is_events).await
 }
@@ -119,14 +124,19 @@ fn client_head(
     stage: &Stage,
 ) -> Result<Box<AnswerHead>, Refusal> {
     let cost = answer.whole(&head).and_then(|body| exchange.costs(body));
-    let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, stage)?;
+    let mut head = failover::head_for_client(*head, answer.first_at, is_events, upstream, exchange, stage)?;
     if let Some(flagged) = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged()) {
-        local::set(&mut head, "x-infergate-guardrails", flagged)?;
+        set(&mut head.headers, headers::GUARDRAILS, flagged)?;
+    }
+    if exchange.policy.requests.compatible_with.is_some() {
+        let told =
+            compatible::Told { upstream, stage, first_at: answer.first_at, cost: cost.map(|cost| cost.to_string()) };
+        compatible::tell(&mut head.headers, exchange, &told)?;
     }
     if let Some(cost) = cost {
-        local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
+        set(&mut head.headers, headers::COST_USD, cost.to_string())?;
     }
-    Ok(head)
+    Ok(Box::new(head.into()))
 }
 
 /// Ends what the client has, as its protocol ends such answers.

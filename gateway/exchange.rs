@@ -14,6 +14,7 @@ use crate::audit::record::{
     Moment, Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::guard::{Blocked, Guard};
+use crate::headers::REQUEST_ID;
 use crate::house::House;
 use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
@@ -25,7 +26,7 @@ use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
+use crate::relay::headers::is_sane_id;
 use crate::relay::{Downstream, Tally};
 use crate::routers::Chosen;
 use crate::surface::{Surface, UNKNOWN};
@@ -124,7 +125,7 @@ impl Exchange {
     pub fn begin(house: &House, downstream: &Downstream) -> Self {
         let (now, policy) = (Instant::now(), house.policy.get());
         let head = downstream.head();
-        let request_id = head.headers.get(X_REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
+        let request_id = head.headers.get(REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
         Self {
             id: Id::new(),
             surface: &UNKNOWN,
@@ -259,6 +260,13 @@ impl Exchange {
         if let Some(attempt) = self.attempts.last_mut().filter(|attempt| attempt.ended.is_none()) {
             attempt.received = received;
             attempt.end(result, why);
+        }
+    }
+
+    /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
+    pub fn other_attempt(&mut self) {
+        if let Some(at) = self.attempts.len().checked_sub(2) {
+            self.attempts.swap(at, at + 1);
         }
     }
 
@@ -461,7 +469,7 @@ impl Exchange {
         let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
         let used = self.attempts.last().and_then(|attempt| {
             let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?).or(self.named()).or(Some(&route.model.name))
+            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
         });
         Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
     }

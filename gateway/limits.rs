@@ -320,11 +320,13 @@ impl Levels {
         }
         let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
         let key = self.key(limit.apart, &parts);
-        if self.levels.len() >= LEVELS_MAX && !self.levels.contains_key(&key) {
+        if let Some(known) = self.levels.get(&key) {
+            return known.clone();
+        }
+        if self.levels.len() >= LEVELS_MAX {
             return self.level(limit.apart, &limit.levels, "others", || id(&limit.levels, &["", "others"]));
         }
-        let known = self.levels.get(&key).map(|level| level.clone());
-        known.unwrap_or_else(|| self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts)))
+        self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts))
     }
 
     /// What the store holds for this replica in advance, and nobody has taken yet.
@@ -525,6 +527,12 @@ impl Limit {
         }
         Some(can)
     }
+
+    /// A threshold was passed: somebody is told.
+    fn warned(&self, whose: &str, passed: u8) {
+        self.meters.warned.inc();
+        tracing::warn!(limit = %self.name, whose, "{passed} % of {} are used", self.unit.spelt(self.max));
+    }
 }
 
 /// All levels are held while they are looked at, so that two requests never take the same rest, and a request that is
@@ -720,6 +728,7 @@ impl Reservation {
                 shared.settled(hold, &mut count, amount);
             }
             let terms = hold.limit.terms(now);
+            count.roll(&terms);
             if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
                 hold.limit.warned(&hold.level.whose, passed);
             }

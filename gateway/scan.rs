@@ -64,10 +64,27 @@ impl Field {
     }
 }
 
+/// What a model's template is made of, in the order in which templates have it: what salts the engine's cache, what
+/// changes the template itself, tools, the system's words, and all that is said.
+const TEMPLATE: [&str; 10] = [
+    "cache_salt",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "tools",
+    "system",
+    "instructions",
+    "prompt",
+    "inputs",
+    "input",
+    "messages",
+];
+
 /// Where a body's deciding fields stand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
     spans: [Option<Range<usize>>; FIELDS.len()],
+    /// Where the values of [`TEMPLATE`] stand; empty where there is none.
+    template: [Range<usize>; TEMPLATE.len()],
     /// Whether the values are JSON (quoted, escaped) or a form's raw text.
     raw: bool,
 }
@@ -123,6 +140,13 @@ impl Scan {
     /// Where `field`'s value stands, if the body has it.
     pub fn span(&self, field: Field) -> Option<Range<usize>> {
         self.spans[field as usize].clone()
+    }
+
+    /// What the model reads, in the order in which its template has it: the name of each field, and its value as it
+    /// stands in the body.
+    pub fn template<'a>(&self, body: &'a [u8]) -> impl Iterator<Item = (&'static str, &'a [u8])> {
+        let values = self.template.clone().into_iter().map(|span| body.get(span).unwrap_or_default());
+        TEMPLATE.into_iter().zip(values).filter(|(_, value)| !value.is_empty())
     }
 
     /// The model's name. A JSON `null` counts as absent.
@@ -200,6 +224,12 @@ impl Scan {
         match self.spans[field as usize].replace(span) {
             None => Ok(()),
             Some(_) => Err(Fault::Twice(field)),
+        }
+    }
+
+    fn put_template(&mut self, key: &[u8], span: Range<usize>) {
+        if let Some(place) = TEMPLATE.iter().position(|name| name.as_bytes() == key) {
+            self.template[place] = span;
         }
     }
 }
@@ -300,6 +330,15 @@ mod tests {
         ] {
             assert_eq!(asked(left), None, "{left}");
         }
+    }
+
+    #[test]
+    fn what_a_model_reads_is_told_in_the_order_of_its_template() {
+        let body = br#"{"messages":[{"tools":1}], "n":1, "tools" : [2] ,"cache_salt":"s","model":"m"}"#;
+        let told: Vec<_> = json(body).unwrap().template(body).collect();
+        let expected: [(&str, &[u8]); 3] =
+            [("cache_salt", b"\"s\""), ("tools", b"[2]"), ("messages", br#"[{"tools":1}]"#)];
+        assert_eq!(told, expected);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Requests push their lines into a buffer; one thread empties it every `commit_ms`, so no request wakes anybody. On
 //! disk a line is a JSON object whose first member after the version is `seq`, without holes, and whose last is
 //! `chain`: SHA-256 over the chain of the line before and this line's own bytes. Every minute, and where a segment
-//! ends, a checkpoint signs the chain with Ed25519. The format is told in the README, "The journal".
+//! ends, a checkpoint signs the chain with Ed25519. The format is told in `config/guides/journal.md`.
 
 use std::cell::RefCell;
 use std::fs::File;

@@ -314,6 +314,7 @@ mod tests {
     use crate::money::NanoUsd;
     use crate::money::bill::Cost;
     use crate::policy::{Policy, World, compile};
+    use crate::pool::Wanted;
     use crate::settings::Settings;
     use crate::state::State;
     use crate::telemetry::Telemetry;
@@ -379,7 +380,7 @@ mod tests {
         {
             let policy = policy(url);
             let (now, pool) = (Instant::now(), &policy.pools["p"]);
-            let mut attempt = Attempt::begin(pool, &pool.pick(Operation::Chat, &[], now).unwrap(), 7, 8);
+            let mut attempt = Attempt::begin(pool, &pool.pick(&Wanted::of(Operation::Chat), &[], now).unwrap(), 7, 8);
             attempt.end(Ending::Broken, Some("it \"broke\"\n".to_owned().into()));
             let moment = Moment { at: SystemTime::now(), received: now, ended: Instant::now() };
             let decision =

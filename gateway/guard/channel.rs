@@ -97,6 +97,19 @@ impl Codec {
     }
 }
 
+/// A whole text, decoded into `room` if it is not the same as it is encoded.
+pub(super) fn decoded<'t>(encoded: &'t [u8], is_json: bool, room: &'t mut String) -> &'t str {
+    let is_plain = !is_json && memchr::memchr(b'\\', encoded).is_none();
+    if let (true, Ok(text)) = (is_plain, std::str::from_utf8(encoded)) {
+        return text;
+    }
+    let mut codec = Codec::new(is_json);
+    room.clear();
+    codec.push(encoded, room);
+    codec.finish(room);
+    room
+}
+
 impl Channel {
     /// One that rules judge.
     pub(super) fn of_rules(scanner: &Arc<Scanner>, is_json: bool) -> Self {

@@ -237,7 +237,7 @@ fn prices(exchange: &Exchange, route: &Route) -> SmallVec<[Arc<Price>; 2]> {
     let asked = exchange.named().unwrap_or(&route.model.name);
     for stage in &route.stages {
         for upstream in &stage.pool.upstreams {
-            let model = stage.other_name(upstream).unwrap_or(asked);
+            let model = stage.other_name(upstream, Some(asked)).unwrap_or(asked);
             let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
             let Some(price) = price else { return SmallVec::new() };
             if !prices.iter().any(|known| Arc::ptr_eq(known, price)) {

@@ -23,6 +23,8 @@ pub struct Tenant {
     pub limits: Vec<Arc<Limit>>,
     /// The most tokens that an answer may have.
     pub output_tokens_max: Option<u64>,
+    /// Its share of a full pool's places.
+    pub share: u32,
     /// What its requests may ask of a model, if anything is said about that.
     pub parameters: Option<Parameters>,
     /// Whether what it spends has a metric of its own.
@@ -233,6 +235,7 @@ fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<
         models: line.iter().filter_map(|(_, tenant)| tenant.models.as_ref().map(patterns)).collect(),
         surfaces: line.iter().filter_map(|(_, tenant)| surfaces(tenant)).collect(),
         limits: line.iter().filter_map(|(name, _)| limits.get(name)).flatten().cloned().collect(),
+        share: line.first().and_then(|(_, tenant)| tenant.share).unwrap_or(1),
         output_tokens_max: line.iter().filter_map(|(_, tenant)| tenant.output_tokens_max).min(),
         is_measured: false,
     }

@@ -2,11 +2,13 @@
 
 use std::future::pending;
 use std::pin::{Pin, pin};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use futures_now::now;
 use infergate_plugins::operation::Operation;
+use memchr::memmem::Finder;
 use tokio::time::sleep_until;
 
 use super::attempt::{AnswerBody, Rest};
@@ -52,7 +54,7 @@ pub struct Pace {
     pub heartbeat: Option<Duration>,
     /// How long an answer is read on without its client; `None`: not at all.
     pub drain: Option<Duration>,
-    /// Whether the event that tells a stream's end leaves only with the end.
+    /// Whether the event that tells a stream's end leaves only with the end. False where there are no events.
     pub holds_end: bool,
 }
 
@@ -407,11 +409,14 @@ pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, 
 
 /// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.
 fn hold_end(downstream: &mut Downstream, pace: &Pace, piece: &[u8]) {
-    const ENDS: [&[u8]; 4] = [b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete"];
-    if pace.holds_end && ENDS.iter().any(|end| memchr::memmem::find(piece, end).is_some()) {
+    if pace.holds_end && ENDS.iter().any(|end| end.find(piece).is_some()) {
         downstream.hold_last(true);
     }
 }
+
+/// What tells a client that its stream is complete.
+static ENDS: LazyLock<[Finder<'static>; 4]> =
+    LazyLock::new(|| ["[DONE]", "message_stop", "response.completed", "response.incomplete"].map(Finder::new));
 
 /// Why pieces stopped coming or going.
 enum Stop {
