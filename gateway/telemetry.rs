@@ -150,6 +150,9 @@ pub struct Telemetry {
     endpoint_in_flight: Family<EndpointLabels, Gauge>,
     endpoint_healthy: Family<EndpointLabels, Gauge>,
     endpoint_breaker: Family<EndpointLabels, Gauge>,
+    endpoint_prefill: Family<EndpointLabels, Gauge>,
+    endpoint_streams: Family<EndpointLabels, Gauge>,
+    endpoint_prefill_rate: Family<EndpointLabels, Gauge<f64, AtomicU64>>,
     policy_hash: Family<HashLabels, Gauge>,
     policy_revision: Gauge,
     policy_age: Gauge<f64, AtomicU64>,
@@ -188,6 +191,9 @@ pub struct EndpointLevel {
     pub healthy: bool,
     /// 0 closed, 1 half open, 2 open.
     pub breaker: i64,
+    /// Prompt tokens that it has to read, answers that it writes, prompt tokens that it reads a second; where its pool
+    /// weighs them.
+    pub work: Option<(u32, u32, f32)>,
 }
 
 fn histogram() -> Histogram {
@@ -246,6 +252,9 @@ impl Telemetry {
             endpoint_in_flight: Family::default(),
             endpoint_healthy: Family::default(),
             endpoint_breaker: Family::default(),
+            endpoint_prefill: Family::default(),
+            endpoint_streams: Family::default(),
+            endpoint_prefill_rate: Family::default(),
             policy_hash: Family::default(),
             policy_revision: Gauge::default(),
             policy_age: Gauge::default(),
@@ -285,6 +294,10 @@ impl Telemetry {
         registry.register("endpoint_in_flight", "Requests on an endpoint", t.endpoint_in_flight.clone());
         registry.register("endpoint_healthy", "1 if the health checks are good", t.endpoint_healthy.clone());
         registry.register("endpoint_breaker", "0 closed, 1 half open, 2 open", t.endpoint_breaker.clone());
+        registry.register("endpoint_prefill_tokens", "Prompt tokens to be read", t.endpoint_prefill.clone());
+        registry.register("endpoint_streams", "Answers that are being written", t.endpoint_streams.clone());
+        let learned = t.endpoint_prefill_rate.clone();
+        registry.register("endpoint_prefill_rate", "Prompt tokens that it reads a second, as learned", learned);
         registry.register("policy_info", "1 for the policy in force", t.policy_hash.clone());
         registry.register("policy_revision", "Counts the policies since the start", t.policy_revision.clone());
         registry.register_with_unit("policy_age", "Since the policy was loaded", Unit::Seconds, t.policy_age.clone());
@@ -457,9 +470,9 @@ impl Telemetry {
             self.pool_in_flight.get_or_create(&labels).set(i64::from(*in_flight));
             self.pool_waiting.get_or_create(&labels).set(*waiting as i64);
         }
-        for family in [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker] {
-            family.clear();
-        }
+        let families = [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker];
+        families.into_iter().chain([&self.endpoint_prefill, &self.endpoint_streams]).for_each(Family::clear);
+        self.endpoint_prefill_rate.clear();
         for level in endpoints {
             let labels = EndpointLabels {
                 pool: level.pool.clone(),
@@ -469,6 +482,11 @@ impl Telemetry {
             self.endpoint_in_flight.get_or_create(&labels).set(i64::from(level.in_flight));
             self.endpoint_healthy.get_or_create(&labels).set(i64::from(level.healthy));
             self.endpoint_breaker.get_or_create(&labels).set(level.breaker);
+            if let Some((prefill, streams, rate)) = level.work {
+                self.endpoint_prefill.get_or_create(&labels).set(i64::from(prefill));
+                self.endpoint_streams.get_or_create(&labels).set(i64::from(streams));
+                self.endpoint_prefill_rate.get_or_create(&labels).set(f64::from(rate));
+            }
         }
         self.forget_upstreams();
         self.body_bytes.set(i64::try_from(body_bytes).unwrap_or(i64::MAX));

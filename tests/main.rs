@@ -22,6 +22,7 @@ mod nats;
 mod overload;
 mod readme;
 mod reload;
+mod replicas;
 mod routing;
 mod semantic_routing;
 mod shared;
