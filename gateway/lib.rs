@@ -37,6 +37,7 @@ pub mod hex;
 pub mod house;
 pub mod identity;
 pub mod issuers;
+pub mod judging;
 pub mod ledger;
 pub mod limits;
 pub mod local;

@@ -31,6 +31,7 @@ mod language;
 mod patterns;
 mod pii;
 mod regex;
+pub mod remote;
 mod repetition;
 pub mod schema;
 mod secrets;
@@ -47,6 +48,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::sink::Resolve;
 use patterns::{AsFound, Pattern, Patterns};
 use redact::{Redaction, Style};
 pub use size::Measure;
@@ -108,6 +110,9 @@ pub struct Config {
     /// Another shape than it must have.
     #[serde(default)]
     pub schema: Option<schema::Config>,
+    /// What another service finds.
+    #[serde(default)]
+    pub remote: Option<remote::Config>,
 }
 
 /// A part of an exchange that has text.
@@ -256,6 +261,8 @@ pub(crate) enum Detector {
     Whole(Whole),
     /// The shape of answers that are JSON, as they stand.
     Shape(schema::Shape),
+    /// Another service, which somebody else asks.
+    Remote(Arc<remote::Remote>),
 }
 
 /// A rule as the policy has it.
@@ -310,6 +317,7 @@ impl Rule {
 #[derive(Debug)]
 pub struct Guardrails {
     rules: Vec<Rule>,
+    acts: Vec<Act>,
     scanners: BTreeMap<Place, Arc<Scanner>>,
 }
 
@@ -354,6 +362,8 @@ impl Guardrails {
 pub struct World<'a> {
     /// Reads a file of words or rules, or says why that cannot be done.
     pub file: &'a mut dyn FnMut(&Path) -> Result<String, String>,
+    /// Finds a secret, or says why that cannot be done.
+    pub secret: Resolve<'a>,
     /// The key of hashed redactions.
     pub key: &'a [u8],
 }
@@ -379,7 +389,8 @@ pub fn build(configs: &[Config], world: &mut World<'_>) -> Result<Guardrails, Ve
         return Err(wrong);
     }
     let scanners = scanners(&rules, world.key).map_err(|message| vec![(String::new(), message)])?;
-    Ok(Guardrails { rules, scanners })
+    let acts = rules.iter().map(|rule| rule.act(world.key)).collect();
+    Ok(Guardrails { rules, acts, scanners })
 }
 
 fn rule(config: &Config, kind: &'static str, detector: Detector) -> Rule {
@@ -461,6 +472,9 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
     if let Some(of_shapes) = &config.schema {
         built.push(("schema", schema::build(config, of_shapes, world)));
     }
+    if let Some(of_service) = &config.remote {
+        built.push(("remote", remote::build(config, of_service, world)));
+    }
     let count = built.len();
     match (built.pop(), count) {
         (Some((kind, Ok(detector))), 1) => Ok((kind, detector)),
@@ -474,7 +488,7 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
 
 /// Every built-in kind: the word in `policy.yaml`.
 pub const KINDS: &[&str] =
-    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic", "schema"];
+    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic", "schema", "remote"];
 
 /// One scanner for each place where rules look; places with the same rules share it.
 fn scanners(rules: &[Rule], key: &[u8]) -> Result<BTreeMap<Place, Arc<Scanner>>, String> {
@@ -520,7 +534,7 @@ fn finders<'r>(rules: impl Iterator<Item = &'r Rule>, prompt: bool) -> Result<Ve
             }
             Detector::Own(own) => finders.extend(own.iter().cloned()),
             Detector::Size(bounds) if !prompt => finders.extend(bounds.finder()),
-            Detector::Size(_) | Detector::Shape(_) => {}
+            Detector::Size(_) | Detector::Shape(_) | Detector::Remote(_) => {}
             Detector::Whole(whole) => finders.push(whole.finder(prompt)),
         }
     }
@@ -541,7 +555,14 @@ mod tests {
     /// Builds what this JSON says; the one file there is has this text.
     pub fn built_with(json: &str, file: &str) -> Result<Guardrails, Vec<Wrong>> {
         let configs: Vec<Config> = serde_json::from_str(json).unwrap();
-        build(&configs, &mut World { file: &mut |_| Ok(file.to_owned()), key: b"a key of the policy" })
+        build(
+            &configs,
+            &mut World {
+                file: &mut |_| Ok(file.to_owned()),
+                secret: &mut |_| Err("there is no secret".to_owned()),
+                key: b"a key of the policy",
+            },
+        )
     }
 
     pub fn built(json: &str) -> Result<Guardrails, Vec<Wrong>> {

@@ -2,6 +2,7 @@
 //! it came; and the record says who read what.
 
 mod dialects;
+mod remotes;
 mod shapes;
 
 use bytes::Bytes;

@@ -24,7 +24,7 @@ impl Guard {
         match asked(operation, body, of_answers, of_tools) {
             Ok(asked) => {
                 for judged in self.judged.iter_mut().filter(|judged| !judged.prompt) {
-                    judged.waits = self.rails.rules.is_unasked(judged.rule, &asked);
+                    judged.waits |= self.rails.rules.is_unasked(judged.rule, &asked);
                 }
                 self.asked = asked;
                 Ok(())
@@ -58,7 +58,8 @@ impl Guard {
         // What a tool gets that takes any text, and parts of what stands as JSON itself, have no shape.
         let has_shape = text.is_json || text.place == Place::AnswerContent;
         let shapes = if has_shape { rules.shapes(text.place, tool, &self.asked) } else { None };
-        Channel::with_shapes(rules.scanner(text.place), text.is_json, shapes.as_ref())
+        let channel = Channel::with_shapes(rules.scanner(text.place), text.is_json, shapes.as_ref());
+        channel.map(|channel| channel.as_written(text))
     }
 
     /// Judges the arguments that stand as JSON in `document`, and not as a text.

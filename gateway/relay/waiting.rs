@@ -11,6 +11,7 @@ use tokio::time::sleep_until;
 use super::headers::X_REQUEST_ID;
 use super::{AnswerHead, Downstream};
 use crate::audit::record::Id;
+use crate::guard::remote::Stops;
 
 /// The comment that a silent stream gets. It is no event, so no parser hands it on.
 pub const HEARTBEAT: Bytes = Bytes::from_static(b": keep-alive\n\n");
@@ -24,6 +25,8 @@ pub enum Interrupted {
     Limit,
     /// The whole request's limit passed.
     Total,
+    /// The request turned out not to pass.
+    Stopped,
 }
 
 /// A client that waits for an answer.
@@ -38,6 +41,8 @@ pub struct Waiting<'a> {
     pub drain: Option<Duration>,
     /// The request's id, for the head that the first heartbeat must send.
     pub request_id: Id,
+    /// What else ends every wait: the prompt does not pass.
+    pub stops: Option<Stops>,
     /// Since when the client has waited for one; nobody asks where there is none to be given.
     last_sign: Option<Instant>,
 }
@@ -46,7 +51,7 @@ impl<'a> Waiting<'a> {
     /// Waits for no longer than `total`, with a sign of life every `heartbeat`, without draining.
     pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, heartbeat: Option<Duration>) -> Self {
         let last_sign = heartbeat.map(|_| Instant::now());
-        Self { downstream, total, heartbeat, drain: None, request_id, last_sign }
+        Self { downstream, total, heartbeat, drain: None, request_id, stops: None, last_sign }
     }
 
     /// Waits for `work` until `limit`.
@@ -59,6 +64,7 @@ impl<'a> Waiting<'a> {
                 biased;
                 done = &mut work => return Ok(done),
                 _ = self.downstream.departed() => self.departed()?,
+                () = stopped(&mut self.stops) => return Err(Interrupted::Stopped),
                 () = sleep_until(alarm.into()) => {}
             }
             let now = Instant::now();
@@ -88,6 +94,14 @@ impl<'a> Waiting<'a> {
             self.downstream.write_head(head).await.map_err(|_| Interrupted::Gone)?;
         }
         self.downstream.write(HEARTBEAT).await.map_err(|_| Interrupted::Gone)
+    }
+}
+
+/// Resolves if there is something that stops it, and does.
+async fn stopped(stops: &mut Option<Stops>) {
+    match stops {
+        Some(stops) => stops.stopped().await,
+        None => std::future::pending().await,
     }
 }
 
