@@ -4,20 +4,20 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use http::{Method, StatusCode};
-use infergate_plugins::operation::Operation;
 
 use crate::audit::record::Ending;
 use crate::compatible;
 use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
-use crate::guard::{self, Blocked};
+use crate::guard;
 use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
+use crate::judging;
 use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
-use crate::pipeline::{Planned, Stop, broken_off, drain, heartbeat};
+use crate::pipeline::{self, Planned, Stop, broken_off, drain, heartbeat};
 use crate::policy::Stage;
 use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
@@ -31,7 +31,7 @@ pub async fn relay(
     house: &House,
     exchange: &mut Exchange,
     downstream: &mut Downstream,
-    planned: Planned,
+    mut planned: Planned,
     asked: Asked<'_>,
 ) -> Result<(), Stop> {
     let is_events = asked.answer.is_event_stream();
@@ -58,18 +58,38 @@ pub async fn relay(
         service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
         counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, picked.upstream)),
     };
+    let mut passes = pipeline::heard_beside(exchange, &mut planned, Some(downstream)).await;
+    let is_known = passes.is_ok();
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
-    if guards && !is_events {
-        let whole = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await;
-        if let Err(stop) = whole.map_err(unread).and_then(|()| judged(exchange, operation, &mut head, &mut answer)) {
-            // It was made, so it is paid for.
-            exchange.tally.begin(operation, reading);
-            exchange.tally.meter(&answer.body());
-            answer.discard(&house.connections, target).await;
-            picked.upstream.attempts.answered.inc();
-            exchange.attempt_ends(Ending::Answered, None);
-            return Err(stop);
+    let holds = !is_events || exchange.tally.guard.as_ref().is_some_and(|guard| guard.holds());
+    if is_known && guards && holds {
+        passes = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await.map_err(unread);
+        if passes.is_ok() {
+            let body = answer.body();
+            passes = match is_events {
+                true => judging::held(house, exchange, downstream, &planned, &body).await,
+                false => match judging::whole(house, exchange, downstream, &planned, body).await {
+                    Ok(body) => {
+                        answer.replace(&mut head, body);
+                        Ok(())
+                    }
+                    Err(stop) => Err(stop),
+                },
+            };
         }
+    }
+    if let Err(stop) = passes {
+        // It was made, so it is paid for.
+        exchange.tally.begin(operation, reading);
+        exchange.tally.meter(&answer.body());
+        answer.discard(&house.connections, target).await;
+        let (counter, ending, why) = match is_known {
+            true => (&picked.upstream.attempts.answered, Ending::Answered, None),
+            false => (&picked.upstream.attempts.cancelled, Ending::Cancelled, Some("a guardrail ended it".into())),
+        };
+        counter.inc();
+        exchange.attempt_ends(ending, why);
+        return Err(stop);
     }
     let head = match downstream.head_sent() {
         true => None,
@@ -213,23 +233,6 @@ async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(),
         return Ok(());
     }
     downstream.finish().await.map_err(|_| Stop::Gone)
-}
-
-/// What the guardrails say of an answer that is here as a whole.
-fn judged(exchange: &mut Exchange, operation: Operation, head: &mut AnswerHead, answer: &mut Rest) -> Result<(), Stop> {
-    let tally = &mut exchange.tally;
-    let Some(guard) = &mut tally.guard else { return Ok(()) };
-    match guard.whole(operation, answer.body(), &mut |text| relay::redacted(&mut tally.capture, text)) {
-        Ok(body) => {
-            answer.replace(head, body);
-            Ok(())
-        }
-        Err(blocked) => {
-            let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
-            exchange.decide("guard", rule, "block", blocked.why());
-            Err(blocked.refusal("the answer").into())
-        }
-    }
 }
 
 /// An answer that did not come as a whole.

@@ -188,12 +188,19 @@ async fn enter(
             (Code::QueueTimeout, format!("no place in pool {} came free within {waited} ms", pool.name), after)
         }
         Err(Interrupted::Gone) => return Err(Stop::Gone),
+        Err(Interrupted::Stopped) => return Err(stopped().into()),
         Err(_) => return Err(too_long(planned).into()),
     };
     Ok(Err(Miss::unavailable(Refusal::new(code, message).retry_after(after))))
 }
 
-fn too_long(planned: &Planned) -> Refusal {
+/// What becomes of a request whose prompt turned out not to pass; whoever found it says more.
+fn stopped() -> Refusal {
+    Refusal::new(Code::ContentFilter, "the prompt does not pass the guardrails")
+}
+
+/// The whole request took too long.
+pub fn too_long(planned: &Planned) -> Refusal {
     let ms = planned.route.stages[0].pool.timeouts.total_ms;
     Refusal::new(Code::TotalTimeout, format!("the whole request took longer than {ms} ms"))
 }
@@ -225,6 +232,7 @@ async fn back_off(
     match waiting(downstream, exchange, planned).until(limit, std::future::pending::<()>()).await {
         Err(Interrupted::Gone) => Err(Stop::Gone),
         Err(Interrupted::Total) => Err(too_long(planned).into()),
+        Err(Interrupted::Stopped) => Err(stopped().into()),
         _ => Ok(()),
     }
 }
@@ -417,6 +425,12 @@ pub fn failed(
             breaker.released();
             exchange.attempt_ends(Ending::Cancelled, Some("the client left".into()));
             return Err(Stop::Gone);
+        }
+        Failure::Stopped => {
+            attempts.cancelled.inc();
+            breaker.released();
+            exchange.attempt_ends(Ending::Cancelled, Some("a guardrail ended it".into()));
+            return Err(stopped().into());
         }
         Failure::TotalTimeout => {
             attempts.timeout.inc();

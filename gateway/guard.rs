@@ -4,6 +4,7 @@
 mod channel;
 mod filter;
 mod judged;
+pub mod remote;
 mod shape;
 
 use std::borrow::Cow;
@@ -15,10 +16,10 @@ use infergate_plugins::guardrail::schema::Asked;
 use infergate_plugins::guardrail::stream::{Progress, Scanner};
 use infergate_plugins::guardrail::{Guardrails, Measure, Mode, Outcome, Place};
 use infergate_plugins::operation::Operation;
+use tokio::sync::Semaphore;
 
 use self::channel::{Channel, decoded};
 use self::filter::Filter;
-pub use self::filter::data;
 pub(crate) use self::judged::word;
 pub use self::judged::{Judged, JudgedList, JudgedRecord};
 use self::shape::named;
@@ -34,6 +35,8 @@ pub struct Rails {
     pub rules: Guardrails,
     /// The metrics of each.
     pub meters: Vec<GuardMeters>,
+    /// How many calls the service of each may still have under way, where it has one.
+    permits: Vec<Option<Arc<Semaphore>>>,
 }
 
 /// Bodies above this are judged beside the threads that carry requests.
@@ -94,6 +97,13 @@ impl Blocked {
 }
 
 impl Rails {
+    /// The rules and their metrics.
+    pub fn new(rules: Guardrails, meters: Vec<GuardMeters>) -> Self {
+        let permits = |rule| rules.remote(rule).map(|remote| Arc::new(Semaphore::new(remote.calls_max())));
+        let permits = (0..rules.rules().len()).map(permits).collect();
+        Self { rules, meters, permits }
+    }
+
     /// Whether any rule looks at prompts, or at answers.
     pub fn looks_at(&self, prompts: bool) -> bool {
         self.rules.rules().iter().any(|rule| rule.places.iter().any(|place| place.is_prompt() == prompts))
@@ -116,6 +126,8 @@ impl Rails {
 pub struct Prompt {
     /// The guardrails, as far as they have come.
     pub guard: Guard,
+    /// The texts that were read.
+    pub texts: Vec<Text>,
     /// What changes in the body.
     pub edits: Vec<Edit>,
     /// Why it goes nowhere.
@@ -126,13 +138,20 @@ pub struct Prompt {
 
 impl Prompt {
     fn new(guard: Guard) -> Self {
-        Self { guard, edits: Vec::new(), blocked: None, what: Cow::Borrowed("the prompt") }
+        Self { guard, texts: Vec::new(), edits: Vec::new(), blocked: None, what: Cow::Borrowed("the prompt") }
     }
 }
 
 impl Guard {
-    /// Judges the request `body` to `operation`. `tokens` is what is known of its length.
-    pub fn prompt(rails: Arc<Rails>, operation: Operation, body: &[u8], tokens: Option<u64>) -> Prompt {
+    /// Judges the request `body` to `operation`; `form` is its content type, if it is a form. `tokens` is what is known of
+    /// its length.
+    pub fn prompt(
+        rails: Arc<Rails>,
+        operation: Operation,
+        body: &[u8],
+        form: Option<&[u8]>,
+        tokens: Option<u64>,
+    ) -> Prompt {
         let mut prompt = Prompt::new(Self::new(rails));
         if let Err((message, blocked)) = prompt.guard.asks(operation, body) {
             (prompt.what, prompt.blocked) = (Cow::Owned(message), blocked);
@@ -141,14 +160,18 @@ impl Guard {
             return prompt;
         }
         let guard = &mut prompt.guard;
-        let Ok(texts) = text::prompt(operation, body) else {
+        let texts = match form {
+            Some(content_type) => text::form(operation, body, content_type),
+            None => text::prompt(operation, body),
+        };
+        let Ok(texts) = texts else {
             let unread = guard.unread(true);
             return Prompt { blocked: prompt.blocked.or(unread), ..prompt };
         };
         let exceeded = guard.exceeded(body, &texts, tokens);
         let found = guard.judge(&texts, &[], body, &mut prompt.edits);
         guard.passed(true);
-        Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), ..prompt }
+        Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), texts, ..prompt }
     }
 
     fn new(rails: Arc<Rails>) -> Self {
@@ -165,21 +188,22 @@ impl Guard {
         looks || self.restorer.is_some()
     }
 
-    /// Judges an answer that is here as a whole; returns it as it may leave.
-    /// `seen` gets it as the rules left it, before originals come back.
-    pub fn whole(&mut self, operation: Operation, body: Bytes, seen: &mut impl FnMut(&[u8])) -> Result<Bytes, Blocked> {
+    /// Judges an answer that is here as a whole; returns it as the rules leave it, before originals come back.
+    pub fn whole(&mut self, operation: Operation, body: Bytes) -> Result<Bytes, Blocked> {
         let Ok((texts, tools)) = text::answer_with_tools(operation, &body) else {
-            let blocked = self.unread(false);
-            return blocked.map_or(Ok(body), Err).inspect(|body| seen(body));
+            return self.unread(false).map_or(Ok(body), Err);
         };
         let mut edits = Vec::new();
         self.judge(&texts, &tools, &body, &mut edits)?;
         self.passed(false);
         text::forget_tokens(operation, &body, &mut edits);
-        let body = splice(&body, &mut edits);
-        seen(&body);
+        Ok(splice(&body, &mut edits))
+    }
+
+    /// Brings originals back into an answer that is here as a whole.
+    pub fn restored(&mut self, operation: Operation, body: Bytes) -> Bytes {
         if self.placeholders.is_empty() {
-            return Ok(body);
+            return body;
         }
         let texts = text::answer(operation, &body).unwrap_or_default();
         let mut edits = Vec::new();
@@ -188,12 +212,17 @@ impl Guard {
             let encoded = &body[text.span.clone()];
             edits.extend(channel.whole(encoded, &mut self.placeholders).1.into_iter().map(|edit| edit.at(text)));
         }
-        Ok(splice(&body, &mut edits))
+        splice(&body, &mut edits)
     }
 
     /// Whether it does anything about the answer that has begun.
     pub fn is_reading(&self) -> bool {
         self.rules.is_some() || self.restorer.is_some()
+    }
+
+    /// Whether the answer is so long that it is judged beside the threads that carry requests.
+    pub fn is_long(&self, body: &[u8]) -> bool {
+        body.len() > self.rails.beside()
     }
 
     /// Takes whole events of a stream and leaves in `events` what may leave now. `seen` gets them as the rules left
@@ -274,12 +303,13 @@ impl Guard {
             let (rules, shapes) = (self.rails.rules.scanner(text.place), self.shapes(text, tool.as_deref()));
             let encoded = &document[text.span.clone()];
             // Nearly always, and at half the cost.
-            let finds_nothing = |rules: &Arc<Scanner>| rules.finds_nothing(decoded(encoded, text.is_json, &mut room));
+            let finds_nothing = |rules: &Arc<Scanner>| rules.finds_nothing(decoded(encoded, text, &mut room));
             if shapes.is_none() && rules.is_none_or(finds_nothing) {
                 self.noted(text.place, &Progress::default(), encoded.len());
                 continue;
             }
-            let Some(mut channel) = Channel::with_shapes(rules, text.is_json, shapes.as_ref()) else { continue };
+            let channel = Channel::with_shapes(rules, text.is_json, shapes.as_ref());
+            let Some(mut channel) = channel.map(|channel| channel.as_written(text)) else { continue };
             let (progress, edited) = channel.whole(encoded, &mut self.placeholders);
             self.noted(text.place, &progress, encoded.len());
             if let Some(rule) = progress.blocked {
@@ -332,7 +362,7 @@ impl Guard {
     }
 
     /// Nobody could read it: whoever must stops it.
-    fn unread(&mut self, prompt: bool) -> Option<Blocked> {
+    pub fn unread(&mut self, prompt: bool) -> Option<Blocked> {
         for judged in self.judged.iter_mut().filter(|judged| judged.prompt == prompt) {
             judged.outcome = judged.outcome.max(Outcome::Failed);
         }

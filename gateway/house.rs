@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::audit::journal::{Act, By, Journal};
+use crate::guard::remote::Remotes;
 use crate::ledger::Ledger;
 use crate::policy::reload::InForce;
 use crate::relay::Connections;
@@ -39,6 +40,8 @@ pub struct House {
     pub ledger: Option<Arc<Ledger>>,
     /// The connections to upstreams.
     pub connections: Connections,
+    /// The way to services that guardrails ask.
+    pub remotes: Remotes,
     /// Turns true when connections of clients are to be closed after their answer.
     pub connections_closing: watch::Receiver<bool>,
     close_connections: watch::Sender<bool>,
@@ -55,6 +58,7 @@ impl House {
             telemetry,
             state: Arc::new(State::new(settings.bodies_bytes())),
             connections: Connections::new(settings.ca_file.as_deref(), settings.kept_connections),
+            remotes: Remotes::default(),
             journal: None,
             ledger: None,
             policy: InForce::default(),

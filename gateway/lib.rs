@@ -43,6 +43,7 @@ pub mod house;
 pub mod identity;
 pub mod import;
 pub mod issuers;
+pub mod judging;
 pub mod ledger;
 pub mod limits;
 pub mod local;

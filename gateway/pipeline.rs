@@ -18,6 +18,7 @@ use crate::audit::record::clip;
 use crate::compatible;
 use crate::exchange::Exchange;
 use crate::failover::{self};
+use crate::guard::remote::Asked;
 use crate::guard::{Blocked, Guard};
 use crate::headers::{self, set};
 use crate::house::House;
@@ -28,7 +29,7 @@ use crate::parameters;
 use crate::policy::file::{CaptureText, OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{BodyFault, Downstream, Waiting};
+use crate::relay::{BodyFault, Downstream, Interrupted, Waiting};
 use crate::routers;
 use crate::scan::{self, Edit, Scan};
 use crate::state::Lease;
@@ -99,6 +100,8 @@ pub struct Planned {
     pub streaming: bool,
     /// What guardrails change in the body.
     pub guard_edits: Vec<Edit>,
+    /// What other services are asked about the prompt while an upstream is asked for the answer.
+    pub beside: Option<Asked>,
     /// The most tokens that one choice of the answer may have, where that is not for the client to say.
     pub output_max: Option<u64>,
     /// The pools to ask.
@@ -134,14 +137,19 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
         Box::pin(routers::choose(house, exchange, downstream, &mut planned)).await?;
     }
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
-    judge(exchange, &mut planned).await?;
+    judge(house, exchange, downstream, &mut planned).await?;
     exchange.capture(CaptureText::Redacted, || scan::splice(&planned.received.body, &mut planned.guard_edits.clone()));
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
         return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;
     }
     let route = planned.route.clone();
-    let asked = failover::ask(house, exchange, downstream, &planned, &route).await?;
+    let asked = failover::ask(house, exchange, downstream, &planned, &route).await;
+    if asked.is_err() {
+        // Why it does not pass says more than that nobody went on.
+        heard_beside(exchange, &mut planned, None).await?;
+    }
+    let asked = asked?;
     answering::relay(house, exchange, downstream, planned, asked).await
 }
 
@@ -309,6 +317,7 @@ fn admit(
         usage_edits,
         streaming,
         guard_edits: Vec::new(),
+        beside: None,
         output_max: None,
         route,
         priority,
@@ -318,7 +327,12 @@ fn admit(
 }
 
 /// Lets the guardrails read the prompt. A long one is read beside the threads that carry requests.
-async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Refusal> {
+async fn judge(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    planned: &mut Planned,
+) -> Result<(), Stop> {
     let Some(rails) = exchange.policy.guardrails.clone() else { return Ok(()) };
     let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
     if planned.identified.passthrough.is_some() {
@@ -328,21 +342,75 @@ async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Ref
     if operation == Operation::Realtime
         && let Some(rule) = rails.insists(true).or_else(|| rails.insists(false))
     {
-        return Err(Blocked::Unread(rule.clone()).refusal("a WebSocket"));
+        return Err(Blocked::Unread(rule.clone()).refusal("a WebSocket").into());
     }
     let tokens = exchange.tally.reservation.as_ref().map(|reservation| reservation.input);
+    let is_form = planned.identified.surface.body == Body::Multipart;
+    let content_type = downstream.head().headers.get(CONTENT_TYPE).filter(|_| is_form).cloned();
     let judged = if body.len() > rails.beside() {
-        let judging = tokio::task::spawn_blocking(move || Guard::prompt(rails, operation, &body, tokens)).await;
+        let judging = tokio::task::spawn_blocking(move || {
+            Guard::prompt(rails, operation, &body, content_type.as_ref().map(HeaderValue::as_bytes), tokens)
+        })
+        .await;
         judging.map_err(|_| Refusal::new(Code::Internal, "a guardrail broke"))?
     } else {
-        Guard::prompt(rails, operation, &body, tokens)
+        Guard::prompt(rails, operation, &body, content_type.as_ref().map(HeaderValue::as_bytes), tokens)
     };
-    exchange.tally.guard = Some(Box::new(judged.guard));
+    let mut guard = Box::new(judged.guard);
+    let (texts, body) = (judged.texts, planned.received.body.clone());
+    let ask = |beside| guard.ask(house, &texts, &body, &judged.edits, (true, beside));
+    let (now, beside) = if judged.blocked.is_none() { (ask(false), ask(true)) } else { (None, None) };
     planned.guard_edits = judged.edits;
-    let Some(blocked) = judged.blocked else { return Ok(()) };
-    let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
+    planned.beside = beside;
+    let mut blocked = judged.blocked;
+    if let Some(asked) = now {
+        let said = waiting(downstream, exchange, planned).until(planned.total, asked.said()).await;
+        let heard = guard.hear(&asked, &body, &mut planned.guard_edits, true);
+        exchange.tally.guard = Some(guard);
+        said.map_err(|interrupted| cut_short(interrupted, planned))?;
+        blocked = heard.err();
+    } else {
+        exchange.tally.guard = Some(guard);
+    }
+    blocked.map_or(Ok(()), |blocked| Err(refused(exchange, &blocked, &judged.what).into()))
+}
+
+fn refused(exchange: &mut Exchange, blocked: &Blocked, what: &str) -> Refusal {
+    let (Blocked::By(rule) | Blocked::Unread(rule)) = blocked;
     exchange.decide("guard", rule, "block", blocked.why());
-    Err(blocked.refusal(&judged.what))
+    blocked.refusal(what)
+}
+
+/// A wait for what another service says ended without it.
+fn cut_short(interrupted: Interrupted, planned: &Planned) -> Stop {
+    match interrupted {
+        Interrupted::Gone => Stop::Gone,
+        _ => failover::too_long(planned).into(),
+    }
+}
+
+/// Takes what was said about the prompt beside the upstream call: all of it, while `downstream` waits, or what has been
+/// said until now. It is an error if it does not pass.
+pub async fn heard_beside(
+    exchange: &mut Exchange,
+    planned: &mut Planned,
+    downstream: Option<&mut Downstream>,
+) -> Result<(), Stop> {
+    let Some(asked) = planned.beside.take() else { return Ok(()) };
+    match downstream {
+        Some(downstream) => {
+            let said = waiting(downstream, exchange, planned).until(planned.total, asked.said()).await;
+            said.map_err(|interrupted| cut_short(interrupted, planned))?;
+        }
+        None if !asked.is_said() => return Ok(()),
+        None => {}
+    }
+    let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
+    let heard = guard.hear(&asked, &planned.received.body, &mut Vec::new(), true);
+    let Err(blocked) = heard else { return Ok(()) };
+    // Nothing of a prompt that did not pass is kept.
+    exchange.tally.capture = exchange.tally.capture.take().filter(|capture| !capture.is_redacted());
+    Err(refused(exchange, &blocked, "the prompt").into())
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -391,7 +459,9 @@ pub fn heartbeat(exchange: &Exchange) -> Option<Duration> {
 /// Waits for an upstream while minding the client; a stream's client gets signs of life.
 pub fn waiting<'a>(downstream: &'a mut Downstream, exchange: &Exchange, planned: &Planned) -> Waiting<'a> {
     let heartbeat = if planned.streaming { heartbeat(exchange) } else { None };
-    Waiting::new(downstream, planned.total, exchange.id, heartbeat)
+    let mut waiting = Waiting::new(downstream, planned.total, exchange.id, heartbeat);
+    waiting.stops = planned.beside.as_ref().map(Asked::stops);
+    waiting
 }
 
 /// How long an upstream may go on when its client has left; `None`: not at all.

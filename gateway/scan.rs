@@ -136,6 +136,11 @@ pub fn part_names(body: &[u8], content_type: &[u8]) -> Result<Vec<String>, Fault
     multipart::names(body, content_type)
 }
 
+/// Where the parts of a form with this name stand. Each part must have one name that can be read in one way only.
+pub fn parts_named(body: &[u8], content_type: &[u8], name: &str) -> Result<Vec<Range<usize>>, Fault> {
+    multipart::named(body, content_type, name)
+}
+
 impl Scan {
     /// Where `field`'s value stands, if the body has it.
     pub fn span(&self, field: Field) -> Option<Range<usize>> {

@@ -18,8 +18,8 @@ use serde_json::value::RawValue;
 
 pub use self::answer::{answer, answer_with_tools};
 pub use self::asked::schemas;
-pub use self::event::{Event, event};
-pub use self::prompt::{extras, prompt};
+pub use self::event::{Event, data, event, told};
+pub use self::prompt::{extras, form, prompt};
 pub use self::traces::{forget_end, forget_tokens};
 pub use infergate_plugins::guardrail::Place;
 
@@ -36,6 +36,8 @@ pub struct Text {
     pub span: Range<usize>,
     /// Whether it is JSON itself, as the arguments of tools are.
     pub is_json: bool,
+    /// Whether it stands there as it is: in a form, where nothing is quoted.
+    pub is_raw: bool,
 }
 
 /// A tool that is called.
@@ -97,7 +99,8 @@ impl<'a> Collector<'a> {
         let text = value.get();
         if text.len() > 2 && text.starts_with('"') {
             let span = self.span(value);
-            self.texts.push(Text { place, channel, turn: self.turn, span: span.start + 1..span.end - 1, is_json });
+            let span = span.start + 1..span.end - 1;
+            self.texts.push(Text { place, channel, turn: self.turn, span, is_json, is_raw: false });
         }
     }
 
@@ -163,7 +166,7 @@ impl<'a> Collector<'a> {
             let next = bytes[close + 1..].iter().find(|byte| !byte.is_ascii_whitespace());
             if next != Some(&b':') && close > open + 1 {
                 let span = base + open + 1..base + close;
-                self.texts.push(Text { place, channel, turn: self.turn, span, is_json: false });
+                self.texts.push(Text { place, channel, turn: self.turn, span, is_json: false, is_raw: false });
             }
             at = close + 1;
         }

@@ -90,6 +90,7 @@ mod language;
 mod patterns;
 mod pii;
 mod regex;
+pub mod remote;
 mod repetition;
 mod runs;
 pub mod schema;
@@ -107,6 +108,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::sink::Resolve;
 use patterns::{AsFound, Pattern, Patterns};
 use redact::{Redaction, Style};
 pub use size::Measure;
@@ -168,6 +170,9 @@ pub struct Config {
     /// Another shape than it must have.
     #[serde(default)]
     pub schema: Option<schema::Config>,
+    /// What another service finds.
+    #[serde(default)]
+    pub remote: Option<remote::Config>,
 }
 
 /// A part of an exchange that has text.
@@ -316,6 +321,8 @@ pub(crate) enum Detector {
     Whole(Whole),
     /// The shape of answers that are JSON, as they stand.
     Shape(schema::Shape),
+    /// Another service, which somebody else asks.
+    Remote(Arc<remote::Remote>),
 }
 
 /// A rule as the policy has it.
@@ -370,6 +377,7 @@ impl Rule {
 #[derive(Debug)]
 pub struct Guardrails {
     rules: Vec<Rule>,
+    acts: Vec<Act>,
     scanners: BTreeMap<Place, Arc<Scanner>>,
 }
 
@@ -414,6 +422,8 @@ impl Guardrails {
 pub struct World<'a> {
     /// Reads a file of words or rules, or says why that cannot be done.
     pub file: &'a mut dyn FnMut(&Path) -> Result<String, String>,
+    /// Finds a secret, or says why that cannot be done.
+    pub secret: Resolve<'a>,
     /// The key of hashed redactions.
     pub key: &'a [u8],
 }
@@ -439,7 +449,8 @@ pub fn build(configs: &[Config], world: &mut World<'_>) -> Result<Guardrails, Ve
         return Err(wrong);
     }
     let scanners = scanners(&rules, world.key).map_err(|message| vec![(String::new(), message)])?;
-    Ok(Guardrails { rules, scanners })
+    let acts = rules.iter().map(|rule| rule.act(world.key)).collect();
+    Ok(Guardrails { rules, acts, scanners })
 }
 
 fn rule(config: &Config, kind: &'static str, detector: Detector) -> Rule {
@@ -521,6 +532,9 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
     if let Some(of_shapes) = &config.schema {
         built.push(("schema", schema::build(config, of_shapes, world)));
     }
+    if let Some(of_service) = &config.remote {
+        built.push(("remote", remote::build(config, of_service, world)));
+    }
     let count = built.len();
     match (built.pop(), count) {
         (Some((kind, Ok(detector))), 1) => Ok((kind, detector)),
@@ -534,7 +548,7 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
 
 /// Every built-in kind: the word in `policy.yaml`.
 pub const KINDS: &[&str] =
-    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic", "schema"];
+    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic", "schema", "remote"];
 
 /// One scanner for each place where rules look; places with the same rules share it.
 fn scanners(rules: &[Rule], key: &[u8]) -> Result<BTreeMap<Place, Arc<Scanner>>, String> {
@@ -580,7 +594,7 @@ fn finders<'r>(rules: impl Iterator<Item = &'r Rule>, prompt: bool) -> Result<Ve
             }
             Detector::Own(own) => finders.extend(own.iter().cloned()),
             Detector::Size(bounds) if !prompt => finders.extend(bounds.finder()),
-            Detector::Size(_) | Detector::Shape(_) => {}
+            Detector::Size(_) | Detector::Shape(_) | Detector::Remote(_) => {}
             Detector::Whole(whole) => finders.push(whole.finder(prompt)),
         }
     }
@@ -601,7 +615,14 @@ mod tests {
     /// Builds what this JSON says; the one file there is has this text.
     pub fn built_with(json: &str, file: &str) -> Result<Guardrails, Vec<Wrong>> {
         let configs: Vec<Config> = serde_json::from_str(json).unwrap();
-        build(&configs, &mut World { file: &mut |_| Ok(file.to_owned()), key: b"a key of the policy" })
+        build(
+            &configs,
+            &mut World {
+                file: &mut |_| Ok(file.to_owned()),
+                secret: &mut |_| Err("there is no secret".to_owned()),
+                key: b"a key of the policy",
+            },
+        )
     }
 
     pub fn built(json: &str) -> Result<Guardrails, Vec<Wrong>> {

@@ -43,6 +43,7 @@
 
 pub mod authenticator;
 pub mod guardrail;
+pub mod language;
 pub mod operation;
 pub mod prompt;
 pub mod provider;

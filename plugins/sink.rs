@@ -409,7 +409,7 @@ fn check_name(name: &str) -> Result<(), String> {
 }
 
 /// An http or https URL.
-fn url(text: &str) -> Result<Uri, Wrong> {
+pub(crate) fn url(text: &str) -> Result<Uri, Wrong> {
     let wrong = |message: &str| (".url".to_owned(), message.to_owned());
     let uri: Uri = text.parse().map_err(|_| wrong("this is no URL"))?;
     let web = matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty());
@@ -422,7 +422,7 @@ fn url(text: &str) -> Result<Uri, Wrong> {
 }
 
 /// The headers of the policy, those with secrets marked.
-fn headers(
+pub(crate) fn headers(
     plain: &BTreeMap<String, String>,
     secret: &BTreeMap<String, SecretSource>,
     resolve: Resolve<'_>,

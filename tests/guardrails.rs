@@ -2,6 +2,8 @@
 //! it came; and the record says who read what.
 
 mod dialects;
+mod quick;
+mod remotes;
 mod shapes;
 
 use bytes::Bytes;
@@ -303,4 +305,32 @@ fn captured(journal: &Journal) -> String {
 async fn ask_blocked(gateway: &Gateway) {
     let refused = Client::h1().post(gateway.address, CHAT, chat(false, 9).replace("Hello", "forbidden")).await;
     assert_eq!(refused.code(), "content_filter");
+}
+
+#[tokio::test]
+async fn what_a_transcription_is_told_beforehand_is_read_as_it_stands_and_its_sound_is_not() {
+    let wire = Wire::start(|_| Framing::Length.answer("application/json", &Bytes::from("{\"text\":\"ok\"}"), 99)).await;
+    let rules = "  - {name: cards, in: [prompt.user], verdict: redact, pii: {find: [card]}}\n  - {name: stop, in: [prompt.user], verdict: block, words: {list: [forbidden]}}";
+    let gateway = Gateway::start(&guarded(&wire.url(), rules)).await;
+    let part =
+        |head: &str, content: &str| format!("--xyz\r\nContent-Disposition: form-data; {head}\r\n\r\n{content}\r\n");
+    let form = |prompt: &str| {
+        let sound = format!("{CARD} forbidden");
+        part("name=\"model\"", "m") + &part("name=\"file\"; filename=\"a.wav\"", &sound) + prompt + "--xyz--\r\n"
+    };
+    let ask = |body: String| async {
+        let request = http::Request::post(format!("http://{}/v1/audio/transcriptions", gateway.address));
+        let request = request.header("content-type", "multipart/form-data; boundary=xyz");
+        Client::h1().send(request.body(Bytes::from(body).into()).unwrap()).await
+    };
+    let told = form(&part("name=\"prompt\"", &format!("\\u0041 \"{CARD}\"")));
+    assert_eq!(ask(told.clone()).await.status, 200);
+    let (from, prompt) = told.rsplit_once(CARD).unwrap();
+    assert_eq!(String::from_utf8_lossy(&wire.heard()[0].body), format!("{from}[CARD]{prompt}"));
+    let refused = ask(form(&part("name=\"prompt\"", "a forbidden word"))).await;
+    assert_eq!((refused.status, refused.code().as_str()), (400, "content_filter"));
+    // Nobody knows what a server takes this part for.
+    let refused = ask(form(&part("name=\"prompt\"; name=\"x\"", "hidden"))).await;
+    assert_eq!((refused.status, refused.code().as_str()), (400, "content_unread"));
+    assert_eq!(wire.heard().len(), 1);
 }

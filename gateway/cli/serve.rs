@@ -17,6 +17,7 @@ use crate::audit::fanout;
 use crate::audit::journal::{By, Journal};
 use crate::discover::Upstreams;
 use crate::egress::Egress;
+use crate::guard::remote;
 use crate::house::House;
 use crate::issuers;
 use crate::ledger::{Ledger, Place};
@@ -231,6 +232,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
             let egress = Arc::new(egress);
             jobs.spawn(fanout::run(house.clone(), egress.clone()));
             jobs.spawn(issuers::run(house.clone(), egress.clone()));
+            jobs.spawn(remote::run(house.clone(), egress.clone()));
             let exporting = house.clone();
             jobs.spawn(async move { exporting.tracer.run(&exporting.policy, &egress).await });
         }

@@ -29,6 +29,8 @@ enum Codec {
     Text(Box<Decoder>),
     /// JSON in a string: the arguments of a tool.
     Document(Box<Nested>),
+    /// What stands in a form as it is, at once.
+    Raw,
 }
 
 enum Judge {
@@ -67,6 +69,7 @@ impl Codec {
         match self {
             Self::Text(decoder) => decoder.push(bytes, text),
             Self::Document(nested) => nested.push(bytes, text),
+            Self::Raw => text.push_str(&String::from_utf8_lossy(bytes)),
         }
     }
 
@@ -74,6 +77,7 @@ impl Codec {
         match self {
             Self::Text(decoder) => decoder.finish(text),
             Self::Document(nested) => nested.finish(text),
+            Self::Raw => {}
         }
     }
 
@@ -81,6 +85,7 @@ impl Codec {
         match self {
             Self::Text(decoder) => decoder.encoded(decoded),
             Self::Document(nested) => nested.encoded(decoded),
+            Self::Raw => decoded,
         }
     }
 
@@ -88,6 +93,7 @@ impl Codec {
         match self {
             Self::Text(decoder) => decoder.edits(edit),
             Self::Document(nested) => nested.edits(edit),
+            Self::Raw => vec![edit.clone()],
         }
     }
 
@@ -95,17 +101,18 @@ impl Codec {
         match self {
             Self::Text(decoder) => decoder.forget(decoded),
             Self::Document(nested) => nested.forget(decoded),
+            Self::Raw => {}
         }
     }
 }
 
 /// A whole text, decoded into `room` if it is not the same as it is encoded.
-pub(super) fn decoded<'t>(encoded: &'t [u8], is_json: bool, room: &'t mut String) -> &'t str {
-    let is_plain = !is_json && memchr::memchr(b'\\', encoded).is_none();
-    if let (true, Ok(text)) = (is_plain, std::str::from_utf8(encoded)) {
-        return text;
+pub(super) fn decoded<'t>(encoded: &'t [u8], text: &Text, room: &'t mut String) -> &'t str {
+    let is_plain = text.is_raw || (!text.is_json && memchr::memchr(b'\\', encoded).is_none());
+    if let (true, Ok(plain)) = (is_plain, std::str::from_utf8(encoded)) {
+        return plain;
     }
-    let mut codec = Codec::new(is_json);
+    let mut codec = if text.is_raw { Codec::Raw } else { Codec::new(text.is_json) };
     room.clear();
     codec.push(encoded, room);
     codec.finish(room);
@@ -116,6 +123,20 @@ impl Channel {
     /// One that rules judge.
     pub(super) fn of_rules(scanner: &Arc<Scanner>, is_json: bool) -> Self {
         Self::new(Judge::Rules(Box::new(scanner.stream())), is_json)
+    }
+
+    /// What stands for a whole text, as rules see it.
+    pub(super) fn decoded(encoded: &[u8], of: &Text) -> String {
+        let mut codec = if of.is_raw { Codec::Raw } else { Codec::new(of.is_json) };
+        let mut text = String::new();
+        codec.push(encoded, &mut text);
+        codec.finish(&mut text);
+        text
+    }
+
+    /// One whose bytes stand for themselves, if this text's do.
+    pub(super) fn as_written(self, text: &Text) -> Self {
+        if text.is_raw { Self { codec: Codec::Raw, ..self } } else { self }
     }
 
     /// One in which originals come back.

@@ -106,7 +106,7 @@ impl Filter {
 
     /// Takes one event.
     fn event(&mut self, event: Bytes, guard: &mut Guard) -> Result<(), Blocked> {
-        let Some(data) = data(&event).filter(|_| !self.blind) else {
+        let Some(data) = text::data(&event).filter(|_| !self.blind) else {
             return self.unread(event, guard);
         };
         let Ok(told) = text::event(self.operation, &event[data.clone()]) else {
@@ -331,19 +331,4 @@ impl Guard {
     fn blocked_by(&self, rule: usize) -> Blocked {
         Blocked::By(self.rails.rules.rules()[rule].name.clone())
     }
-}
-
-/// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.
-pub fn data(event: &[u8]) -> Option<Range<usize>> {
-    let (mut found, mut at) = (None, 0);
-    for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
-        if let Some(value) = line.strip_prefix(b"data:") {
-            if found.is_some() {
-                return None;
-            }
-            found = Some(at + line.len() - value.len()..at + line.len());
-        }
-        at += line.len() + 1;
-    }
-    Some(found.unwrap_or(event.len()..event.len()))
 }

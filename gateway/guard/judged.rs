@@ -33,8 +33,8 @@ impl Judged {
         for (rule, config) in rails.rules().iter().enumerate() {
             for prompt in [true, false] {
                 if config.places.iter().any(|place| place.is_prompt() == prompt) {
-                    let (outcome, labels) = (Outcome::Skipped, SmallVec::new());
-                    all.push(Self { rule, prompt, outcome, found: 0, waits: false, bytes: 0, labels });
+                    let (outcome, labels, waits) = (Outcome::Skipped, SmallVec::new(), rails.remote(rule).is_some());
+                    all.push(Self { rule, prompt, outcome, found: 0, waits, bytes: 0, labels });
                 }
             }
         }

@@ -26,7 +26,7 @@ impl Guard {
         match asked(operation, body, of_answers, of_tools) {
             Ok(asked) => {
                 for judged in self.judged.iter_mut().filter(|judged| !judged.prompt) {
-                    judged.waits = self.rails.rules.is_unasked(judged.rule, &asked);
+                    judged.waits |= self.rails.rules.is_unasked(judged.rule, &asked);
                 }
                 self.asked = asked;
                 Ok(())
@@ -57,7 +57,8 @@ impl Guard {
     /// What judges a text; none if nobody looks at it. `tool` gets it, if it is the arguments of one.
     pub(super) fn channel(&self, text: &Text, tool: Option<&str>) -> Option<Channel> {
         let shapes = self.shapes(text, tool);
-        Channel::with_shapes(self.rails.rules.scanner(text.place), text.is_json, shapes.as_ref())
+        let channel = Channel::with_shapes(self.rails.rules.scanner(text.place), text.is_json, shapes.as_ref());
+        channel.map(|channel| channel.as_written(text))
     }
 
     /// The shapes that a text has to have.

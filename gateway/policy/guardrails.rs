@@ -28,7 +28,9 @@ impl Compiler<'_> {
             read.push((path, text.clone()));
             Ok(text)
         };
-        let built = guardrail::build(&file.guardrails, &mut guardrail::World { file: &mut open, key: &key });
+        let mut secret = |source: &_| self.resolve(source);
+        let mut world = guardrail::World { file: &mut open, secret: &mut secret, key: &key };
+        let built = guardrail::build(&file.guardrails, &mut world);
         for (path, text) in read {
             self.secrets.update(&text);
             self.secret_files.push(path);
@@ -40,7 +42,7 @@ impl Compiler<'_> {
         });
         let rules = rules.ok()?;
         let meters = rules.rules().iter().map(|rule| self.world.telemetry.guardrail(&rule.name)).collect();
-        let rails = Rails { rules, meters };
+        let rails = Rails::new(rules, meters);
         self.unread_paths(file, &rails);
         Some(Arc::new(rails))
     }

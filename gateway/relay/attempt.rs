@@ -85,6 +85,8 @@ pub enum Failure {
     TotalTimeout,
     /// The client left.
     Gone,
+    /// The prompt turned out not to pass.
+    Stopped,
 }
 
 /// An answer whose head and first piece are here.
@@ -357,6 +359,7 @@ impl Interrupted {
             Self::Gone => Failure::Gone,
             Self::Limit => late,
             Self::Total => Failure::TotalTimeout,
+            Self::Stopped => Failure::Stopped,
         }
     }
 }

@@ -9,6 +9,7 @@ use tokio::time::sleep_until;
 
 use super::{AnswerHead, Downstream};
 use crate::audit::record::Id;
+use crate::guard::remote::Stops;
 use crate::headers::{ACCEL_BUFFERING, REQUEST_ID, set};
 
 /// The comment that a silent stream gets. It is no event, so no parser hands it on.
@@ -23,6 +24,8 @@ pub enum Interrupted {
     Limit,
     /// The whole request's limit passed.
     Total,
+    /// The request turned out not to pass.
+    Stopped,
 }
 
 /// A client that waits for an answer.
@@ -37,6 +40,8 @@ pub struct Waiting<'a> {
     pub drain: Option<Duration>,
     /// The request's id, for the head that the first heartbeat must send.
     pub request_id: Id,
+    /// What else ends every wait: the prompt does not pass.
+    pub stops: Option<Stops>,
     /// Since when the client has waited for one; nobody asks where there is none to be given.
     last_sign: Option<Instant>,
 }
@@ -45,12 +50,12 @@ impl<'a> Waiting<'a> {
     /// Waits for no longer than `total`, with a sign of life every `heartbeat`, without draining.
     pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, heartbeat: Option<Duration>) -> Self {
         let last_sign = heartbeat.map(|_| Instant::now());
-        Self { downstream: Some(downstream), total, heartbeat, drain: None, request_id, last_sign }
+        Self { downstream: Some(downstream), total, heartbeat, drain: None, request_id, stops: None, last_sign }
     }
 
     /// Waits for no longer than `total`, while somebody else minds the client.
     pub fn beside(total: Instant, request_id: Id) -> Self {
-        Self { downstream: None, total, heartbeat: None, drain: None, request_id, last_sign: None }
+        Self { downstream: None, total, heartbeat: None, drain: None, request_id, stops: None, last_sign: None }
     }
 
     /// Waits for `work` until `limit`.
@@ -63,6 +68,7 @@ impl<'a> Waiting<'a> {
                 biased;
                 done = &mut work => return Ok(done),
                 () = departure(&mut self.downstream) => self.departed()?,
+                () = stopped(&mut self.stops) => return Err(Interrupted::Stopped),
                 () = sleep_until(alarm.into()) => {}
             }
             let now = Instant::now();
@@ -102,6 +108,14 @@ impl<'a> Waiting<'a> {
 async fn departure(downstream: &mut Option<&mut Downstream>) {
     match downstream {
         Some(downstream) => _ = downstream.departed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves if there is something that stops it, and does.
+async fn stopped(stops: &mut Option<Stops>) {
+    match stops {
+        Some(stops) => stops.stopped().await,
         None => std::future::pending().await,
     }
 }

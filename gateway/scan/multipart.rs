@@ -21,9 +21,23 @@ pub(super) fn scan(body: &[u8], content_type: &[u8]) -> Result<Scan, Fault> {
 
 /// The names of all parts. Of a part whose name is not plain, nobody knows what a server takes it for.
 pub(super) fn names(body: &[u8], content_type: &[u8]) -> Result<Vec<String>, Fault> {
+    let named = each(body, content_type)?.into_iter();
+    Ok(named.map(|(name, _)| name).collect())
+}
+
+/// Where the parts of this name stand.
+pub(super) fn named(body: &[u8], content_type: &[u8], name: &str) -> Result<Vec<Range<usize>>, Fault> {
+    let named = each(body, content_type)?.into_iter();
+    Ok(named.filter(|(own, _)| own == name).map(|(_, span)| span).collect())
+}
+
+/// All parts with their names.
+fn each(body: &[u8], content_type: &[u8]) -> Result<Vec<(String, Range<usize>)>, Fault> {
     let boundary = boundary(content_type).ok_or(Fault::Malformed("Content-Type has no multipart boundary", 0))?;
     let plain = |part: Part| {
-        plain_name(&body[part.head.clone()]).ok_or(Fault::Malformed("a part must have one plain name", part.head.start))
+        let name = plain_name(&body[part.head.clone()]);
+        let name = name.ok_or(Fault::Malformed("a part must have one plain name", part.head.start))?;
+        Ok((name, part.content))
     };
     parts(body, &boundary)?.into_iter().map(plain).collect()
 }

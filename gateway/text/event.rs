@@ -1,13 +1,16 @@
 //! The texts of one event of a stream, and whether they are parts of longer ones.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
+use bytes::Bytes;
 use infergate_plugins::operation::Operation;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::answer::{Block, Item, Spoken, speaks};
 use super::{Collector, Place, Text, Tool, Unreadable, channel};
+use crate::ending::ends;
 
 /// What an event says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,6 +113,51 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
         _ => found.chosen(&told),
     };
     Ok(Event { texts: found.texts, tools: found.tools, is_part, ends })
+}
+
+/// What a whole stream says altogether: a document with each of its texts, and where they stand in it.
+pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), Unreadable> {
+    let (mut parts, mut wholes): (Vec<(Text, Vec<u8>)>, Vec<(Text, Vec<u8>)>) = (Vec::new(), Vec::new());
+    let mut from = 0;
+    for end in ends(events).chain([events.len()]).filter(|end| *end > 0) {
+        let event = &events[from.min(end)..end];
+        from = end;
+        let data = data(event).ok_or(Unreadable)?;
+        let said = self::event(operation, &event[data.clone()])?;
+        let texts = if said.is_part { &mut parts } else { &mut wholes };
+        for text in said.texts {
+            let encoded = &event[data.start + text.span.start..data.start + text.span.end];
+            match texts.iter_mut().find(|(other, _)| other.place == text.place && other.channel == text.channel) {
+                Some((_, before)) if said.is_part => before.extend_from_slice(encoded),
+                Some(_) => {}
+                None => texts.push((text, encoded.to_vec())),
+            }
+        }
+    }
+    // The end of a stream repeats what its parts said, unless there were none.
+    wholes.retain(|(text, _)| !parts.iter().any(|(part, _)| part.place == text.place));
+    let (mut document, mut texts) = (Vec::new(), Vec::new());
+    for (text, encoded) in parts.into_iter().chain(wholes) {
+        let span = document.len()..document.len() + encoded.len();
+        document.extend(encoded);
+        texts.push(Text { span, ..text });
+    }
+    Ok((document.into(), texts))
+}
+
+/// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.
+pub fn data(event: &[u8]) -> Option<Range<usize>> {
+    let (mut found, mut at) = (None, 0);
+    for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
+        if let Some(value) = line.strip_prefix(b"data:") {
+            if found.is_some() {
+                return None;
+            }
+            found = Some(at + line.len() - value.len()..at + line.len());
+        }
+        at += line.len() + 1;
+    }
+    Some(found.unwrap_or(event.len()..event.len()))
 }
 
 impl<'a> Collector<'a> {

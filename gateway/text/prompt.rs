@@ -1,6 +1,7 @@
 //! The texts of a request.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use infergate_plugins::operation::Operation;
@@ -10,6 +11,7 @@ use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
 use super::{Collector, Function, Place, Text, ToolCall, Unreadable};
+use crate::scan;
 
 /// A request of any endpoint: each has some of these.
 #[derive(Deserialize)]
@@ -128,6 +130,19 @@ pub fn prompt(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable
         found.parts(Place::PromptTool, 0, documents)?;
     }
     Ok(found.texts)
+}
+
+/// The texts of the form `body` to `operation`, whose `Content-Type` this is: what a transcription is told beforehand.
+pub fn form(operation: Operation, body: &[u8], content_type: &[u8]) -> Result<Vec<Text>, Unreadable> {
+    if operation != Operation::Transcription {
+        return Ok(Vec::new());
+    }
+    let spans = scan::parts_named(body, content_type, "prompt").map_err(|_| Unreadable)?;
+    let text = |span: Range<usize>| {
+        std::str::from_utf8(&body[span.clone()]).map_err(|_| Unreadable)?;
+        Ok(Text { place: Place::PromptUser, channel: 0, turn: 0, span, is_json: false, is_raw: true })
+    };
+    spans.into_iter().filter(|span| !span.is_empty()).map(text).collect()
 }
 
 /// How many images and how many tools a request has.

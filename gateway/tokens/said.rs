@@ -7,7 +7,6 @@ use infergate_plugins::operation::Operation;
 
 use super::{Encoding, decoded};
 use crate::ending::ends;
-use crate::guard;
 use crate::text::{self, Place, Text};
 
 /// The beginning of an answer, as it came. Of a longer one, the rest is taken to have as many tokens a byte.
@@ -50,7 +49,7 @@ impl Said {
         for end in ends(&self.kept) {
             let event = &self.kept[read..end];
             read = end;
-            let Some(data) = guard::data(event) else { continue };
+            let Some(data) = text::data(event) else { continue };
             let data = &event[data];
             let Ok(told) = text::event(self.operation, data) else { continue };
             for part in told.texts.iter().filter(|part| told.is_part && !self.repeats(part)) {

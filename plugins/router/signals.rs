@@ -2,8 +2,6 @@
 //!
 //! All but the size are of what is asked now (the user's last message), and of a long one of its first and last 16 KiB.
 
-mod language;
-
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, AhoCorasickBuilder, AhoCorasickKind, MatchKind};
@@ -11,6 +9,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Answer, Choice, Router, Why, Wrong};
+use crate::language;
 use crate::prompt::Prompt;
 
 /// What can be counted.
@@ -49,7 +48,7 @@ impl Signals {
             turns: prompt.turns(),
             images: prompt.images,
             tools: prompt.tools,
-            language: language::guess(asked.iter().flat_map(|span| ends(span.text))),
+            language: language::told(asked.iter().flat_map(|span| ends(span.text))).map(|told| told.code),
             code: marks.code(),
             maths: marks.maths(),
             structured: prompt.structured || marks.forms > 0,
@@ -243,8 +242,8 @@ pub(super) fn build(config: &Config) -> Result<Rule, Wrong> {
     if !names_something(config) {
         return wrong("", "holds for every prompt: name at least one signal".into());
     }
-    if let Some(language) = config.languages.iter().flatten().find(|code| !language::KNOWN.contains(&code.as_str())) {
-        let known = language::KNOWN.join(", ");
+    if let Some(language) = config.languages.iter().flatten().find(|code| !language::known().contains(code.as_str())) {
+        let known = Vec::from_iter(language::known()).join(", ");
         return wrong(".languages", format!("{language} is none that can be guessed; those are {known}"));
     }
     if config.words.as_ref().is_some_and(|words| words.is_empty() || words.iter().any(|word| word.trim().is_empty())) {

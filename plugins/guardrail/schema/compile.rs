@@ -87,7 +87,8 @@ const SILENT: [&str; 16] = [
     "definitions",
 ];
 
-const DEPTH_MAX: usize = 32;
+/// As deep as subschemas stand in one another, a reference and what it names counted.
+const DEPTH_MAX: usize = 64;
 
 /// How much one schema may cost.
 #[derive(Clone, Copy, Debug)]
