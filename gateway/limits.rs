@@ -527,12 +527,6 @@ impl Limit {
         }
         Some(can)
     }
-
-    /// A threshold was passed: somebody is told.
-    fn warned(&self, whose: &str, passed: u8) {
-        self.meters.warned.inc();
-        tracing::warn!(limit = %self.name, whose, "{passed} % of {} are used", self.unit.spelt(self.max));
-    }
 }
 
 /// All levels are held while they are looked at, so that two requests never take the same rest, and a request that is
