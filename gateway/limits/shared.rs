@@ -96,7 +96,7 @@ enum Answer {
     /// It has them.
     Taken(Box<Reservation>, Counts),
     /// It has nothing.
-    Short(Holds, Counts),
+    Short(Box<Holds>, Counts),
 }
 
 type Counts = SmallVec<[Count; 4]>;
@@ -204,7 +204,7 @@ impl Shared {
                     reservation.standings = standings(&reservation.holds, &counts, request.now);
                     return Ok(Outcome::Reserved(Box::new((*reservation).of(request, output))));
                 }
-                Answer::Short(holds, counts) => (holds, counts),
+                Answer::Short(holds, counts) => (*holds, counts),
             };
             round += 1;
             match agreed(&mut holds, counts.iter_mut(), request, Way::Asked) {

@@ -471,7 +471,7 @@ fn hand_out(shared: &Arc<Shared>, mut batch: Batch, heard: Heard) {
         let counts: Counts =
             holds.iter().zip(levels).map(|(hold, (taken, before))| Count::told(span(hold), taken, before)).collect();
         if !fits {
-            let _gone = answer.send(Answer::Short(holds, counts));
+            let _gone = answer.send(Answer::Short(Box::new(holds), counts));
             continue;
         }
         for hold in &mut holds {
