@@ -12,6 +12,8 @@ use infergate::audit::record::{Attempt, AttemptList, Decision, Ending, Moment, R
 use infergate::identity;
 use infergate::money::Cached;
 use infergate::policy::{Policy, World, compile, prices};
+use infergate::pool::Wanted;
+use infergate::pool::score::Asked;
 use infergate::scan;
 use infergate::settings::Settings;
 use infergate::sse::Framer;
@@ -40,9 +42,14 @@ fn chat(bytes: usize) -> Bytes {
 }
 
 fn policy(upstreams: usize) -> Policy {
+    policy_with(upstreams, "")
+}
+
+/// The same with more under the pool.
+fn policy_with(upstreams: usize, more: &str) -> Policy {
     let urls: String = (0..upstreams).map(|n| format!("      - url: http://127.0.0.1:{}\n", 10_000 + n)).collect();
     let text = format!(
-        "version: 1\nmodels:\n  - {{name: 'llama-*', pool: p}}\n  - {{name: llama-3, pool: p}}\npools:\n  p:\n    upstreams:\n{urls}"
+        "version: 1\nmodels:\n  - {{name: 'llama-*', pool: p}}\n  - {{name: llama-3, pool: p}}\npools:\n  p:\n    upstreams:\n{urls}{more}"
     );
     let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
     match compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)) {
@@ -134,7 +141,18 @@ fn picks(criterion: &mut Criterion) {
         let policy = policy(upstreams);
         let pool = &policy.pools["p"];
         group.bench_function(format!("of {upstreams}"), |bencher| {
-            bencher.iter(|| pool.pick(Operation::Chat, &[], black_box(Instant::now())).is_some());
+            bencher.iter(|| pool.pick(&Wanted::of(Operation::Chat), &[], black_box(Instant::now())).is_some());
+        });
+    }
+    for upstreams in [5, 25, 100] {
+        let policy = policy_with(upstreams, "    balance: expected_time\n");
+        let pool = &policy.pools["p"];
+        let wanted =
+            Wanted { asked: Asked { prompt: 6_000, output: 200, key: 7, turn: 0 }, ..Wanted::of(Operation::Chat) };
+        let allocated = allocation_counter::measure(|| drop(pool.pick(&wanted, &[], Instant::now())));
+        assert_eq!(allocated.count_total, 0, "a choice among {upstreams} allocates");
+        group.bench_function(format!("by expected time of {upstreams}"), |bencher| {
+            bencher.iter(|| pool.pick(black_box(&wanted), &[], black_box(Instant::now())).is_some());
         });
     }
     group.finish();
@@ -204,7 +222,7 @@ fn parts() -> (Trace, [Decision; 3], [Attempt; 1], Moment) {
     ];
     let (policy, began) = (policy(1), Instant::now());
     let pool = &policy.pools["p"];
-    let Some(picked) = pool.pick(Operation::Chat, &[], began) else { panic!("nothing to pick") };
+    let Some(picked) = pool.pick(&Wanted::of(Operation::Chat), &[], began) else { panic!("nothing to pick") };
     let mut attempt = Attempt::begin(pool, &picked, 1024, 1);
     attempt.head = Some((Instant::now(), 200));
     attempt.end(Ending::Answered, None);

@@ -320,6 +320,7 @@ impl Admin {
                     in_flight: endpoint.in_flight(),
                     healthy: endpoint.healthy(),
                     breaker: breaker_level(endpoint, now),
+                    work: pool.balance.weighs().then(|| endpoint.load.levels(now)),
                 }));
             }
         }

@@ -8,10 +8,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH};
+use http::response::Parts;
 use infergate_plugins::provider::Reason;
 
 use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
+use crate::headers::{self, set};
+use crate::hedge::{self, Race};
 use crate::house::House;
 use crate::identity;
 use crate::limits::standing;
@@ -22,13 +26,15 @@ use crate::policy::file::Cause;
 use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
-use crate::pool::{Picked, Pool, Upstream};
+use crate::pool::score::Balance;
+use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
+use crate::weighing::{self, Weight};
 
 /// The longest pause that an upstream's `Retry-After` can ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
@@ -46,7 +52,7 @@ pub struct Asked<'a> {
 }
 
 /// What one attempt came to, where that is no answer to pass on.
-struct Miss {
+pub struct Miss {
     cause: Option<Cause>,
     refusal: Refusal,
     /// Whether the same pool is to be asked again; its budget has paid for it then.
@@ -94,7 +100,7 @@ impl Miss {
 
 impl Planned {
     /// One number bounds all attempts of a request, on whatever pools.
-    fn attempts_max(&self) -> u32 {
+    pub fn attempts_max(&self) -> u32 {
         self.route.stages[0].pool.retry.attempts
     }
 
@@ -114,21 +120,30 @@ async fn ask_stage<'a>(
     rest: &[&Stage],
 ) -> Result<Outcome<'a>, Stop> {
     let pool = &*stage.pool;
-    let permit = match enter(exchange, downstream, planned, pool).await? {
+    let permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Ok(Outcome::Missed(miss)),
     };
     queued(exchange, pool);
     pool.state.retries.request(exchange.times.queued);
+    if pool.hedge.is_some() {
+        pool.state.hedges.request(exchange.times.queued);
+    }
     let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
+    let weight = Weight::of(exchange, planned, stage);
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, now) else {
+        let Some(mut picked) = weight.pick(exchange, planned, stage, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));
         };
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
         tried.push(picked.endpoint.clone());
-        match attempt(house, exchange, downstream, planned, stage, rest, &picked).await? {
-            Ok(answer) => return Ok(Outcome::Answered(Asked { answer, picked, permit, stage })),
+        let hedge = (&weight, &mut tried);
+        match attempt(house, exchange, downstream, planned, stage, rest, &mut picked, hedge).await? {
+            Ok(answer) => {
+                let began = exchange.attempts.last().map_or(now, |attempt| attempt.began);
+                weight.begins(stage, &mut picked, &answer, began);
+                return Ok(Outcome::Answered(Asked { answer, picked, permit, stage }));
+            }
             // What is drained for a client that has left is not tried again.
             Err(_) if downstream.is_mute() => return Err(Stop::Gone),
             Err(miss) if !miss.again => return Ok(Outcome::Missed(miss)),
@@ -155,14 +170,15 @@ async fn enter(
     exchange: &Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
-    pool: &Pool,
+    stage: &Stage,
 ) -> Result<Result<Permit, Miss>, Stop> {
+    let pool = &stage.pool;
     let mut parameters = pool.concurrency;
     let level = planned.priority.map_or(0, |priority| priority.level);
     if let Some(ms) = planned.priority.and_then(|priority| priority.queue_ms) {
         parameters.wait = Duration::from_millis(ms);
     }
-    let entering = pool.state.queue.enter(parameters, level);
+    let entering = pool.state.queue.enter(parameters, weighing::claim(exchange, planned, stage, level));
     let entered = waiting(downstream, exchange, planned).until(planned.total, entering).await;
     let (code, message, after) = match entered {
         Ok(Ok(permit)) => return Ok(Ok(permit)),
@@ -221,33 +237,40 @@ async fn back_off(
     }
 }
 
-/// One attempt: an answer to pass on, or why there is none.
-async fn attempt(
+/// One attempt: an answer to pass on, or why there is none. Where the pool hedges, another endpoint may be asked beside
+/// the one that was `picked`, and takes its place if it begins first.
+#[allow(clippy::too_many_arguments, reason = "what a request is, and what is asked for it")]
+async fn attempt<'a>(
     house: &House,
     exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
-    stage: &Stage,
+    stage: &'a Stage,
     rest: &[&Stage],
-    picked: &Picked<'_>,
+    picked: &mut Picked<'a>,
+    (weight, tried): (&Weight, &mut Vec<Arc<Endpoint>>),
 ) -> Result<Result<Answer, Miss>, Stop> {
+    let order = begin(exchange, downstream, planned, stage, picked);
+    let asked = match (order, hedge::delay(exchange, planned, stage)) {
+        (Err(failure), _) => Err(failure),
+        (Ok(order), None) => {
+            let mut waits = waiting(downstream, exchange, planned);
+            waits.drain = drain(exchange);
+            relay::ask(&house.connections, &picked.endpoint.target, &order, &mut waits).await
+        }
+        (Ok(order), Some(delay)) => {
+            let race = Race { house, planned, stage, weight };
+            Box::pin(race.run(exchange, downstream, picked, tried, (order, delay))).await
+        }
+    };
     let target = &picked.endpoint.target;
-    let body = body_for(exchange, planned, stage, picked.upstream);
-    let path = [&*picked.upstream.path, &planned.identified.path].concat();
-    exchange.attempt_begins(&stage.pool, picked, body.len());
-    let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
-    let order = Order::new(target, &head, &body, planned.streaming, &stage.pool.timeouts);
     let mut waits = waiting(downstream, exchange, planned);
     waits.drain = drain(exchange);
-    let asked = match order {
-        Ok(order) => relay::ask(&house.connections, target, &order, &mut waits).await,
-        Err(failure) => Err(failure),
-    };
     let mut answer = match asked {
         Ok(answer) => answer,
         Err(failure) => {
             let mut miss = failed(exchange, planned, stage, picked, failure)?;
-            miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
+            miss.again = may_retry(exchange, planned, &stage.pool, rest, miss.cause) && granted(&stage.pool);
             return Ok(Err(miss));
         }
     };
@@ -264,7 +287,7 @@ async fn attempt(
     let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
-    let again = may_retry(exchange, planned, &stage.pool, Some(cause)) && granted(&stage.pool);
+    let again = may_retry(exchange, planned, &stage.pool, rest, Some(cause)) && granted(&stage.pool);
     let miss = Miss { cause: Some(cause), refusal, again };
     if !again && !may_fall_back(exchange, planned, rest, cause) && !downstream.head_sent() {
         // The upstream's own error says more than ours would.
@@ -276,17 +299,39 @@ async fn attempt(
     Ok(Err(miss))
 }
 
+/// What `picked` is asked; the attempt is on the record from here on.
+pub fn begin<'a>(
+    exchange: &mut Exchange,
+    downstream: &Downstream,
+    planned: &Planned,
+    stage: &'a Stage,
+    picked: &Picked<'_>,
+) -> Result<Order<'a>, Failure> {
+    let body = body_for(exchange, planned, stage, picked.upstream);
+    let path = [&*picked.upstream.path, &planned.identified.path].concat();
+    exchange.attempt_begins(&stage.pool, picked, body.len());
+    if let Some(choice) = &picked.choice {
+        let balance = stage.pool.balance;
+        let unit = if balance == Balance::ExpectedTime { " s" } else { "" };
+        let (rule, name) = (stage.pool.name.clone(), picked.upstream.name.to_str().unwrap_or_default());
+        let why = format!("{} {}", balance.name(), choice.why(unit));
+        exchange.decide("replica", &rule, name.to_owned(), why);
+    }
+    let head = request_head(exchange, planned, picked.upstream, downstream.head(), &path, Some(body.len()));
+    Order::new(&picked.endpoint.target, &head, body, planned.streaming, &stage.pool.timeouts)
+}
+
 /// The name of the model that answers.
 pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
     let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
-    stage.other_name(upstream).or_else(asked).unwrap_or_default()
+    stage.other_name(upstream, exchange.named()).or_else(asked).unwrap_or_default()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
 /// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
 /// question of what a stream used where the policy wants to know and the client does not.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
+    let name = stage.other_name(upstream, exchange.named()).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
     edits.extend(planned.parameter_edits.iter().chain(&planned.guard_edits).cloned());
     if let Some(max) = planned.output_max {
@@ -365,7 +410,7 @@ fn pause(text: &str, now: SystemTime) -> Option<Duration> {
 }
 
 /// An attempt that gave no answer: what it tells about the upstream, and how it is told to the client.
-fn failed(
+pub fn failed(
     exchange: &mut Exchange,
     planned: &Planned,
     stage: &Stage,
@@ -433,9 +478,12 @@ fn failed(
     Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
 }
 
-fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
-    let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
-    listed && exchange.attempt_count() < planned.attempts_max() && pool.available(Instant::now())
+/// Whether the same pool may be asked again: an attempt is kept for every pool behind it that could help.
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, rest: &[&Stage], cause: Option<Cause>) -> bool {
+    let Some(cause) = cause.filter(|cause| pool.retry.on.contains(cause)) else { return false };
+    let now = Instant::now();
+    let kept = rest.iter().filter(|next| next.on.contains(&cause) && next.pool.available(now)).count() as u32;
+    exchange.attempt_count() + kept < planned.attempts_max() && pool.available(now)
 }
 
 fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
@@ -454,48 +502,53 @@ fn granted(pool: &Pool) -> bool {
 }
 
 /// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the client
-/// can use put on.
+/// can use put on. Names of headers leave in lower case: keeping the case of each would cost a second map.
 pub fn head_for_client(
-    mut head: Box<AnswerHead>,
+    head: AnswerHead,
     first_at: Instant,
     is_event_stream: bool,
     upstream: &Upstream,
     exchange: &Exchange,
     stage: &Stage,
-) -> Result<Box<AnswerHead>, Refusal> {
-    let model = model_at(exchange, stage, upstream);
+) -> Result<Parts, Refusal> {
+    let mut head = Parts::from(head);
+    let to = &mut head.headers;
     // Nearly always none.
-    if head.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
-        HOP_BY_HOP.iter().for_each(|name| _ = head.remove_header(name));
+    if to.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        HOP_BY_HOP.iter().for_each(|name| _ = to.remove(name));
     }
-    if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
-        local::set(&mut head, "x-upstream-request-id", theirs)?;
+    if stage.pool.load.headers {
+        to.remove(told::TELLS);
+    }
+    if let Some(theirs) = to.remove(headers::REQUEST_ID) {
+        set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
     if is_event_stream {
-        head.remove_header(&http::header::CONTENT_LENGTH);
-        local::set(&mut head, "Cache-Control", "no-cache")?;
-        local::set(&mut head, "x-accel-buffering", "no")?;
+        to.remove(CONTENT_LENGTH);
+        set(to, CACHE_CONTROL, "no-cache")?;
+        set(to, headers::ACCEL_BUFFERING, "no")?;
     }
-    local::identify(&mut head, exchange)?;
+    local::identify(to, exchange)?;
+    let model = model_at(exchange, stage, upstream);
     // A name that no header can carry is not told.
     if model.is_ascii() {
-        let _ = local::set(&mut head, "x-infergate-model", model);
+        let _ = set(to, headers::MODEL, model);
     }
     if let Some(Chosen { by, model }) = &exchange.chosen {
-        let _ = local::set(&mut head, "x-infergate-route", format!("{by}={model}"));
+        let _ = set(to, headers::ROUTE, format!("{by}={model}"));
     }
-    standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
+    standing::tell(to, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     if exchange.policy.requests.name_upstream {
-        local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
+        set(to, headers::UPSTREAM, upstream.name.clone())?;
     }
-    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempt_count()))?;
+    set(to, headers::ATTEMPTS, u64::from(exchange.attempt_count()))?;
     let now = Instant::now();
     if exchange.policy.requests.server_timing {
-        local::set(&mut head, "server-timing", timing(exchange, first_at, now))?;
+        set(to, headers::SERVER_TIMING, timing(exchange, first_at, now))?;
     }
     if exchange.policy.requests.overhead {
         let own = exchange.overhead(first_at, now).as_micros();
-        local::set(&mut head, "x-infergate-overhead-us", own as u64)?;
+        set(to, headers::OVERHEAD_US, own as u64)?;
     }
     Ok(head)
 }
@@ -520,14 +573,15 @@ pub async fn tunnel(
 ) -> Result<(), Stop> {
     let stage = &planned.route.stages[0];
     let pool = &*stage.pool;
-    let _permit = match enter(exchange, downstream, planned, pool).await? {
+    let _permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
     queued(exchange, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
-        let Some(picked) = pool.pick(planned.identified.surface.operation, &tried, Instant::now()) else {
+        let operation = planned.identified.surface.operation;
+        let Some(picked) = pool.pick(&Wanted::of(operation), &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
         tried.push(picked.endpoint.clone());
@@ -568,7 +622,7 @@ pub async fn tunnel(
             Err(failure) => {
                 let miss = failed(exchange, planned, stage, &picked, failure)?;
                 if miss.cause != Some(Cause::Connect)
-                    || !may_retry(exchange, planned, pool, miss.cause)
+                    || !may_retry(exchange, planned, pool, &[], miss.cause)
                     || !granted(pool)
                 {
                     return Err(miss.refusal.into());

@@ -4,20 +4,22 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | [`pipeline`], [`failover`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
+//! | [`pipeline`], [`failover`], [`hedge`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
-//! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
+//! | [`scan`], [`sse`], [`usage`], [`tokens`] | the one look at a body; the frame of an event stream; the tokens that an answer used, as it says and as they are counted |
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
 //! | [`routers`], [`text`] | models that are chosen by what is asked; where the texts of requests and answers stand |
-//! | [`pool`], [`state`], [`house`] | upstreams and their levels; what outlives a reload; what lives as long as the process |
+//! | [`pool`], [`weighing`], [`state`], [`house`] | upstreams and their levels; what a request is to them; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
 //! | [`ledger`] | what was spent, by whom and when: folded from the journal |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
+//! | [`compatible`] | paths and headers of another gateway, where the policy wants them |
+//! | [`import`] | another gateway's configuration becomes a policy |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
@@ -26,6 +28,7 @@ pub mod answering;
 pub mod audit;
 pub mod certificate;
 pub mod cli;
+pub mod compatible;
 pub mod decimal;
 pub mod discover;
 pub mod egress;
@@ -33,9 +36,12 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+pub mod headers;
+pub mod hedge;
 pub mod hex;
 pub mod house;
 pub mod identity;
+pub mod import;
 pub mod issuers;
 pub mod judging;
 pub mod ledger;
@@ -61,4 +67,6 @@ pub mod surface;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod tokens;
 pub mod usage;
+pub mod weighing;

@@ -1,12 +1,19 @@
 //! Pools of upstreams: which one a request goes to, and what its fate tells about the others.
 
 pub mod breaker;
+pub mod choose;
+pub mod load;
 pub mod origin;
+pub mod prefix;
 pub mod queue;
 pub mod retry;
+pub mod score;
+pub mod told;
 pub mod watch;
+pub mod worked;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use http::{HeaderName, HeaderValue};
@@ -15,9 +22,13 @@ use infergate_plugins::provider::Provider;
 use prometheus_client::metrics::counter::Counter;
 
 use self::breaker::State as BreakerState;
-use self::origin::{Endpoint, InFlight, OriginState};
+pub use self::choose::{Choice, Wanted};
+use self::load::{FirstTokens, Paces, Work};
+use self::origin::{Endpoint, OriginState};
+use self::prefix::Prefixes;
+use self::score::Balance;
 use crate::policy::file;
-use crate::telemetry::AttemptCounters;
+use crate::telemetry::{AttemptCounters, HedgeCounters};
 
 /// A pool as the policy means it.
 #[derive(Debug)]
@@ -38,6 +49,14 @@ pub struct Pool {
     pub concurrency: queue::Parameters,
     /// How long a joining endpoint takes to get its full share.
     pub slow_start: Duration,
+    /// How one of its endpoints is chosen.
+    pub balance: Balance,
+    /// What engines are asked of their load.
+    pub load: file::Load,
+    /// When a second endpoint is asked beside a slow one.
+    pub hedge: Option<file::Hedge>,
+    /// Who has read which prompt, where the balance asks for that.
+    pub prefixes: Option<Arc<Prefixes>>,
     /// The levels, which outlive this policy.
     pub state: Arc<PoolState>,
 }
@@ -78,6 +97,18 @@ pub struct PoolState {
     pub retries: retry::Budget,
     /// Retries that the budget refused.
     pub retries_refused: Counter,
+    /// How fast its endpoints usually are.
+    pub paces: Paces,
+    /// How long its first tokens take.
+    pub first_tokens: FirstTokens,
+    /// How long its answers take that come as a whole.
+    pub whole_answers: FirstTokens,
+    /// The budget of what is asked twice at once.
+    pub hedges: retry::Budget,
+    /// What became of that.
+    pub hedged: HedgeCounters,
+    /// Counts the requests that were placed.
+    pub turns: AtomicU64,
 }
 
 /// A picked endpoint, counted as in flight until dropped.
@@ -87,18 +118,33 @@ pub struct Picked<'a> {
     pub upstream: &'a Upstream,
     /// The address.
     pub endpoint: Arc<Endpoint>,
-    _in_flight: InFlight,
+    /// Its share of what the endpoint has to do.
+    pub work: Work,
+    /// What it was chosen from, where the pool's balance judges all endpoints.
+    pub choice: Option<Choice<'a>>,
 }
 
 impl Pool {
-    /// Picks an endpoint that can do `operation`: the less busy of two drawn by weight, near ones first, none of
-    /// `tried` as long as there is another.
-    pub fn pick(&self, operation: Operation, tried: &[Arc<Endpoint>], now: Instant) -> Option<Picked<'_>> {
+    /// Picks an endpoint that can do what is wanted, as the pool's balance says: near ones first, none of `tried` as
+    /// long as there is another.
+    pub fn pick(&self, wanted: &Wanted<'_>, tried: &[Arc<Endpoint>], now: Instant) -> Option<Picked<'_>> {
         let fresh = |endpoint: &Arc<Endpoint>| !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
-        let can = |upstream: &Upstream| upstream.provider.serves(operation);
-        self.draw(now, |upstream, endpoint| upstream.near && can(upstream) && fresh(endpoint))
-            .or_else(|| self.draw(now, |upstream, endpoint| !upstream.near && can(upstream) && fresh(endpoint)))
-            .or_else(|| if tried.is_empty() { None } else { self.draw(now, |upstream, _| can(upstream)) })
+        let can = |upstream: &Upstream| upstream.provider.serves(wanted.operation);
+        self.one(wanted, now, |upstream, endpoint| upstream.near && can(upstream) && fresh(endpoint))
+            .or_else(|| self.one(wanted, now, |upstream, endpoint| !upstream.near && can(upstream) && fresh(endpoint)))
+            .or_else(|| if tried.is_empty() { None } else { self.one(wanted, now, |upstream, _| can(upstream)) })
+    }
+
+    fn one(
+        &self,
+        wanted: &Wanted<'_>,
+        now: Instant,
+        fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool,
+    ) -> Option<Picked<'_>> {
+        match self.balance {
+            Balance::P2c => self.draw(now, fits),
+            _ => self.choose(wanted, now, fits),
+        }
     }
 
     /// Whether any upstream can do `operation` at all.
@@ -141,8 +187,9 @@ impl Pool {
         // A half-open breaker lets one request through; where that was another one, the second is taken.
         drawn.into_iter().flatten().find(|drawn| drawn.endpoint.breaker.admit(now)).map(|drawn| Picked {
             upstream: drawn.upstream,
-            _in_flight: drawn.endpoint.enter(),
+            work: Work::begin(&drawn.endpoint, None, &self.state.paces, now),
             endpoint: drawn.endpoint,
+            choice: None,
         })
     }
 }

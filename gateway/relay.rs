@@ -27,7 +27,7 @@ use pingora::server::ShutdownWatch;
 use crate::house::House;
 use crate::pipeline;
 
-pub use attempt::{Answer, Failure, Order, Rest, ask, fetch};
+pub use attempt::{Answer, Failure, Order, Rest, ask, fetch, fetch_until};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
 pub use stream::{Pace, Passed, Reading, Tally, WholeFault, pass_on, redacted, whole};

@@ -64,10 +64,27 @@ impl Field {
     }
 }
 
+/// What a model's template is made of, in the order in which templates have it: what salts the engine's cache, what
+/// changes the template itself, tools, the system's words, and all that is said.
+const TEMPLATE: [&str; 10] = [
+    "cache_salt",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "tools",
+    "system",
+    "instructions",
+    "prompt",
+    "inputs",
+    "input",
+    "messages",
+];
+
 /// Where a body's deciding fields stand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
     spans: [Option<Range<usize>>; FIELDS.len()],
+    /// Where the values of [`TEMPLATE`] stand; empty where there is none.
+    template: [Range<usize>; TEMPLATE.len()],
     /// Whether the values are JSON (quoted, escaped) or a form's raw text.
     raw: bool,
 }
@@ -128,6 +145,13 @@ impl Scan {
     /// Where `field`'s value stands, if the body has it.
     pub fn span(&self, field: Field) -> Option<Range<usize>> {
         self.spans[field as usize].clone()
+    }
+
+    /// What the model reads, in the order in which its template has it: the name of each field, and its value as it
+    /// stands in the body.
+    pub fn template<'a>(&self, body: &'a [u8]) -> impl Iterator<Item = (&'static str, &'a [u8])> {
+        let values = self.template.clone().into_iter().map(|span| body.get(span).unwrap_or_default());
+        TEMPLATE.into_iter().zip(values).filter(|(_, value)| !value.is_empty())
     }
 
     /// The model's name. A JSON `null` counts as absent.
@@ -207,6 +231,12 @@ impl Scan {
             Some(_) => Err(Fault::Twice(field)),
         }
     }
+
+    fn put_template(&mut self, key: &[u8], span: Range<usize>) {
+        if let Some(place) = TEMPLATE.iter().position(|name| name.as_bytes() == key) {
+            self.template[place] = span;
+        }
+    }
 }
 
 /// A JSON string token's text, without a copy where it has no escape.
@@ -224,16 +254,22 @@ pub struct Edit {
     pub text: String,
 }
 
-/// The body with `edits` made, every other byte as it was. The edits do not overlap.
+/// The body with `edits` made, every other byte as it was. The edits do not overlap. Where two put something at one place,
+/// they put members into one object, each as if it were alone there.
 pub fn splice(body: &Bytes, edits: &mut [Edit]) -> Bytes {
     if edits.is_empty() {
         return body.clone();
     }
     edits.sort_by_key(|edit| edit.span.start);
-    let grown: usize = edits.iter().map(|edit| edit.text.len()).sum();
+    let grown: usize = edits.iter().map(|edit| edit.text.len() + 1).sum();
     let mut out = BytesMut::with_capacity(body.len() + grown);
     let mut at = 0;
+    let mut lacks_comma = None;
     for edit in edits {
+        if lacks_comma == Some(edit.span.start) && edit.span.is_empty() {
+            out.extend_from_slice(b",");
+        }
+        lacks_comma = (edit.span.is_empty() && !edit.text.ends_with(',')).then_some(edit.span.start);
         out.extend_from_slice(&body[at..edit.span.start]);
         out.extend_from_slice(edit.text.as_bytes());
         at = edit.span.end;
@@ -302,9 +338,29 @@ mod tests {
     }
 
     #[test]
+    fn what_a_model_reads_is_told_in_the_order_of_its_template() {
+        let body = br#"{"messages":[{"tools":1}], "n":1, "tools" : [2] ,"cache_salt":"s","model":"m"}"#;
+        let told: Vec<_> = json(body).unwrap().template(body).collect();
+        let expected: [(&str, &[u8]); 3] =
+            [("cache_salt", b"\"s\""), ("tools", b"[2]"), ("messages", br#"[{"tools":1}]"#)];
+        assert_eq!(told, expected);
+    }
+
+    #[test]
     fn no_edit_is_the_same_memory() {
         let body = Bytes::from_static(b"{}");
         assert_eq!(splice(&body, &mut []).as_ptr(), body.as_ptr());
+    }
+
+    #[test]
+    fn two_that_each_put_a_first_member_into_one_object_leave_it_an_object() {
+        let first = |text: &str| Edit { span: 1..1, text: text.to_owned() };
+        let spliced = |body: &'static str, edits: &mut [Edit]| splice(&Bytes::from_static(body.as_bytes()), edits);
+        let alone = [first("\"user\":1"), first("\"max_tokens\":7"), first("\"seed\":3")];
+        assert_eq!(spliced("{}", &mut alone.clone()), r#"{"user":1,"max_tokens":7,"seed":3}"#);
+        assert_eq!(spliced("{ }", &mut alone[..2].to_vec()), r#"{"user":1,"max_tokens":7 }"#);
+        let more = [first("\"user\":1,"), first("\"max_tokens\":7,")];
+        assert_eq!(spliced(r#"{"n":1}"#, &mut more.clone()), r#"{"user":1,"max_tokens":7,"n":1}"#);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! The policy carries parameters and this carries levels, so a reload resets nobody's breaker, queue or count.
 //! Every map here is swept of what no policy names any more.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
 use dashmap::DashMap;
@@ -14,7 +14,9 @@ use crate::issuers::Kept;
 use crate::limits::density::Density;
 use crate::limits::{self, Levels};
 use crate::pool::PoolState;
+use crate::pool::load::{FirstTokens, Paces};
 use crate::pool::origin::{Origin, OriginState};
+use crate::pool::prefix::{self, Prefixes};
 use crate::pool::queue::Queue;
 use crate::pool::retry::Budget;
 use crate::routers::conversations::Conversations;
@@ -26,6 +28,7 @@ pub struct State {
     origins: DashMap<Origin, Arc<OriginState>>,
     pools: DashMap<String, Arc<PoolState>>,
     densities: DashMap<String, Arc<Density>>,
+    prefixes: OnceLock<Arc<Prefixes>>,
     /// Which models conversations have.
     pub conversations: Arc<Conversations>,
     /// What limits have counted.
@@ -44,6 +47,7 @@ impl State {
             origins: DashMap::new(),
             pools: DashMap::new(),
             densities: DashMap::new(),
+            prefixes: OnceLock::new(),
             conversations: Arc::default(),
             limits: Levels::default(),
             key_sets: DashMap::new(),
@@ -64,6 +68,12 @@ impl State {
             queue: Arc::new(Queue::default()),
             retries: Budget::new(now),
             retries_refused: telemetry.retries_refused(name),
+            paces: Paces::default(),
+            first_tokens: FirstTokens::default(),
+            whole_answers: FirstTokens::default(),
+            hedges: Budget::new(now),
+            hedged: telemetry.hedges(name),
+            turns: AtomicU64::new(0),
         };
         self.pools.entry(name.to_owned()).or_insert_with(|| Arc::new(fresh())).clone()
     }
@@ -71,6 +81,11 @@ impl State {
     /// What has been learned of a model's tokens.
     pub fn density(&self, model: &str) -> Arc<Density> {
         self.densities.entry(model.to_owned()).or_default().clone()
+    }
+
+    /// Who has read which prompt; made when the first pool asks for it.
+    pub fn prefixes(&self) -> Arc<Prefixes> {
+        self.prefixes.get_or_init(|| Arc::new(Prefixes::new(prefix::CAPACITY, fastrand::u64(..)))).clone()
     }
 
     /// The keys of an issuer, old ones or none yet.

@@ -41,8 +41,8 @@ use self::spent::Spent;
 pub use self::spent::SpentMeters;
 use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
-use crate::policy::Route;
 use crate::policy::file::OnStoreError;
+use crate::policy::{Route, Tenant};
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
@@ -98,6 +98,12 @@ struct EndpointLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct HedgeLabels {
+    pool: String,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct HashLabels {
     hash: String,
 }
@@ -123,6 +129,19 @@ pub struct AttemptCounters {
     pub broken: Counter,
 }
 
+/// What became of asking a second endpoint beside a slow one, in one pool.
+#[derive(Clone, Debug)]
+pub struct HedgeCounters {
+    /// The second one began first.
+    pub won: Counter,
+    /// The first one did after all.
+    pub lost: Counter,
+    /// The budget did not allow it.
+    pub refused: Counter,
+    /// Prompt tokens that losers were given to read.
+    pub tokens: Counter,
+}
+
 /// The words for the fields of [`AttemptCounters`], in their order.
 const RESULTS: [&str; 8] = ["answered", "connect", "reset", "timeout", "status", "stale", "cancelled", "broken"];
 
@@ -145,11 +164,16 @@ pub struct Telemetry {
     attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
     admin_denied: Family<WhyLabels, Counter>,
     retries_refused: Family<PoolLabels, Counter>,
+    hedges: Family<HedgeLabels, Counter>,
+    hedge_tokens: Family<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
     endpoint_in_flight: Family<EndpointLabels, Gauge>,
     endpoint_healthy: Family<EndpointLabels, Gauge>,
     endpoint_breaker: Family<EndpointLabels, Gauge>,
+    endpoint_prefill: Family<EndpointLabels, Gauge>,
+    endpoint_streams: Family<EndpointLabels, Gauge>,
+    endpoint_prefill_rate: Family<EndpointLabels, Gauge<f64, AtomicU64>>,
     policy_hash: Family<HashLabels, Gauge>,
     policy_revision: Gauge,
     policy_age: Gauge<f64, AtomicU64>,
@@ -188,6 +212,9 @@ pub struct EndpointLevel {
     pub healthy: bool,
     /// 0 closed, 1 half open, 2 open.
     pub breaker: i64,
+    /// Prompt tokens that it has to read, answers that it writes, prompt tokens that it reads a second; where its pool
+    /// weighs them.
+    pub work: Option<(u32, u32, f32)>,
 }
 
 fn histogram() -> Histogram {
@@ -241,11 +268,16 @@ impl Telemetry {
             attempted: Mutex::default(),
             admin_denied: Family::default(),
             retries_refused: Family::default(),
+            hedges: Family::default(),
+            hedge_tokens: Family::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
             endpoint_in_flight: Family::default(),
             endpoint_healthy: Family::default(),
             endpoint_breaker: Family::default(),
+            endpoint_prefill: Family::default(),
+            endpoint_streams: Family::default(),
+            endpoint_prefill_rate: Family::default(),
             policy_hash: Family::default(),
             policy_revision: Gauge::default(),
             policy_age: Gauge::default(),
@@ -279,12 +311,18 @@ impl Telemetry {
         registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
         registry.register("admin_denied", "Requests on the admin port that were not let in", t.admin_denied.clone());
         registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
+        registry.register("hedges", "Second endpoints asked beside slow ones", t.hedges.clone());
+        registry.register("hedge_tokens", "Prompt tokens given to those that lost", t.hedge_tokens.clone());
         registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
         registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
         registry.register("pool_waiting", "Requests in a pool's queue", t.pool_waiting.clone());
         registry.register("endpoint_in_flight", "Requests on an endpoint", t.endpoint_in_flight.clone());
         registry.register("endpoint_healthy", "1 if the health checks are good", t.endpoint_healthy.clone());
         registry.register("endpoint_breaker", "0 closed, 1 half open, 2 open", t.endpoint_breaker.clone());
+        registry.register("endpoint_prefill_tokens", "Prompt tokens to be read", t.endpoint_prefill.clone());
+        registry.register("endpoint_streams", "Answers that are being written", t.endpoint_streams.clone());
+        let learned = t.endpoint_prefill_rate.clone();
+        registry.register("endpoint_prefill_rate", "Prompt tokens that it reads a second, as learned", learned);
         registry.register("policy_info", "1 for the policy in force", t.policy_hash.clone());
         registry.register("policy_revision", "Counts the policies since the start", t.policy_revision.clone());
         registry.register_with_unit("policy_age", "Since the policy was loaded", Unit::Seconds, t.policy_age.clone());
@@ -317,6 +355,13 @@ impl Telemetry {
         if let Some(route) = route {
             self.genai.finished(record, surface.operation, route);
             self.spent.finished(record, &route.spent, || self.genai.model(&route.model.name));
+        }
+    }
+
+    /// A request of `tenant` is over: where its cost is measured, that is counted.
+    pub fn spent_by(&self, record: &Record<'_>, tenant: &Tenant, route: Option<&Route>) {
+        if let (Some(cost), Some(route)) = (record.cost.filter(|_| tenant.is_measured), route) {
+            self.spent.by(tenant.name.clone(), self.genai.model(&route.model.name), cost.nanousd);
         }
     }
 
@@ -426,6 +471,13 @@ impl Telemetry {
         self.retries_refused.get_or_create_owned(&PoolLabels { pool: pool.to_owned() })
     }
 
+    /// The counters of one pool's hedges, to be kept with it.
+    pub fn hedges(&self, pool: &str) -> HedgeCounters {
+        let of = |result| self.hedges.get_or_create_owned(&HedgeLabels { pool: pool.to_owned(), result });
+        let tokens = self.hedge_tokens.get_or_create_owned(&PoolLabels { pool: pool.to_owned() });
+        HedgeCounters { won: of("won"), lost: of("lost"), refused: of("refused"), tokens }
+    }
+
     /// A policy came into force.
     pub fn policy_loaded(&self, revision: u64, hash: &str) {
         self.policy_hash.clear();
@@ -457,9 +509,9 @@ impl Telemetry {
             self.pool_in_flight.get_or_create(&labels).set(i64::from(*in_flight));
             self.pool_waiting.get_or_create(&labels).set(*waiting as i64);
         }
-        for family in [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker] {
-            family.clear();
-        }
+        let families = [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker];
+        families.into_iter().chain([&self.endpoint_prefill, &self.endpoint_streams]).for_each(Family::clear);
+        self.endpoint_prefill_rate.clear();
         for level in endpoints {
             let labels = EndpointLabels {
                 pool: level.pool.clone(),
@@ -469,6 +521,11 @@ impl Telemetry {
             self.endpoint_in_flight.get_or_create(&labels).set(i64::from(level.in_flight));
             self.endpoint_healthy.get_or_create(&labels).set(i64::from(level.healthy));
             self.endpoint_breaker.get_or_create(&labels).set(level.breaker);
+            if let Some((prefill, streams, rate)) = level.work {
+                self.endpoint_prefill.get_or_create(&labels).set(i64::from(prefill));
+                self.endpoint_streams.get_or_create(&labels).set(i64::from(streams));
+                self.endpoint_prefill_rate.get_or_create(&labels).set(f64::from(rate));
+            }
         }
         self.forget_upstreams();
         self.body_bytes.set(i64::try_from(body_bytes).unwrap_or(i64::MAX));

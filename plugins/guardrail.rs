@@ -21,6 +21,65 @@
 //! - A schema is held against what stands there: `format` says nothing, and nobody looks whether what is right is true.
 //! - Rules that are found to be wrong on some text cannot be excused for it here: write an `allow` list or use
 //!   `mode: monitor` first.
+//!
+//! # A whole plugin
+//!
+//! Three exclamation marks in a row. It is asked again and again while a text comes in, and says how far it has decided:
+//! what may still become a match waits.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use infergate_plugins::guardrail::{Finder, Found, Search, Window};
+//!
+//! #[derive(Debug)]
+//! struct Shouting {
+//!     /// Its place in the policy's list.
+//!     rule: usize,
+//! }
+//!
+//! impl Finder for Shouting {
+//!     fn begin(self: Arc<Self>) -> Box<dyn Search> {
+//!         Box::new(Listening { rule: self.rule, at: 0 })
+//!     }
+//!
+//!     fn hold_max(&self) -> usize {
+//!         2
+//!     }
+//! }
+//!
+//! struct Listening {
+//!     rule: usize,
+//!     /// What is before is decided.
+//!     at: u64,
+//! }
+//!
+//! impl Search for Listening {
+//!     fn advance(&mut self, window: &Window<'_>, found: &mut Vec<Found>) -> u64 {
+//!         let rest = |at: u64| &window.text[(at - window.base) as usize..];
+//!         while let Some(here) = rest(self.at).find("!!!") {
+//!             let start = self.at + here as u64;
+//!             found.push(Found { rule: self.rule, label: "shouting".into(), range: start..start + 3 });
+//!             self.at = start + 3;
+//!         }
+//!         let undecided = rest(self.at);
+//!         let marks = undecided.len() - undecided.trim_end_matches('!').len();
+//!         self.at += (undecided.len() - if window.last { 0 } else { marks }) as u64;
+//!         self.at
+//!     }
+//! }
+//!
+//! // However the text is cut, the same is found.
+//! for cut in 0..="No!!! Stop!!".len() {
+//!     let (mut search, mut found) = (Arc::new(Shouting { rule: 7 }).begin(), Vec::new());
+//!     for (end, last) in [(cut, false), (12, true)] {
+//!         let window = Window { text: &"No!!! Stop!!"[..end], base: 0, last };
+//!         let decided = search.advance(&window, &mut found);
+//!         assert!(decided + 2 >= end as u64);
+//!     }
+//!     assert_eq!(found, [Found { rule: 7, label: "shouting".into(), range: 2..5 }]);
+//! }
+//! ```
 
 pub mod json;
 pub mod redact;
@@ -33,6 +92,7 @@ mod pii;
 mod regex;
 pub mod remote;
 mod repetition;
+mod runs;
 pub mod schema;
 mod secrets;
 mod size;

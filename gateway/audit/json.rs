@@ -314,6 +314,7 @@ mod tests {
     use crate::money::NanoUsd;
     use crate::money::bill::Cost;
     use crate::policy::{Policy, World, compile};
+    use crate::pool::Wanted;
     use crate::settings::Settings;
     use crate::state::State;
     use crate::telemetry::Telemetry;
@@ -379,7 +380,7 @@ mod tests {
         {
             let policy = policy(url);
             let (now, pool) = (Instant::now(), &policy.pools["p"]);
-            let mut attempt = Attempt::begin(pool, &pool.pick(Operation::Chat, &[], now).unwrap(), 7, 8);
+            let mut attempt = Attempt::begin(pool, &pool.pick(&Wanted::of(Operation::Chat), &[], now).unwrap(), 7, 8);
             attempt.end(Ending::Broken, Some("it \"broke\"\n".to_owned().into()));
             let moment = Moment { at: SystemTime::now(), received: now, ended: Instant::now() };
             let decision =
@@ -400,7 +401,7 @@ mod tests {
                 model: Models { asked: Some("a\tb"), ..Models::default() },
                 policy: PolicyMark { revision: u64::MAX, hash: &policy.hash },
                 decisions: &[decision],
-                attempts: AttemptList { list: &[attempt], moment, bytes: BodyBytes::default() },
+                attempts: AttemptList { list: &[attempt], moment, bytes: BodyBytes::default(), metered: None },
                 usage: Usage { input_tokens: Some(0), source: Source::Upstream, ..Usage::default() },
                 cost: Some(Cost { nanousd: NanoUsd(1_234), prices: "0123456789ab" }),
                 unpriced: false,

@@ -1,8 +1,10 @@
 //! The shape of answers: by the policy's schemas, or by those that the request brought along.
 
+use std::sync::Arc;
+
 use infergate_plugins::guardrail::redact::Placeholders;
 use infergate_plugins::guardrail::schema::Asked;
-use infergate_plugins::guardrail::stream::Progress;
+use infergate_plugins::guardrail::stream::{Progress, Scanner};
 use infergate_plugins::guardrail::{Outcome, Place};
 use infergate_plugins::operation::Operation;
 
@@ -54,12 +56,16 @@ impl Guard {
 
     /// What judges a text; none if nobody looks at it. `tool` gets it, if it is the arguments of one.
     pub(super) fn channel(&self, text: &Text, tool: Option<&str>) -> Option<Channel> {
-        let rules = &self.rails.rules;
+        let shapes = self.shapes(text, tool);
+        let channel = Channel::with_shapes(self.rails.rules.scanner(text.place), text.is_json, shapes.as_ref());
+        channel.map(|channel| channel.as_written(text))
+    }
+
+    /// The shapes that a text has to have.
+    pub(super) fn shapes(&self, text: &Text, tool: Option<&str>) -> Option<Arc<Scanner>> {
         // What a tool gets that takes any text, and parts of what stands as JSON itself, have no shape.
         let has_shape = text.is_json || text.place == Place::AnswerContent;
-        let shapes = if has_shape { rules.shapes(text.place, tool, &self.asked) } else { None };
-        let channel = Channel::with_shapes(rules.scanner(text.place), text.is_json, shapes.as_ref());
-        channel.map(|channel| channel.as_written(text))
+        if has_shape { self.rails.rules.shapes(text.place, tool, &self.asked) } else { None }
     }
 
     /// Judges the arguments that stand as JSON in `document`, and not as a text.

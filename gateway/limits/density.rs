@@ -27,6 +27,11 @@ impl Density {
         TEMPLATE + (bytes as f64 * f64::from(2.0f32.mul_add(deviation, mean))).ceil() as u64
     }
 
+    /// How many tokens a text of so many bytes has, most likely.
+    pub fn likely(&self, bytes: u64) -> u64 {
+        TEMPLATE + (bytes as f64 * f64::from(self.learned().0)) as u64
+    }
+
     /// An upstream made so many tokens of so many bytes.
     pub fn learn(&self, bytes: u64, tokens: u64) {
         if bytes == 0 || tokens == 0 {

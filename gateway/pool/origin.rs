@@ -3,13 +3,17 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::load::Load;
+use super::prefix::{Prefixes, Seat};
+use super::told::Report;
+use super::worked::Worked;
 use crate::policy::file::Http2;
 use crate::relay::Target;
 
@@ -158,6 +162,11 @@ impl OriginState {
     }
 }
 
+/// A hash that is the same in every process (FNV-1a).
+pub fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// One address behind an origin, and how it is doing.
 #[derive(Debug)]
 pub struct Endpoint {
@@ -169,6 +178,13 @@ pub struct Endpoint {
     pub target: Target,
     /// Whether failures keep it out.
     pub breaker: Breaker,
+    /// How long it worked for whom, where that has a price.
+    pub worked: Worked,
+    /// What runs on it, in tokens, and how fast it is.
+    pub load: Load,
+    /// Tells it from other endpoints, in every process.
+    pub seed: u64,
+    seat: OnceLock<Seat>,
     in_flight: AtomicU32,
     healthy: AtomicBool,
     base: Instant,
@@ -181,8 +197,12 @@ impl Endpoint {
         Self {
             target: Target::new(origin, &address),
             spelt: address.to_string().into(),
+            seed: fnv(address.to_string().as_bytes()),
+            load: Load::new(now),
             address,
             breaker: Breaker::new(now),
+            worked: Worked::default(),
+            seat: OnceLock::new(),
             in_flight: AtomicU32::new(0),
             healthy: AtomicBool::new(true),
             base: now,
@@ -193,6 +213,33 @@ impl Endpoint {
     /// Requests that run on it now, through this gateway.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Its place in the index of who has read which prompt, taken when first asked for. It has none while all are
+    /// taken.
+    pub fn seat(&self, prefixes: &Arc<Prefixes>) -> Option<&Seat> {
+        if self.seat.get().is_none() {
+            // Of two at once one keeps its seat, and the other's is given back.
+            let _lost = self.seat.set(prefixes.seat()?);
+        }
+        self.seat.get()
+    }
+
+    /// The place that it has taken, if it has.
+    pub fn seated(&self) -> Option<&Seat> {
+        self.seat.get()
+    }
+
+    /// It told of its load.
+    pub fn hears(&self, told: Report, now: Instant) {
+        self.load.told.take(told, self.in_flight(), self.load.may_wait(), self.load.millis(now));
+    }
+
+    /// It has nothing any more of what it has read.
+    pub fn forget_prompts(&self) {
+        if let Some(seat) = self.seat.get() {
+            seat.forget();
+        }
     }
 
     /// Counts one request in; it is counted out when the value is dropped.
@@ -237,6 +284,13 @@ impl Endpoint {
 /// One request on an endpoint.
 #[derive(Debug)]
 pub struct InFlight(Arc<Endpoint>);
+
+impl InFlight {
+    /// The endpoint that it is on.
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
@@ -292,6 +346,20 @@ mod tests {
         assert_eq!(state.endpoints()[0].in_flight(), 1);
         state.resolved(Vec::new(), now);
         assert_eq!(state.endpoints().len(), 2);
+    }
+
+    #[test]
+    fn an_endpoint_keeps_its_seat_as_long_as_it_is_resolved() {
+        let (origin, _) = parse("http://pods:80").unwrap();
+        let (now, prefixes) = (Instant::now(), Arc::new(Prefixes::new(7, 0)));
+        let state = OriginState::new(origin, now);
+        let address = |last| Address::Tcp(SocketAddr::from(([127, 0, 0, last], 80)));
+        let number = |place: usize| state.endpoints()[place].seat(&prefixes).map(Seat::number);
+        state.resolved(vec![address(1), address(2)], now);
+        assert_eq!([number(0), number(1)], [Some(0), Some(1)]);
+        state.resolved(vec![address(3), address(2)], now);
+        assert_eq!([number(0), number(1)], [Some(2), Some(1)]);
+        assert!(prefixes.is_untidy(), "what the one that went had read is to be forgotten");
     }
 
     #[test]

@@ -1,7 +1,11 @@
-//! The gate of a pool: so many requests at once, so many waiting, the urgent first.
+//! The gate of a pool: so many requests at once, so many waiting, the urgent first, and nobody at others' expense.
+//!
+//! Among equally urgent ones places are shared out by start-time fair queueing (Goyal, Vin and Cheng 1996): every
+//! tenant's requests stand on a line of their own, as long as their tokens, and the one goes next whose request begins
+//! first on its line. A tenant that asks for much waits behind itself, not before others.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,11 +31,64 @@ pub struct Queue(Mutex<Inner>);
 struct Inner {
     in_flight: u32,
     arrivals: u64,
-    /// By urgency, then by arrival.
-    waiting: BTreeMap<(Reverse<i32>, u64), oneshot::Sender<Permit>>,
+    /// By urgency, then by where they begin on their tenant's line, then by arrival.
+    waiting: BTreeMap<Key, oneshot::Sender<Permit>>,
+    lines: Lines,
     /// Seconds between two releases, smoothed: how fast the queue drains.
     release_s: Option<f64>,
     released_at: Option<Instant>,
+}
+
+/// Urgency, beginning, arrival.
+type Key = (Reverse<i32>, u64, u64);
+
+/// What one request claims.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claim {
+    /// How urgent it is.
+    pub level: i32,
+    /// Whose it is.
+    pub tenant: u64,
+    /// How much it is, in tokens.
+    pub tokens: u32,
+    /// Its tenant's share beside others.
+    pub share: u32,
+}
+
+impl From<i32> for Claim {
+    fn from(level: i32) -> Self {
+        Self { level, tenant: 0, tokens: 1, share: 1 }
+    }
+}
+
+/// Where each tenant's line ends, and how far all have come.
+#[derive(Debug, Default)]
+struct Lines {
+    ends: HashMap<u64, u64>,
+    now: u64,
+}
+
+/// The length of a token on the line of a tenant with the share of one.
+const TOKEN: u64 = 1000;
+/// More lines than this are looked through for those that have been overtaken.
+const LINES_MAX: usize = 1024;
+
+impl Lines {
+    /// Puts a claim on its tenant's line. Returns where it begins.
+    fn add(&mut self, claim: Claim) -> u64 {
+        let begins = self.now.max(self.ends.get(&claim.tenant).copied().unwrap_or(0));
+        if self.ends.len() >= LINES_MAX {
+            self.ends.retain(|_, end| *end > self.now);
+        }
+        let length = u64::from(claim.tokens.max(1)) * TOKEN / u64::from(claim.share.max(1));
+        self.ends.insert(claim.tenant, begins + length);
+        begins
+    }
+
+    /// One that begins there goes.
+    fn goes(&mut self, begins: u64) {
+        self.now = self.now.max(begins);
+    }
 }
 
 /// Why there is no place.
@@ -49,8 +106,8 @@ pub struct Permit(Option<Arc<Queue>>);
 
 impl Queue {
     /// Waits for a place. A caller that stops waiting loses nothing but its turn.
-    pub async fn enter(self: &Arc<Self>, parameters: Parameters, level: i32) -> Result<Permit, Full> {
-        let turn = match self.arrive(parameters, level) {
+    pub async fn enter(self: &Arc<Self>, parameters: Parameters, claim: impl Into<Claim>) -> Result<Permit, Full> {
+        let turn = match self.arrive(parameters, claim.into()) {
             Arrival::Admitted(permit) => return Ok(permit),
             Arrival::Full(full) => return Err(full),
             Arrival::Waits(turn) => turn,
@@ -58,7 +115,8 @@ impl Queue {
         let key = turn.key;
         match tokio::time::timeout(parameters.wait, turn.wait()).await {
             Ok(Some(permit)) => Ok(permit),
-            _ => Err(Full::Wait(self.0.lock().expected_wait(key.0))),
+            Ok(None) => Err(Full::Queue(self.0.lock().expected_wait(key.0))),
+            Err(_) => Err(Full::Wait(self.0.lock().expected_wait(key.0))),
         }
     }
 
@@ -72,18 +130,23 @@ impl Queue {
         self.0.lock().waiting.len()
     }
 
-    fn arrive(self: &Arc<Self>, parameters: Parameters, level: i32) -> Arrival {
+    fn arrive(self: &Arc<Self>, parameters: Parameters, claim: Claim) -> Arrival {
         let mut inner = self.0.lock();
         let free = parameters.max.is_none_or(|max| inner.in_flight < max);
         if free && inner.waiting.is_empty() {
             inner.in_flight += 1;
+            if parameters.max.is_some() {
+                let begins = inner.lines.add(claim);
+                inner.lines.goes(begins);
+            }
             return Arrival::Admitted(Permit(Some(self.clone())));
         }
-        if inner.waiting.len() >= parameters.queue as usize {
-            return Arrival::Full(Full::Queue(inner.expected_wait(Reverse(level))));
+        let key = inner.key(claim);
+        if inner.waiting.len() >= parameters.queue as usize && !inner.makes_room(key) {
+            return Arrival::Full(Full::Queue(inner.expected_wait(key.0)));
         }
         inner.arrivals += 1;
-        let key = (Reverse(level), inner.arrivals);
+        inner.lines.add(claim);
         let (sender, receiver) = oneshot::channel();
         inner.waiting.insert(key, sender);
         drop(inner);
@@ -98,7 +161,7 @@ impl Queue {
             if parameters.max.is_some_and(|max| inner.in_flight >= max) {
                 return;
             }
-            let Some((_, next)) = inner.waiting.pop_first() else { return };
+            let Some(next) = inner.next() else { return };
             inner.in_flight += 1;
             drop(inner);
             // A permit that nobody takes any more comes back by its own drop.
@@ -110,18 +173,39 @@ impl Queue {
     fn release(self: Arc<Self>) {
         let mut inner = self.0.lock();
         inner.note_release(Instant::now());
-        let next = inner.waiting.pop_first();
+        let next = inner.next();
         if next.is_none() {
             inner.in_flight -= 1;
         }
         drop(inner);
-        if let Some((_, next)) = next {
+        if let Some(next) = next {
             drop(next.send(Permit(Some(self))));
         }
     }
 }
 
 impl Inner {
+    /// Where a claim would stand.
+    fn key(&self, claim: Claim) -> Key {
+        let begins = self.lines.now.max(self.lines.ends.get(&claim.tenant).copied().unwrap_or(0));
+        (Reverse(claim.level), begins, self.arrivals + 1)
+    }
+
+    /// The queue is full: the last one, whose tenant has the longest line, gives way to an equally urgent one that
+    /// would stand before it. Its sender is dropped, which tells it.
+    fn makes_room(&mut self, newcomer: Key) -> bool {
+        let gives_way =
+            self.waiting.last_key_value().is_some_and(|(last, _)| last.0 == newcomer.0 && last.1 > newcomer.1);
+        gives_way && self.waiting.pop_last().is_some()
+    }
+
+    /// The next in line.
+    fn next(&mut self) -> Option<oneshot::Sender<Permit>> {
+        let ((_, begins, _), next) = self.waiting.pop_first()?;
+        self.lines.goes(begins);
+        Some(next)
+    }
+
     fn note_release(&mut self, now: Instant) {
         if let Some(before) = self.released_at.replace(now) {
             let gap = now.saturating_duration_since(before).as_secs_f64();
@@ -131,7 +215,7 @@ impl Inner {
 
     /// How long one that came now would wait: those before it, times the time that one place takes to come free.
     fn expected_wait(&self, level: Reverse<i32>) -> Duration {
-        let ahead = self.waiting.range(..=(level, u64::MAX)).count() as f64 + 1.0;
+        let ahead = self.waiting.range(..=(level, u64::MAX, u64::MAX)).count() as f64 + 1.0;
         Duration::from_secs_f64((ahead * self.release_s.unwrap_or(1.0)).clamp(1.0, 60.0))
     }
 }
@@ -145,7 +229,7 @@ enum Arrival {
 /// A place in the line; left when dropped.
 struct Turn {
     queue: Arc<Queue>,
-    key: (Reverse<i32>, u64),
+    key: Key,
     receiver: oneshot::Receiver<Permit>,
 }
 
@@ -198,6 +282,79 @@ mod tests {
         assert!(!batch.is_finished());
         drop(permit);
         assert!(batch.await.unwrap().is_ok());
+    }
+
+    /// The order in which claims get the one place, each told by its tenant, after one of `first` has had it.
+    async fn order(first: Claim, claims: &[Claim]) -> Vec<u64> {
+        let queue = Arc::new(Queue::default());
+        let wide = Parameters { queue: 100, ..NARROW };
+        let held = queue.enter(wide, first).await.unwrap();
+        let (told, mut order) = tokio::sync::mpsc::channel(100);
+        for (n, claim) in claims.iter().copied().enumerate() {
+            let (queue, told) = (queue.clone(), told.clone());
+            tokio::spawn({
+                let queue = queue.clone();
+                async move {
+                    let _permit = queue.enter(wide, claim).await.unwrap();
+                    told.send(claim.tenant).await.unwrap();
+                }
+            });
+            while queue.waiting() <= n {
+                tokio::task::yield_now().await;
+            }
+        }
+        drop((held, told));
+        let mut went = Vec::new();
+        while let Some(tenant) = order.recv().await {
+            went.push(tenant);
+        }
+        went
+    }
+
+    #[tokio::test]
+    async fn one_that_asks_for_much_waits_behind_itself() {
+        let claim = |tenant, tokens| Claim { tenant, tokens, ..Claim::from(0) };
+        let greedy = [claim(1, 1_000); 4];
+        let went = order(claim(1, 1_000), &[&greedy[..], &[claim(2, 1_000); 2]].concat()).await;
+        assert_eq!(went, [2, 1, 2, 1, 1, 1], "turn and turn about, though the one came first");
+        let went = order(claim(1, 1_000), &[&greedy[..], &[claim(2, 250); 4]].concat()).await;
+        assert_eq!(went, [2, 2, 2, 2, 1, 1, 1, 1], "four small ones are as much as one large one");
+        let double = Claim { share: 2, ..claim(2, 1_000) };
+        let went = order(claim(3, 1), &[&greedy[..], &[double; 4]].concat()).await;
+        assert_eq!(went.iter().take(6).filter(|tenant| **tenant == 2).count(), 4, "{went:?}");
+    }
+
+    #[tokio::test]
+    async fn urgency_comes_before_fairness_and_the_order_within_a_tenant_stays() {
+        let claim = |level, tenant| Claim { tenant, ..Claim::from(level) };
+        let went = order(claim(0, 9), &[claim(0, 1), claim(0, 1), claim(5, 3), claim(-1, 2)]).await;
+        assert_eq!(went, [3, 1, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_has_room_for_one_with_a_shorter_line() {
+        let queue = Arc::new(Queue::default());
+        let _held = queue.enter(NARROW, 0).await.unwrap();
+        let (first, second) = (waits(&queue, 0).await, waits(&queue, 0).await);
+        let other = Claim { tenant: 7, ..Claim::from(0) };
+        let newcomer = tokio::spawn({
+            let queue = queue.clone();
+            async move { queue.enter(NARROW, other).await }
+        });
+        assert!(matches!(second.await.unwrap(), Err(Full::Queue(_))), "the last of the longest line gives way");
+        assert!(!first.is_finished() && !newcomer.is_finished());
+        assert_eq!(queue.waiting(), 2);
+        assert!(matches!(queue.enter(NARROW, 0).await, Err(Full::Queue(_))), "and not the other way round");
+    }
+
+    #[test]
+    fn lines_that_have_been_overtaken_are_forgotten() {
+        let mut lines = Lines::default();
+        for tenant in 0..100_000 {
+            let begins = lines.add(Claim { tenant, ..Claim::from(0) });
+            lines.goes(begins + TOKEN);
+        }
+        assert!(lines.ends.len() <= LINES_MAX);
     }
 
     #[tokio::test]

@@ -35,11 +35,20 @@ impl Budget {
 
     /// Asks for one retry under a budget of `share` retries a request.
     pub fn retry(&self, share: f64, now: Instant) -> bool {
+        self.grant(share, FLOOR, now)
+    }
+
+    /// Asks for one hedge under a budget of `share` hedges a request: nothing depends on it, so there is no floor.
+    pub fn hedge(&self, share: f64, now: Instant) -> bool {
+        self.grant(share, 0.0, now)
+    }
+
+    fn grant(&self, share: f64, floor: f64, now: Instant) -> bool {
         let mut halves = self.0.lock();
         halves.turn(now);
         let requests: u32 = halves.requests.iter().sum();
         let retries: u32 = halves.retries.iter().sum();
-        let allowed = f64::from(retries) < (f64::from(requests) * share).max(FLOOR);
+        let allowed = f64::from(retries + 1) <= (f64::from(requests) * share).max(floor);
         halves.retries[0] += u32::from(allowed);
         allowed
     }
@@ -74,5 +83,14 @@ mod tests {
         }
         assert_eq!(granted(&budget, now), 90);
         assert_eq!(granted(&budget, now + Duration::from_secs(60)), 10, "the past is forgotten");
+    }
+
+    #[test]
+    fn hedges_are_a_share_of_requests_and_no_more() {
+        let now = Instant::now();
+        let budget = Budget::new(now);
+        assert!(!budget.hedge(0.05, now));
+        (0..100).for_each(|_| budget.request(now));
+        assert_eq!((0..1_000).filter(|_| budget.hedge(0.05, now)).count(), 5);
     }
 }

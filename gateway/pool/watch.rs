@@ -1,10 +1,11 @@
-//! Looking after upstreams in the background: their health, their addresses, their kept connections.
+//! Looking after upstreams in the background: their health, their load, their addresses, their kept connections.
 //!
 //! Nothing of this ever stands on a request's way.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hickory_resolver::TokioResolver;
@@ -12,6 +13,7 @@ use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use tokio::task::JoinSet;
 
 use super::origin::{Address, Endpoint, Host, Origin, OriginState};
+use super::told::Scanner;
 use super::{Pool, Upstream};
 use crate::house::House;
 use crate::policy::Policy;
@@ -96,6 +98,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
         }
         for pool in policy.pools.values() {
             due.check(&house, pool, now, &mut jobs);
+            due.ask_load(&house, pool, now, &mut jobs);
         }
         due.tidy(&policy, now);
     }
@@ -107,6 +110,10 @@ struct Due {
     lookups: HashMap<Origin, Instant>,
     /// By pool and endpoint: the next check, and the results in a row (good ones above zero).
     checks: HashMap<(Arc<str>, usize), Check>,
+    /// By the same: the next look at an engine's page of metrics.
+    looks: HashMap<(Arc<str>, usize), Look>,
+    /// By pool: how many requests it has placed, and when that last changed.
+    uses: HashMap<Arc<str>, (u64, Instant)>,
     swept: Option<Instant>,
 }
 
@@ -118,8 +125,25 @@ struct Check {
     seen: Instant,
 }
 
+/// When an engine's page of metrics is read next.
+struct Look {
+    next: Instant,
+    running: bool,
+    /// How often in a row it failed.
+    failures: u32,
+    seen: Instant,
+}
+
+/// A pool of which nobody has asked anything for so long is not in use: its engines are left in peace.
+const IN_USE: Duration = Duration::from_secs(10);
+/// The longest pause between two looks at an engine that does not answer, or answers slowly.
+const LOOK_AGAIN_MAX: Duration = Duration::from_secs(30);
+/// An engine spends no more than this share of its time on being looked at.
+const LOOKED_AT: u32 = 20;
+
 /// A background job's end.
 enum Job {
+    Looked { key: (Arc<str>, usize), took: Duration, heard: bool, interval: Duration },
     Resolved(Origin, Duration),
     Checked { key: (Arc<str>, usize), well: bool, healthy_after: u32, unhealthy_after: u32 },
 }
@@ -158,12 +182,49 @@ impl Due {
         }
     }
 
+    /// Starts the looks at pages of metrics that are due, in pools that are in use.
+    fn ask_load(&mut self, house: &Arc<House>, pool: &Arc<Pool>, now: Instant, jobs: &mut JoinSet<Job>) {
+        let interval = Duration::from_millis(pool.load.metrics_ms).max(LOOK_INTERVAL_MIN);
+        if pool.load.metrics_ms == 0 || !self.is_in_use(pool, now) {
+            return self.looks.retain(|(name, _), look| *name != pool.name || look.running);
+        }
+        for (index, upstream) in pool.upstreams.iter().enumerate() {
+            for endpoint in upstream.origin.endpoints().iter().filter(|endpoint| endpoint.available(now)) {
+                let key = (pool.name.clone(), Arc::as_ptr(endpoint) as usize);
+                let next = now + interval.mul_f64(fastrand::f64());
+                let fresh = || Look { next, running: false, failures: 0, seen: now };
+                let look = self.looks.entry(key.clone()).or_insert_with(fresh);
+                look.seen = now;
+                if look.running || now < look.next {
+                    continue;
+                }
+                look.running = true;
+                let (house, pool, endpoint) = (house.clone(), pool.clone(), endpoint.clone());
+                jobs.spawn(async move {
+                    let heard = look_at(&house, &pool, &pool.upstreams[index], &endpoint).await;
+                    Job::Looked { key, took: now.elapsed(), heard, interval }
+                });
+            }
+        }
+    }
+
+    /// Whether somebody has asked something of the pool lately.
+    fn is_in_use(&mut self, pool: &Pool, now: Instant) -> bool {
+        let turns = pool.state.turns.load(Ordering::Relaxed);
+        let (before, since) = self.uses.entry(pool.name.clone()).or_insert((turns, now));
+        if *before != turns {
+            (*before, *since) = (turns, now);
+        }
+        turns > 0 && now < *since + IN_USE
+    }
+
     /// How long nothing will be due. A new policy is noticed within half a second.
     fn sleep(&self, now: Instant) -> Duration {
         let checks = self.checks.values().filter(|check| !check.running).map(|check| check.next);
-        let next = checks.chain(self.lookups.values().copied()).min();
+        let looks = self.looks.values().filter(|look| !look.running).map(|look| look.next);
+        let next = checks.chain(looks).chain(self.lookups.values().copied()).min();
         let sleep = next.map_or(*SLEEP.end(), |next| next.saturating_duration_since(now));
-        let running = self.checks.values().any(|check| check.running);
+        let running = self.checks.values().any(|check| check.running) || self.looks.values().any(|look| look.running);
         sleep.clamp(*SLEEP.start(), if running { Duration::from_millis(50) } else { *SLEEP.end() })
     }
 
@@ -171,6 +232,11 @@ impl Due {
     fn finish(&mut self, jobs: &mut JoinSet<Job>) {
         while let Some(done) = jobs.try_join_next() {
             match done {
+                Ok(Job::Looked { key, took, heard, interval }) => {
+                    if let Some(look) = self.looks.get_mut(&key) {
+                        look.result(took, heard, interval, Instant::now());
+                    }
+                }
                 Ok(Job::Resolved(key, ttl)) => drop(self.lookups.insert(key, Instant::now() + ttl)),
                 Ok(Job::Checked { key, well, healthy_after, unhealthy_after }) => {
                     if let Some(check) = self.checks.get_mut(&key) {
@@ -189,6 +255,8 @@ impl Due {
         }
         self.swept = Some(now);
         self.checks.retain(|_, check| check.running || check.seen == now);
+        self.looks.retain(|_, look| look.running || look.seen == now);
+        self.uses.retain(|name, _| policy.pools.contains_key(&**name));
         for pool in policy.pools.values() {
             let idle = Duration::from_millis(pool.timeouts.idle_ms);
             for upstream in &pool.upstreams {
@@ -199,6 +267,19 @@ impl Due {
         }
     }
 }
+
+impl Look {
+    /// The next look comes after the interval, give or take a fifth; later where this one failed or was slow.
+    fn result(&mut self, took: Duration, heard: bool, interval: Duration, now: Instant) {
+        self.running = false;
+        self.failures = if heard { 0 } else { self.failures + 1 };
+        let patient = interval.saturating_mul(1 << self.failures.min(6)).max(took.saturating_mul(LOOKED_AT));
+        self.next = now + patient.min(LOOK_AGAIN_MAX.max(interval)).mul_f64(0.8 + 0.4 * fastrand::f64());
+    }
+}
+
+/// Nobody is looked at more often than this.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 impl Check {
     fn result(&mut self, well: bool, healthy_after: u32, unhealthy_after: u32) {
@@ -215,6 +296,8 @@ impl Check {
             }
         }
         if self.in_a_row <= -i64::from(unhealthy_after) && self.endpoint.set_healthy(false, now) {
+            // Whatever comes back has nothing in its cache.
+            self.endpoint.forget_prompts();
             tracing::warn!(address = %self.endpoint.address, "upstream is unhealthy");
         }
     }
@@ -238,6 +321,22 @@ async fn probe(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpo
     well
 }
 
+/// Reads an engine's page of metrics as far as is needed. Returns whether it told anything.
+async fn look_at(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpoint) -> bool {
+    let mut scanner = Scanner::new(pool.load.adapters);
+    let path = format!("{}/metrics", upstream.path);
+    let timeout = Duration::from_millis(pool.health.timeout_ms);
+    let read = relay::fetch_until(&house.connections, &endpoint.target, upstream, &path, |piece| scanner.push(piece));
+    let status = tokio::time::timeout(timeout, read).await;
+    let report = scanner.finish().filter(|_| matches!(status, Ok(Ok(200))));
+    let heard = report.is_some();
+    match report {
+        Some(report) => endpoint.hears(report, Instant::now()),
+        None => tracing::debug!(address = %endpoint.address, ?status, "the page of metrics told nothing"),
+    }
+    heard
+}
+
 /// Every origin of a policy, once.
 fn origins(policy: &Policy) -> HashMap<Origin, Arc<OriginState>> {
     let upstreams = policy.pools.values().flat_map(|pool| &pool.upstreams);
@@ -258,5 +357,28 @@ async fn resolve(names: &Names, origin: &OriginState) -> Duration {
             tracing::warn!(%name, %error, "the name of an upstream could not be looked up");
             LOOKUP_AGAIN
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_is_slow_or_silent_is_looked_at_less_often() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut look = Look { next: now, running: true, failures: 0, seen: now };
+        let mut pause = |took, heard| {
+            look.result(took, heard, second, now);
+            look.next - now
+        };
+        let around = |pause: Duration, seconds: f64| (0.8 * seconds..=1.2 * seconds).contains(&pause.as_secs_f64());
+        assert!(around(pause(second / 100, true), 1.0));
+        assert!(around(pause(second / 2, true), 10.0), "a page that takes half a second");
+        assert!(around(pause(second / 100, false), 2.0));
+        assert!(around(pause(second / 100, false), 4.0));
+        (0..9).for_each(|_| assert!(pause(second / 100, false) <= LOOK_AGAIN_MAX.mul_f64(1.2)));
+        assert!(around(pause(second / 100, true), 1.0));
     }
 }

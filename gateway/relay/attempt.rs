@@ -42,7 +42,7 @@ pub struct Order<'a> {
     /// For a target that may speak HTTP/2.
     http2: Option<Box<RequestHeader>>,
     bodiless: bool,
-    body: &'a Bytes,
+    body: Bytes,
     streaming: bool,
     timeouts: &'a Timeouts,
 }
@@ -52,7 +52,7 @@ impl<'a> Order<'a> {
     pub fn new(
         target: &Target,
         head: &RequestHead<'_>,
-        body: &'a Bytes,
+        body: Bytes,
         streaming: bool,
         timeouts: &'a Timeouts,
     ) -> Result<Self, Failure> {
@@ -205,6 +205,23 @@ pub async fn fetch(
     upstream: &Upstream,
     path: &str,
 ) -> Result<(u16, Bytes), String> {
+    let mut read = BytesMut::new();
+    let keep = |piece: &[u8]| {
+        read.extend_from_slice(piece);
+        false
+    };
+    let status = fetch_until(connections, target, upstream, path, keep).await?;
+    Ok((status, read.freeze()))
+}
+
+/// The same piece by piece, until one is `enough`.
+pub async fn fetch_until(
+    connections: &Connections,
+    target: &Target,
+    upstream: &Upstream,
+    path: &str,
+    mut enough: impl FnMut(&[u8]) -> bool,
+) -> Result<u16, String> {
     let (client, ()) = http::Request::get("/").body(()).map_err(|error| error.to_string())?.into_parts();
     let head = RequestHead {
         client: &client,
@@ -219,17 +236,22 @@ pub async fn fetch(
         upgrade: None,
     };
     let (nothing, timeouts) = (Bytes::new(), Timeouts::default());
-    let order = Order::new(target, &head, &nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
+    let order = Order::new(target, &head, nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
     let connection = connections.connect(target, Duration::ZERO, None).await?;
     let (leg, head) = exchange(connection, &order).await.map_err(|failure| format!("{failure:?}"))?;
     let mut body = AnswerBody::new(leg, &head, &order);
-    let mut read = BytesMut::new();
-    while read.len() < FETCH_MAX && !body.ended {
-        body.next(&mut read).await?;
+    let (mut piece, mut read) = (BytesMut::new(), 0);
+    while read < FETCH_MAX && !body.ended {
+        piece.clear();
+        body.next(&mut piece).await?;
+        read += piece.len();
+        if enough(&piece) {
+            break;
+        }
     }
     // Closed, not kept: it belongs to the background's thread, which every request on it would have to wake.
     body.close().await;
-    Ok((head.status.as_u16(), read.freeze()))
+    Ok(head.status.as_u16())
 }
 
 /// Sends the order and waits for the first piece.

@@ -4,14 +4,13 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::StatusCode;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use tokio::time::sleep_until;
 
-use super::headers::X_REQUEST_ID;
 use super::{AnswerHead, Downstream};
 use crate::audit::record::Id;
 use crate::guard::remote::Stops;
+use crate::headers::{ACCEL_BUFFERING, REQUEST_ID, set};
 
 /// The comment that a silent stream gets. It is no event, so no parser hands it on.
 pub const HEARTBEAT: Bytes = Bytes::from_static(b": keep-alive\n\n");
@@ -31,8 +30,8 @@ pub enum Interrupted {
 
 /// A client that waits for an answer.
 pub struct Waiting<'a> {
-    /// The client.
-    pub downstream: &'a mut Downstream,
+    /// The client; `None` where somebody else minds it.
+    downstream: Option<&'a mut Downstream>,
     /// When the whole request must be over.
     pub total: Instant,
     /// How often a stream's client gets a sign of life.
@@ -51,7 +50,12 @@ impl<'a> Waiting<'a> {
     /// Waits for no longer than `total`, with a sign of life every `heartbeat`, without draining.
     pub fn new(downstream: &'a mut Downstream, total: Instant, request_id: Id, heartbeat: Option<Duration>) -> Self {
         let last_sign = heartbeat.map(|_| Instant::now());
-        Self { downstream, total, heartbeat, drain: None, request_id, stops: None, last_sign }
+        Self { downstream: Some(downstream), total, heartbeat, drain: None, request_id, stops: None, last_sign }
+    }
+
+    /// Waits for no longer than `total`, while somebody else minds the client.
+    pub fn beside(total: Instant, request_id: Id) -> Self {
+        Self { downstream: None, total, heartbeat: None, drain: None, request_id, stops: None, last_sign: None }
     }
 
     /// Waits for `work` until `limit`.
@@ -63,7 +67,7 @@ impl<'a> Waiting<'a> {
             tokio::select! {
                 biased;
                 done = &mut work => return Ok(done),
-                _ = self.downstream.departed() => self.departed()?,
+                () = departure(&mut self.downstream) => self.departed()?,
                 () = stopped(&mut self.stops) => return Err(Interrupted::Stopped),
                 () = sleep_until(alarm.into()) => {}
             }
@@ -79,7 +83,9 @@ impl<'a> Waiting<'a> {
     /// The client left: the upstream is waited for all the same, or not.
     fn departed(&mut self) -> Result<(), Interrupted> {
         let drain = self.drain.ok_or(Interrupted::Gone)?;
-        self.downstream.mute();
+        if let Some(downstream) = &mut self.downstream {
+            downstream.mute();
+        }
         self.heartbeat = None;
         self.total = self.total.min(Instant::now() + drain);
         Ok(())
@@ -88,12 +94,21 @@ impl<'a> Waiting<'a> {
     /// Sends a comment, and before the first one the head of an event stream. What comes after can only be events.
     async fn give_sign(&mut self, now: Instant) -> Result<(), Interrupted> {
         self.last_sign = Some(now);
-        if !self.downstream.head_sent()
+        let Some(downstream) = &mut self.downstream else { return Ok(()) };
+        if !downstream.head_sent()
             && let Some(head) = event_stream_head(&self.request_id)
         {
-            self.downstream.write_head(head).await.map_err(|_| Interrupted::Gone)?;
+            downstream.write_head(head).await.map_err(|_| Interrupted::Gone)?;
         }
-        self.downstream.write(HEARTBEAT).await.map_err(|_| Interrupted::Gone)
+        downstream.write(HEARTBEAT).await.map_err(|_| Interrupted::Gone)
+    }
+}
+
+/// The client leaves.
+async fn departure(downstream: &mut Option<&mut Downstream>) {
+    match downstream {
+        Some(downstream) => _ = downstream.departed().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -107,10 +122,10 @@ async fn stopped(stops: &mut Option<Stops>) {
 
 /// The head of an event stream whose upstream has not answered yet.
 fn event_stream_head(request_id: &Id) -> Option<Box<AnswerHead>> {
-    let mut head = AnswerHead::build(StatusCode::OK, Some(8)).ok()?;
-    head.insert_header(CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
-    head.insert_header(CACHE_CONTROL, "no-cache").ok()?;
-    head.insert_header("x-accel-buffering", "no").ok()?;
-    head.insert_header(X_REQUEST_ID, request_id.as_str()).ok()?;
-    Some(Box::new(head))
+    let (mut head, ()) = http::Response::new(()).into_parts();
+    set(&mut head.headers, CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
+    set(&mut head.headers, CACHE_CONTROL, "no-cache").ok()?;
+    set(&mut head.headers, ACCEL_BUFFERING, "no").ok()?;
+    set(&mut head.headers, REQUEST_ID, request_id.as_str()).ok()?;
+    Some(Box::new(head.into()))
 }

@@ -16,9 +16,10 @@ pub(super) fn scan(body: &[u8]) -> Result<Scan, Fault> {
     let mut scan = Scan::default();
     walk.space();
     walk.members(|walk, key| {
-        let field = walk.field(key)?;
+        let field = walk.field(key.clone())?;
         let start = walk.at;
         walk.value(1)?;
+        scan.put_template(&walk.body[key], start..walk.at);
         field.map_or(Ok(()), |field| scan.put(field, start..walk.at))
     })?;
     walk.space();

@@ -9,6 +9,7 @@ use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use super::*;
 use crate::audit::record::{Attempt, AttemptList, Client, Ending, Models, Moment, Peer, PolicyMark, Times};
 use crate::policy::{Policy, World, compile, reload};
+use crate::pool::Wanted;
 use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::{Telemetry, names};
@@ -135,7 +136,7 @@ fn attempts(endings: &[(Ending, Option<u16>)]) -> Vec<Attempt> {
     let policy = policy();
     let pool = policy.pools.values().next().unwrap();
     let one = |(ending, status): &(Ending, Option<u16>)| {
-        let picked = pool.pick(Operation::Chat, &[], Instant::now()).unwrap();
+        let picked = pool.pick(&Wanted::of(Operation::Chat), &[], Instant::now()).unwrap();
         let mut attempt = Attempt::begin(pool, &picked, 10, new_span());
         attempt.head = status.map(|status| (Instant::now(), status));
         attempt.end(*ending, None);

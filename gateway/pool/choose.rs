@@ -1,0 +1,177 @@
+//! Choosing among all endpoints of a pool: each is judged by what it has to do, and the best one taken.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use infergate_plugins::operation::Operation;
+use smallvec::SmallVec;
+
+use super::load::{Job, Usual, Work};
+use super::origin::Endpoint;
+use super::prefix::{Chain, Held};
+use super::score::{Asked, Candidate, Ranked};
+use super::{Picked, Pool, Upstream, told};
+
+/// What an endpoint is picked for.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    /// What is to be done.
+    pub operation: Operation,
+    /// How much of it.
+    pub asked: Asked,
+    /// Whether the answer comes as a whole.
+    pub whole: bool,
+    /// The model's name, but for upstreams that know it by another.
+    pub model: &'a str,
+    /// The prompt's blocks, where the pool's balance asks who has read them.
+    pub chain: Option<&'a Chain>,
+    /// Nano-dollars that the request costs at an upstream, where the balance asks for that.
+    pub cost: Option<&'a dyn Fn(&Upstream) -> f32>,
+}
+
+impl Wanted<'_> {
+    /// Something of which no more is known.
+    pub fn of(operation: Operation) -> Self {
+        Self { operation, asked: Asked::default(), whole: true, model: "", chain: None, cost: None }
+    }
+}
+
+/// What a choice was made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    /// How many endpoints there were.
+    pub candidates: usize,
+    /// The best three and what they were judged by, the best one first.
+    pub best: [Option<(&'a Upstream, f64)>; 3],
+    /// Tokens of the prompt that the chosen one has read before, most likely, and all of them.
+    pub held: (u32, u32),
+}
+
+/// So many endpoints are judged without an allocation.
+const INLINE: usize = 128;
+
+/// Where a candidate is: the upstream, and the endpoint in its list.
+type Place = (usize, usize);
+
+impl Pool {
+    /// Judges every endpoint that `fits` and takes the best one. Of two that have the same address one list can have
+    /// been renewed meanwhile: what is at the place must be what was judged.
+    pub(super) fn choose(
+        &self,
+        wanted: &Wanted<'_>,
+        now: Instant,
+        fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool,
+    ) -> Option<Picked<'_>> {
+        let (mut places, mut candidates) = (SmallVec::<[Place; INLINE]>::new(), SmallVec::<[Candidate; INLINE]>::new());
+        let prompt = Prompt::of(self, wanted);
+        for upstream in self.upstreams.iter().filter(|upstream| upstream.weight > 0) {
+            for (n, endpoint) in upstream.origin.endpoints().iter().enumerate() {
+                if endpoint.available(now) && fits(upstream, endpoint) {
+                    places.push((upstream.index, n));
+                    candidates.push(self.candidate(wanted, &prompt, upstream, endpoint, now));
+                }
+            }
+        }
+        if self.load.adapters {
+            self.prefer_adapters(wanted, &places, &mut candidates);
+        }
+        let asked = Asked { turn: self.state.turns.fetch_add(1, Relaxed), ..wanted.asked };
+        let ranked = self.balance.rank(&asked, &candidates, &mut fastrand::f64);
+        // A half-open breaker lets one request through; where that was another one, the next best is taken.
+        let order = ranked.iter().map(|placed| placed.index).chain(0..candidates.len());
+        let mut taken = order.filter_map(|index| {
+            let (upstream, n) = places[index];
+            let upstream = &self.upstreams[upstream];
+            let endpoint = upstream.origin.endpoints().get(n).filter(|one| one.seed == candidates[index].seed).cloned();
+            endpoint.filter(|endpoint| endpoint.breaker.admit(now)).map(|endpoint| (index, upstream, endpoint))
+        });
+        let (index, upstream, endpoint) = taken.next()?;
+        let job = Job { unread: candidates[index].unread(&asked), output: asked.output, whole: wanted.whole };
+        let choice = Some(self.choice(&ranked, &places, (candidates[index].matched, asked.prompt)));
+        Some(Picked {
+            upstream,
+            work: Work::begin(&endpoint, self.balance.weighs().then_some(job), &self.state.paces, now),
+            endpoint,
+            choice,
+        })
+    }
+
+    fn candidate(
+        &self,
+        wanted: &Wanted<'_>,
+        prompt: &Prompt<'_>,
+        upstream: &Upstream,
+        endpoint: &Endpoint,
+        now: Instant,
+    ) -> Candidate {
+        let known = match self.balance.weighs() {
+            true => endpoint.load.candidate(prompt.usual, wanted.asked.prompt, now),
+            false => Candidate::default(),
+        };
+        Candidate {
+            seed: endpoint.seed,
+            weight: upstream.weight as f32 * endpoint.warmth(self.slow_start, now) as f32,
+            in_flight: endpoint.in_flight(),
+            matched: prompt.held_by(endpoint, wanted.asked.prompt),
+            nanousd: wanted.cost.map_or(0.0, |cost| cost(upstream)),
+            ..known
+        }
+    }
+
+    /// Where some endpoint has the adapter loaded, the others would have to load it.
+    fn prefer_adapters(&self, wanted: &Wanted<'_>, places: &[Place], candidates: &mut [Candidate]) {
+        let mut any = false;
+        for (candidate, (upstream, n)) in candidates.iter_mut().zip(places) {
+            let upstream = &self.upstreams[*upstream];
+            let name = told::adapter(upstream.model.as_deref().unwrap_or(wanted.model));
+            let has = upstream.origin.endpoints().get(*n).is_some_and(|one| one.load.told.has_adapter(name));
+            candidate.loads_adapter = !has;
+            any |= has;
+        }
+        candidates.iter_mut().for_each(|candidate| candidate.loads_adapter &= any);
+    }
+
+    fn choice(&self, ranked: &Ranked, places: &[Place], held: (u32, u32)) -> Choice<'_> {
+        let mut best = [None; 3];
+        for (kept, placed) in best.iter_mut().zip(ranked.iter()) {
+            *kept = Some((&self.upstreams[places[placed.index].0], placed.score));
+        }
+        Choice { candidates: places.len(), best, held }
+    }
+}
+
+/// What is known of a prompt, once for all endpoints.
+struct Prompt<'a> {
+    usual: Usual,
+    held: Option<(&'a Chain, Held)>,
+}
+
+impl<'a> Prompt<'a> {
+    fn of(pool: &Pool, wanted: &Wanted<'a>) -> Self {
+        let chain = wanted.chain.filter(|chain| !chain.is_empty());
+        let held = pool.prefixes.as_ref().zip(chain).map(|(prefixes, chain)| (chain, prefixes.held(chain)));
+        Self { usual: pool.state.paces.usual(), held }
+    }
+
+    /// Tokens of it that an endpoint has read before.
+    fn held_by(&self, endpoint: &Endpoint, prompt: u32) -> u32 {
+        let Some((chain, held)) = self.held.as_ref().filter(|(_, held)| held.deepest > 0) else { return 0 };
+        let depth = endpoint.seated().map_or(0, |seat| held.by(seat));
+        (chain.share(depth) * f64::from(prompt)) as u32
+    }
+}
+
+impl Choice<'_> {
+    /// In a sentence: what the best were judged by.
+    pub fn why(&self, unit: &str) -> String {
+        let mut why = format!("of {}", self.candidates);
+        for (upstream, score) in self.best.iter().flatten() {
+            why += &format!(", {} {score:.3}{unit}", upstream.name.to_str().unwrap_or_default());
+        }
+        if self.held.0 > 0 {
+            why += &format!("; has read {} of {} tokens", self.held.0, self.held.1);
+        }
+        why
+    }
+}

@@ -1,0 +1,342 @@
+//! What engines tell of their load: in the head of an answer (ORCA), or on their page of metrics.
+//!
+//! Read by a scanner that keeps nothing but the figures it wants, and believed only within bounds and for seconds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use arc_swap::ArcSwapOption;
+use smallvec::SmallVec;
+
+use super::origin::fnv;
+use super::score::Told;
+
+/// The header in which an engine tells its load, and the one that asks for it.
+pub const TELLS: &str = "endpoint-load-metrics";
+/// The header that asks for it.
+pub const ASKS: &str = "endpoint-load-metrics-format";
+
+/// What was told at one moment. What is absent was not told, or was no number.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Requests that wait, or whose share of this waits.
+    pub waiting: Option<f32>,
+    /// Requests that run.
+    pub running: Option<f32>,
+    /// The share of the KV cache that is taken, 0 to 1.
+    pub kv: Option<f32>,
+    /// The adapters that are loaded, where it tells of any.
+    pub adapters: Option<SmallVec<[u64; 8]>>,
+}
+
+/// What an endpoint last told. Written now and then, read on every pick.
+#[derive(Debug, Default)]
+pub struct Telling {
+    /// Requests of others, as `f32`s: those that wait, those that run.
+    others: AtomicU64,
+    /// The share of the KV cache as an `f32`.
+    kv: AtomicU64,
+    /// When, in milliseconds after the endpoint's beginning, plus one; 0: never.
+    at: AtomicU64,
+    adapters: ArcSwapOption<SmallVec<[u64; 8]>>,
+}
+
+/// More requests than any engine runs.
+const REQUESTS_MAX: f32 = 1e4;
+/// The most adapters that are remembered of one endpoint.
+const ADAPTERS_MAX: usize = 256;
+
+impl Telling {
+    /// Takes a report that came at `at`, when this gateway had `in_flight` requests there of which `may_wait` may have
+    /// been waiting: what is beyond those is others'.
+    pub fn take(&self, report: Report, in_flight: u32, may_wait: u32, at: u64) {
+        let beyond = |told: Option<f32>, ours: u32| (told.unwrap_or(0.0) - ours as f32).max(0.0);
+        let (waiting, running) = (beyond(report.waiting, may_wait), beyond(report.running, in_flight));
+        self.others.store(u64::from(waiting.to_bits()) << 32 | u64::from(running.to_bits()), Relaxed);
+        self.kv.store(u64::from(report.kv.unwrap_or(0.0).to_bits()), Relaxed);
+        self.at.store(at + 1, Relaxed);
+        if let Some(adapters) = report.adapters {
+            self.adapters.store(Some(Arc::new(adapters)));
+        }
+    }
+
+    /// What it is worth at `now`, where a request of others is taken to be as long as one of `prompt` tokens.
+    pub fn at(&self, now: u64, prompt: u32) -> Told {
+        let at = self.at.load(Relaxed);
+        if at == 0 {
+            return Told::default();
+        }
+        let others = self.others.load(Relaxed);
+        let (waiting, running) = (f32::from_bits((others >> 32) as u32), f32::from_bits(others as u32));
+        Told {
+            others: waiting * prompt as f32,
+            streams: running,
+            kv: f32::from_bits(self.kv.load(Relaxed) as u32),
+            trust: Told::trust(now.saturating_sub(at - 1) as f32 / 1e3),
+        }
+    }
+
+    /// Whether it has told that the adapter of this name is loaded.
+    pub fn has_adapter(&self, name: u64) -> bool {
+        self.adapters.load().as_ref().is_some_and(|adapters| adapters.contains(&name))
+    }
+}
+
+/// An adapter's name, as it is remembered.
+pub fn adapter(name: &str) -> u64 {
+    fnv(name.trim().as_bytes())
+}
+
+/// Reads the header of an answer: `JSON {"named_metrics": {...}}` or `TEXT named_metrics.a=1, ...`, with or without
+/// the word that names the form (ORCA; vLLM and Triton send it).
+pub fn header(value: &[u8]) -> Option<Report> {
+    const LONGEST: usize = 4096;
+    let text = std::str::from_utf8(value.get(..value.len().min(LONGEST))?).ok()?.trim();
+    let mut report = Report::default();
+    let body = text.strip_prefix("JSON").or_else(|| text.strip_prefix("TEXT")).unwrap_or(text);
+    for pair in body.split([',', '{', '}']) {
+        let Some((name, value)) = pair.rsplit_once([':', '=']) else { continue };
+        let name = name.trim().trim_matches('"');
+        let name = name.rsplit('.').next().unwrap_or(name).trim_matches('"');
+        if let (Some(figure), Ok(value)) = (figure(name), value.trim().parse()) {
+            report.add(figure, value);
+        }
+    }
+    (report != Report::default()).then_some(report)
+}
+
+/// The figures that are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Figure {
+    Waiting,
+    Running,
+    Kv,
+    Adapters,
+}
+
+/// What a metric of this name tells, whoever's it is: vLLM's old and new names, SGLang's with either separator, TGI's,
+/// TensorRT-LLM's.
+fn figure(name: &str) -> Option<Figure> {
+    let name = name.rsplit_once(':').map_or(name, |(_, name)| name);
+    let name = ["sglang_", "trtllm_", "tgi_"].iter().find_map(|engine| name.strip_prefix(engine)).unwrap_or(name);
+    match name {
+        "num_requests_waiting" | "num_queue_reqs" | "queue_size" => Some(Figure::Waiting),
+        "num_requests_running" | "num_running_reqs" | "batch_current_size" => Some(Figure::Running),
+        "kv_cache_usage_perc" | "gpu_cache_usage_perc" | "token_usage" | "kv_cache_utilization" => Some(Figure::Kv),
+        "lora_requests_info" => Some(Figure::Adapters),
+        _ => None,
+    }
+}
+
+/// What a line of Triton's tells, which has its figures in labels.
+fn tritons(name: &str, labels: &str) -> Option<Figure> {
+    let has = |label: &str| labels.contains(label);
+    match name {
+        "nv_trt_llm_request_metrics" if has("request_type=\"waiting\"") => Some(Figure::Waiting),
+        "nv_trt_llm_request_metrics" if has("request_type=\"scheduled\"") => Some(Figure::Running),
+        "nv_trt_llm_kv_cache_block_metrics" if has("kv_cache_block_type=\"fraction\"") => Some(Figure::Kv),
+        _ => None,
+    }
+}
+
+impl Report {
+    /// Several engines behind one page (data parallel): requests add up, and the fullest cache counts.
+    fn add(&mut self, figure: Figure, value: f32) {
+        let within = |most: f32| value.is_finite() && (0.0..=most).contains(&value);
+        match figure {
+            Figure::Waiting if within(REQUESTS_MAX) => *self.waiting.get_or_insert(0.0) += value,
+            Figure::Running if within(REQUESTS_MAX) => *self.running.get_or_insert(0.0) += value,
+            Figure::Kv if within(1.0) => self.kv = Some(self.kv.map_or(value, |kv| kv.max(value))),
+            _ => {}
+        }
+    }
+
+    fn add_adapters(&mut self, labels: &str) {
+        let listed = labels.split_once("running_lora_adapters=\"").and_then(|(_, rest)| rest.split('"').next());
+        let adapters = self.adapters.get_or_insert_default();
+        for name in listed.into_iter().flat_map(|names| names.split(',')).filter(|name| !name.trim().is_empty()) {
+            let name = adapter(name);
+            if adapters.len() < ADAPTERS_MAX && !adapters.contains(&name) {
+                adapters.push(name);
+            }
+        }
+    }
+}
+
+/// Reads a page of metrics as it comes, until it has what it wants.
+#[derive(Debug)]
+pub struct Scanner {
+    report: Report,
+    /// The beginning of a line whose end has not come.
+    line: Vec<u8>,
+    /// Whether the rest of a line that is too long is passed over.
+    skipping: bool,
+    adapters: bool,
+    seen: [bool; 4],
+    /// The figure of the line before.
+    last: Option<Figure>,
+}
+
+/// The longest line that is read: one that lists adapters.
+const LINE_MAX: usize = 8 << 10;
+
+impl Scanner {
+    /// Wants requests and the KV cache, and the `adapters` as well or not.
+    pub fn new(adapters: bool) -> Self {
+        let line = Vec::new();
+        Self { report: Report::default(), line, skipping: false, adapters, seen: [false; 4], last: None }
+    }
+
+    /// Reads the next piece. Returns whether it has all it wants.
+    pub fn push(&mut self, mut piece: &[u8]) -> bool {
+        while let Some(end) = memchr::memchr(b'\n', piece) {
+            let line = std::mem::take(&mut self.line);
+            let done = match (self.skipping, line.is_empty()) {
+                (true, _) => false,
+                (false, true) => self.line(&piece[..end]),
+                (false, false) => self.line(&[&line, &piece[..end]].concat()),
+            };
+            (self.skipping, piece) = (false, &piece[end + 1..]);
+            if done {
+                return true;
+            }
+        }
+        self.skipping |= self.line.len() + piece.len() > LINE_MAX;
+        if self.skipping {
+            self.line.clear()
+        } else {
+            self.line.extend_from_slice(piece)
+        }
+        false
+    }
+
+    /// What was found, if anything was.
+    pub fn finish(self) -> Option<Report> {
+        (self.report != Report::default()).then_some(self.report)
+    }
+
+    fn line(&mut self, line: &[u8]) -> bool {
+        if line.first().is_none_or(|first| *first == b'#' || line.len() > LINE_MAX) {
+            return false;
+        }
+        let Ok(line) = std::str::from_utf8(line) else { return false };
+        let name_ends = line.find(['{', ' ']).unwrap_or(line.len());
+        let (name, rest) = line.split_at(name_ends);
+        let (labels, value) = rest.rfind('}').map_or(("", rest), |end| (&rest[..end], &rest[end + 1..]));
+        let found = figure(name).or_else(|| tritons(name, labels));
+        // The lines of one metric stand together: when another begins, there is no more of the one before.
+        let done = found != self.last && self.has_all();
+        if let Some(figure) = found.filter(|_| !done) {
+            self.seen[figure as usize] = true;
+            match (figure, value.split_ascii_whitespace().next().map(str::parse)) {
+                (Figure::Adapters, _) => self.report.add_adapters(labels),
+                (figure, Some(Ok(value))) => self.report.add(figure, value),
+                _ => {}
+            }
+        }
+        self.last = found;
+        done
+    }
+
+    fn has_all(&self) -> bool {
+        let [waiting, running, kv, adapters] = self.seen;
+        waiting && running && kv && (adapters || !self.adapters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JSON: &str = r#"JSON {"named_metrics": {"num_requests_waiting": 3.0, "kv_cache_usage_perc": 0.25}}"#;
+    const TEXT: &str = "TEXT named_metrics.num_requests_waiting=3.0, named_metrics.kv_cache_usage_perc=0.25";
+
+    fn scan(page: &str, adapters: bool) -> (Option<Report>, bool) {
+        let mut scanner = Scanner::new(adapters);
+        let done = scanner.push(page.as_bytes());
+        (scanner.finish(), done)
+    }
+
+    fn three(waiting: f32, running: f32, kv: f32) -> Option<Report> {
+        Some(Report { waiting: Some(waiting), running: Some(running), kv: Some(kv), adapters: None })
+    }
+
+    #[test]
+    fn both_forms_of_vllms_header_are_read() {
+        let told = Report { waiting: Some(3.0), kv: Some(0.25), ..Report::default() };
+        for value in [JSON, TEXT, &JSON[5..], &TEXT[5..]] {
+            assert_eq!(header(value.as_bytes()), Some(told.clone()), "{value}");
+        }
+        for nothing in ["", "JSON", "JSON {}", "BIN abc", "a=b", "JSON {\"num_requests_waiting\": \"NaN\"}"] {
+            assert_eq!(header(nothing.as_bytes()), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn every_engines_names_are_known() {
+        let pages = [
+            "vllm:num_requests_running{engine=\"0\",model_name=\"m\"} 4.0\nvllm:num_requests_waiting{engine=\"0\"} 2.0\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.5\n",
+            "vllm:num_requests_running 4\nvllm:num_requests_waiting 2\nvllm:gpu_cache_usage_perc 0.5\n",
+            "sglang:num_running_reqs{a=\"b\"} 4.0\nsglang:token_usage 0.5\nsglang:num_queue_reqs 2.0\n",
+            "sglang_num_running_reqs 4.0\nsglang_token_usage 0.5\nsglang_num_queue_reqs 2.0\n",
+            "trtllm_num_requests_waiting 2\ntrtllm_num_requests_running 4\ntrtllm_kv_cache_utilization 0.5\n",
+            "nv_trt_llm_request_metrics{model=\"m\",request_type=\"waiting\",version=\"1\"} 2\nnv_trt_llm_request_metrics{request_type=\"scheduled\"} 4\nnv_trt_llm_request_metrics{request_type=\"max\"} 99\nnv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=\"fraction\"} 0.5\nnv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=\"tokens_per\"} 64\n",
+        ];
+        for page in pages {
+            assert_eq!(scan(page, false).0, three(2.0, 4.0, 0.5), "{page}");
+        }
+        let tgi = "tgi_batch_current_max_tokens 900\ntgi_queue_size 2\ntgi_batch_current_size 4\n";
+        assert_eq!(scan(tgi, false).0, Some(Report { kv: None, ..three(2.0, 4.0, 0.0).unwrap() }));
+    }
+
+    #[test]
+    fn several_engines_behind_one_page_add_up() {
+        let page = "vllm:num_requests_running{engine=\"0\"} 1\nvllm:num_requests_running{engine=\"1\"} 3\nvllm:num_requests_waiting{engine=\"0\"} 0\nvllm:num_requests_waiting{engine=\"1\"} 2\nvllm:kv_cache_usage_perc{engine=\"0\"} 0.5\nvllm:kv_cache_usage_perc{engine=\"1\"} 0.125\nother 1\n";
+        assert_eq!(scan(page, false), (three(2.0, 4.0, 0.5), true));
+    }
+
+    #[test]
+    fn it_stops_as_soon_as_it_has_what_it_wants_and_does_not_care_how_the_page_is_cut() {
+        let page = include_str!("../../tests/fixtures/vllm-0.32/metrics.txt");
+        let mut whole = Scanner::new(false);
+        let enough = page.find("vllm:prefix_cache_queries_total{").unwrap() + 100;
+        assert!(whole.push(&page.as_bytes()[..enough]), "a twentieth of the page is enough");
+        for size in [1, 7, 64] {
+            let mut scanner = Scanner::new(false);
+            assert!(page.as_bytes().chunks(size).any(|piece| scanner.push(piece)));
+            assert_eq!(scanner.finish(), three(0.0, 0.0, 0.0));
+        }
+    }
+
+    #[test]
+    fn lies_are_not_read_and_a_line_without_end_costs_nothing() {
+        let page = "vllm:num_requests_waiting NaN\nvllm:num_requests_running -5\nvllm:kv_cache_usage_perc 7e30\n";
+        assert_eq!(scan(page, false).0, None);
+        let mut scanner = Scanner::new(false);
+        (0..1_000).for_each(|_| assert!(!scanner.push(&[b'x'; 4096])));
+        assert!(scanner.line.capacity() <= LINE_MAX);
+        scanner.push(b"\nvllm:num_requests_waiting 1\n");
+        assert_eq!(scanner.finish().and_then(|report| report.waiting), Some(1.0));
+    }
+
+    #[test]
+    fn loaded_adapters_are_known_by_name() {
+        let page = "vllm:lora_requests_info{max_lora=\"4\",running_lora_adapters=\"sql, poems\",waiting_lora_adapters=\"x\"} 1.7e9\n";
+        let told = Telling::default();
+        told.take(scan(page, true).0.unwrap(), 0, 0, 0);
+        assert!(told.has_adapter(adapter("sql")) && told.has_adapter(adapter("poems")));
+        assert!(!told.has_adapter(adapter("x")));
+    }
+
+    #[test]
+    fn only_what_is_beyond_our_own_is_others_and_it_is_forgotten_within_seconds() {
+        let telling = Telling::default();
+        assert_eq!(telling.at(0, 100), Told::default());
+        telling.take(three(5.0, 9.0, 0.5).unwrap(), 7, 3, 1_000);
+        let told = telling.at(1_000, 100);
+        assert_eq!((told.others, told.streams, told.kv, told.trust), (200.0, 2.0, 0.5, 1.0));
+        assert_eq!(telling.at(12_000, 100).trust, 0.0);
+        telling.take(three(0.0, 0.0, 0.0).unwrap(), 7, 3, 2_000);
+        assert_eq!(telling.at(2_000, 100).others, 0.0, "a zero takes nothing from what we know ourselves");
+    }
+}
