@@ -322,7 +322,7 @@ impl Guard {
 
     /// What was read of a place, and what was found there.
     fn noted(&mut self, place: Place, progress: &Progress, bytes: usize) {
-        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == place.is_prompt()) {
+        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == place.is_prompt() && !judged.waits) {
             let rule = &self.rails.rules.rules()[judged.rule];
             if rule.places.contains(&place) {
                 judged.read(bytes as u64);

@@ -210,6 +210,7 @@ async fn either(mut first: Asking<'_>, mut second: Asking<'_>) -> First {
 fn ended(interrupted: Interrupted) -> Failure {
     match interrupted {
         Interrupted::Gone => Failure::Gone,
+        Interrupted::Stopped => Failure::Stopped,
         _ => Failure::TotalTimeout,
     }
 }

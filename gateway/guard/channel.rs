@@ -107,12 +107,12 @@ impl Codec {
 }
 
 /// A whole text, decoded into `room` if it is not the same as it is encoded.
-pub(super) fn decoded<'t>(encoded: &'t [u8], text: &Text, room: &'t mut String) -> &'t str {
-    let is_plain = text.is_raw || (!text.is_json && memchr::memchr(b'\\', encoded).is_none());
-    if let (true, Ok(plain)) = (is_plain, std::str::from_utf8(encoded)) {
-        return plain;
+pub(super) fn decoded<'t>(encoded: &'t [u8], of: &Text, room: &'t mut String) -> &'t str {
+    let is_plain = of.is_raw || (!of.is_json && memchr::memchr(b'\\', encoded).is_none());
+    if let (true, Ok(text)) = (is_plain, std::str::from_utf8(encoded)) {
+        return text;
     }
-    let mut codec = if text.is_raw { Codec::Raw } else { Codec::new(text.is_json) };
+    let mut codec = if of.is_raw { Codec::Raw } else { Codec::new(of.is_json) };
     room.clear();
     codec.push(encoded, room);
     codec.finish(room);
@@ -123,15 +123,6 @@ impl Channel {
     /// One that rules judge.
     pub(super) fn of_rules(scanner: &Arc<Scanner>, is_json: bool) -> Self {
         Self::new(Judge::Rules(Box::new(scanner.stream())), is_json)
-    }
-
-    /// What stands for a whole text, as rules see it.
-    pub(super) fn decoded(encoded: &[u8], of: &Text) -> String {
-        let mut codec = if of.is_raw { Codec::Raw } else { Codec::new(of.is_json) };
-        let mut text = String::new();
-        codec.push(encoded, &mut text);
-        codec.finish(&mut text);
-        text
     }
 
     /// One whose bytes stand for themselves, if this text's do.

@@ -16,7 +16,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout_at;
 
-use super::{Blocked, Guard, Rails, channel::Channel};
+use super::channel::{Channel, decoded};
+use super::{Blocked, Guard, Rails};
 use crate::egress::Egress;
 use crate::house::House;
 use crate::scan::{self, Edit};
@@ -359,8 +360,8 @@ impl Guard {
 
 /// A text as it is after these edits, decoded.
 fn question(document: &[u8], text: &Text, edits: &[Edit]) -> Question {
-    let decoded = Channel::decoded(&left(document, text, edits), text);
-    Question { place: text.place, text: decoded.into() }
+    let (left, mut room) = (left(document, text, edits), String::new());
+    Question { place: text.place, text: decoded(&left, text, &mut room).into() }
 }
 
 /// The edits within a text, counted from its beginning, in order.
