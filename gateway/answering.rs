@@ -7,13 +7,14 @@ use http::{Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::audit::record::Ending;
+use crate::compatible;
 use crate::ending;
 use crate::exchange::Exchange;
 use crate::failover::{self, Asked};
 use crate::guard::{self, Blocked};
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
-use crate::local;
 use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
 use crate::pipeline::{Planned, Stop, broken_off, drain, heartbeat};
@@ -22,6 +23,7 @@ use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
+use crate::tokens::Encoding;
 use crate::weighing;
 
 /// Passes the answer on, and ends it properly if the upstream did not.
@@ -32,12 +34,13 @@ pub async fn relay(
     planned: Planned,
     asked: Asked<'_>,
 ) -> Result<(), Stop> {
+    let is_events = asked.answer.is_event_stream();
     let pace = Pace {
         between: Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms),
         total: planned.total,
         heartbeat: heartbeat(exchange),
         drain: drain(exchange),
-        holds_end: holds_end(exchange),
+        holds_end: is_events && holds_end(exchange),
     };
     let Asked { answer, mut picked, permit, stage } = asked;
     let target = &picked.endpoint.target;
@@ -45,7 +48,6 @@ pub async fn relay(
         answer.discard(&house.connections, target).await;
         return Err(refusal.into());
     }
-    let is_events = answer.is_event_stream();
     let (mut head, mut answer) = answer.split();
     let status = head.status;
     exchange.bill = bill(exchange, &planned, stage, picked.upstream, status);
@@ -54,6 +56,7 @@ pub async fn relay(
         events: is_events,
         hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
         service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
+        counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, picked.upstream)),
     };
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
     if guards && !is_events {
@@ -121,14 +124,19 @@ fn client_head(
     stage: &Stage,
 ) -> Result<Box<AnswerHead>, Refusal> {
     let cost = answer.whole(&head).and_then(|body| exchange.costs(body));
-    let mut head = failover::head_for_client(head, answer.first_at, is_events, upstream, exchange, stage)?;
+    let mut head = failover::head_for_client(*head, answer.first_at, is_events, upstream, exchange, stage)?;
     if let Some(flagged) = exchange.tally.guard.as_ref().and_then(|guard| guard.flagged()) {
-        local::set(&mut head, "x-infergate-guardrails", flagged)?;
+        set(&mut head.headers, headers::GUARDRAILS, flagged)?;
+    }
+    if exchange.policy.requests.compatible_with.is_some() {
+        let told =
+            compatible::Told { upstream, stage, first_at: answer.first_at, cost: cost.map(|cost| cost.to_string()) };
+        compatible::tell(&mut head.headers, exchange, &told)?;
     }
     if let Some(cost) = cost {
-        local::set(&mut head, "x-infergate-cost-usd", cost.to_string())?;
+        set(&mut head.headers, headers::COST_USD, cost.to_string())?;
     }
-    Ok(head)
+    Ok(Box::new(head.into()))
 }
 
 /// Ends what the client has, as its protocol ends such answers.
@@ -140,12 +148,20 @@ async fn conclude(
     is_events: bool,
 ) -> Result<(), Stop> {
     let (code, why) = match passed {
-        Passed::Whole => return end(exchange, downstream).await,
+        Passed::Whole => {
+            exchange.settle();
+            if let Some(comment) = cost_comment(exchange).filter(|_| is_events) {
+                downstream.put_before_end(&comment, exchange.tally.last_is_whole());
+            }
+            return end(exchange, downstream).await;
+        }
         Passed::Gone => return Err(Stop::Gone),
         Passed::Spent | Passed::Blocked(_) => {
             let why = if passed == Passed::Spent { ending::Why::Length } else { ending::Why::Filtered };
+            exchange.settle();
             let events = early(exchange, ending, why);
-            downstream.write(events.into()).await.map_err(|_| Stop::Gone)?;
+            let comment = cost_comment(exchange).unwrap_or_default();
+            downstream.write(ending::before_last(events.as_bytes(), &comment, true)).await.map_err(|_| Stop::Gone)?;
             return end(exchange, downstream).await;
         }
         Passed::Broken(code, why) => (code, why),
@@ -180,6 +196,12 @@ fn account(exchange: &mut Exchange, stage: &Stage, picked: &Picked<'_>, passed: 
         Passed::Blocked(blocked) => exchange.blocked(blocked),
         Passed::Gone | Passed::Broken(..) => {}
     }
+}
+
+/// What a stream tells of its cost, if the policy wants it told.
+fn cost_comment(exchange: &Exchange) -> Option<String> {
+    let cost = if exchange.policy.cost_on_streams { exchange.cost() } else { None };
+    cost.map(|cost| format!(": x-infergate-cost-usd={cost}\n\n"))
 }
 
 /// The end of an answer: what was not used is given back first, so that whoever has read it all may ask again.
@@ -253,7 +275,13 @@ fn bill(
     Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
 }
 
+/// How the tokens of an answer are counted that does not tell them.
+fn encoding(exchange: &Exchange, stage: &Stage, upstream: &Upstream) -> Option<Encoding> {
+    let route = exchange.route.as_ref()?;
+    route.model.tokenizer.of(failover::model_at(exchange, stage, upstream))
+}
+
 /// Whether something must be done before a client may know that its answer is complete.
 fn holds_end(exchange: &Exchange) -> bool {
-    exchange.is_durable() || exchange.tally.reservation.is_some()
+    exchange.is_durable() || exchange.tally.reservation.is_some() || exchange.policy.cost_on_streams
 }

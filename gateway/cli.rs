@@ -4,6 +4,7 @@ mod audit;
 mod check;
 mod explain;
 mod guard;
+mod import;
 mod key;
 mod prices;
 mod reference;
@@ -42,6 +43,8 @@ enum Command {
     Explain(explain::Explain),
     /// Try guardrails on a text, or measure them on labelled ones
     Guard(guard::Guard),
+    /// Make a policy of another gateway's configuration
+    Import(import::Import),
     /// Make API keys, tell whose a key is
     Key(key::Key),
     /// Check a file of prices, or make one
@@ -78,6 +81,7 @@ pub fn run() -> ExitCode {
         Command::Audit(audit) => audit.run(),
         Command::Explain(explain) => explain.run(),
         Command::Guard(guard) => guard.run(),
+        Command::Import(import) => import.run(),
         Command::Key(key) => key.run(),
         Command::Prices(prices) => prices.run(),
         Command::Route(route) => route.run(),

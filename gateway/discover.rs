@@ -13,6 +13,7 @@ use crate::policy::{Policy, World, compile_file, reload};
 use crate::pool::watch::{Names, look_up_all};
 use crate::relay;
 use crate::secret::SecretSource;
+use crate::tokens::Tokenizer;
 
 /// How often the upstreams are asked again.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -93,6 +94,7 @@ impl Upstreams {
                 rename: None,
                 fallbacks: Vec::new(),
                 priority: None,
+                tokenizer: Tokenizer::Auto,
                 description: None,
             });
         }

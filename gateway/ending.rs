@@ -1,5 +1,6 @@
 //! How a stream ends early and yet properly: as its protocol ends an answer that became too long, or was filtered.
 
+use bytes::Bytes;
 use infergate_plugins::operation::Operation;
 use serde_json::{Map, Value, json};
 
@@ -150,6 +151,15 @@ fn data(events: &[u8]) -> impl Iterator<Item = Value> {
     lines.filter_map(|line| serde_json::from_slice(line.strip_prefix(b"data:")?).ok()).filter(Value::is_object)
 }
 
+/// `events` with a comment before the last of them; behind it where it cannot be told where that begins. `whole`: they
+/// begin with an event.
+pub fn before_last(events: &[u8], comment: &str, whole: bool) -> Bytes {
+    let mut places: Vec<usize> = whole.then_some(0).into_iter().chain(ends(events)).collect();
+    places.pop_if(|end| *end == events.len() && !events.is_empty());
+    let at = places.pop().unwrap_or(events.len());
+    [&events[..at], comment.as_bytes(), &events[at..]].concat().into()
+}
+
 /// Where each of several whole events ends.
 pub fn ends(events: &[u8]) -> impl Iterator<Item = usize> {
     let (mut framer, mut at) = (Framer::default(), 0);
@@ -216,6 +226,19 @@ mod tests {
         let told = data(ended.as_bytes()).next().unwrap();
         assert_eq!((&told["response"]["id"], &told["sequence_number"]), (&json!("r-1"), &json!(10)));
         assert_eq!(told["response"]["incomplete_details"]["reason"], "max_output_tokens");
+    }
+
+    #[test]
+    fn a_comment_stands_before_the_last_event_and_never_in_one() {
+        let put =
+            |events: &str, whole| String::from_utf8(before_last(events.as_bytes(), ": c\n\n", whole).to_vec()).unwrap();
+        let done = "data: [DONE]\n\n";
+        assert_eq!(put(done, true), format!(": c\n\n{done}"));
+        assert_eq!(put("ta: [DONE]\n\n", false), "ta: [DONE]\n\n: c\n\n");
+        assert_eq!(put(&format!("\"}}\n\n{done}"), false), format!("\"}}\n\n: c\n\n{done}"));
+        let message = "event: message_delta\ndata: {}\n\nevent: message_stop\ndata: {}\n\n";
+        assert_eq!(put(message, true), message.replace("event: message_stop", ": c\n\nevent: message_stop"));
+        assert_eq!(put("", true), ": c\n\n");
     }
 
     #[test]

@@ -10,10 +10,11 @@ use http::Method;
 use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
 use crate::audit::record::{
-    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, LimitList, Models, Moment,
-    Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
+    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, LimitList, Metered, Models,
+    Moment, Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::guard::{Blocked, Guard};
+use crate::headers::REQUEST_ID;
 use crate::house::House;
 use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
@@ -25,7 +26,7 @@ use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{X_REQUEST_ID, is_sane_id};
+use crate::relay::headers::is_sane_id;
 use crate::relay::{Downstream, Tally};
 use crate::routers::Chosen;
 use crate::surface::{Surface, UNKNOWN};
@@ -124,7 +125,7 @@ impl Exchange {
     pub fn begin(house: &House, downstream: &Downstream) -> Self {
         let (now, policy) = (Instant::now(), house.policy.get());
         let head = downstream.head();
-        let request_id = head.headers.get(X_REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
+        let request_id = head.headers.get(REQUEST_ID).map(|id| clip(&String::from_utf8_lossy(id.as_bytes())).into());
         Self {
             id: Id::new(),
             surface: &UNKNOWN,
@@ -236,7 +237,9 @@ impl Exchange {
     /// An upstream is about to be asked; `bytes` is the length of the body.
     pub fn attempt_begins(&mut self, pool: &Arc<Pool>, picked: &Picked<'_>, bytes: usize) {
         let span = self.trace.map_or(0, |_| trace::new_span());
-        self.attempts.push(Attempt::begin(pool, picked, bytes, span));
+        let attempt = Attempt::begin(pool, picked, bytes, span);
+        let by_hour = self.policy.prices.as_ref().is_some_and(|book| book.by_hour);
+        self.attempts.push(if by_hour { attempt.measured() } else { attempt });
     }
 
     /// The `traceparent` for the upstream that is asked now; none where the policy says nothing of traces.
@@ -381,6 +384,7 @@ impl Exchange {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
+        let metered = Metered::of(&usage, cost.as_ref().map(|cost| cost.nanousd.0));
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -402,7 +406,7 @@ impl Exchange {
             model: self.models(),
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
-            attempts: AttemptList { list: &self.attempts, moment, bytes },
+            attempts: AttemptList { list: &self.attempts, moment, bytes, metered },
             usage,
             cost,
             unpriced,
@@ -432,7 +436,21 @@ impl Exchange {
             meter = meter.with_service_tier();
         }
         meter.push(body);
-        bill.settle(meter.usage(), Whole { bytes: body.len() as u64, events: false, whole: true }).1.flatten()
+        bill.settle(
+            meter.usage(),
+            Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() },
+        )
+        .1
+        .flatten()
+    }
+
+    /// What it cost, once it is over.
+    pub fn cost(&self) -> Option<NanoUsd> {
+        self.spent().1.map(|cost| cost.nanousd)
+    }
+
+    fn gpu_us(&self) -> Option<u64> {
+        self.attempts.last()?.gpu_us()
     }
 
     /// What it used, what that cost, and whether something of it has no price.
@@ -440,7 +458,8 @@ impl Exchange {
         let whole = self.ending.outcome == Outcome::Ok;
         let told = self.tally.usage(whole);
         let Some(bill) = &self.bill else { return (told, None, false) };
-        let (usage, cost) = bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole });
+        let (usage, cost) =
+            bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
         let Some(book) = &self.policy.prices else { return (usage, None, false) };
         let priced = |nanousd| Cost { nanousd, prices: &book.version };
         (usage, cost.flatten().map(priced), cost == Some(None))
@@ -450,7 +469,7 @@ impl Exchange {
         let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
         let used = self.attempts.last().and_then(|attempt| {
             let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?).or(self.named()).or(Some(&route.model.name))
+            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
         });
         Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
     }
@@ -465,6 +484,9 @@ impl Drop for Exchange {
         }
         let mut record = self.record(Instant::now());
         self.telemetry.finished(&record, self.surface, self.route.as_deref());
+        if let Some(who) = &self.who {
+            self.telemetry.spent_by(&record, &who.tenant, self.route.as_deref());
+        }
         if let Some(traces) = &self.policy.traces
             && !self.tracer.finish(traces, &record)
         {

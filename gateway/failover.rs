@@ -8,10 +8,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH};
+use http::response::Parts;
 use infergate_plugins::provider::Reason;
 
 use crate::audit::record::{Ending, Text};
 use crate::exchange::Exchange;
+use crate::headers::{self, set};
 use crate::hedge::{self, Race};
 use crate::house::House;
 use crate::identity;
@@ -26,7 +29,7 @@ use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Balance;
 use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{HOP_BY_HOP, RequestHead, X_REQUEST_ID};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
@@ -260,7 +263,7 @@ async fn attempt<'a>(
         Ok(answer) => answer,
         Err(failure) => {
             let mut miss = failed(exchange, planned, stage, picked, failure)?;
-            miss.again = may_retry(exchange, planned, &stage.pool, miss.cause) && granted(&stage.pool);
+            miss.again = may_retry(exchange, planned, &stage.pool, rest, miss.cause) && granted(&stage.pool);
             return Ok(Err(miss));
         }
     };
@@ -277,7 +280,7 @@ async fn attempt<'a>(
     let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
-    let again = may_retry(exchange, planned, &stage.pool, Some(cause)) && granted(&stage.pool);
+    let again = may_retry(exchange, planned, &stage.pool, rest, Some(cause)) && granted(&stage.pool);
     let miss = Miss { cause: Some(cause), refusal, again };
     if !again && !may_fall_back(exchange, planned, rest, cause) && !downstream.head_sent() {
         // The upstream's own error says more than ours would.
@@ -314,14 +317,14 @@ pub fn begin<'a>(
 /// The name of the model that answers.
 pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upstream) -> &'a str {
     let asked = || exchange.named().or(exchange.route.as_ref().map(|route| route.model.name.as_str()));
-    stage.other_name(upstream).or_else(asked).unwrap_or_default()
+    stage.other_name(upstream, exchange.named()).or_else(asked).unwrap_or_default()
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
 /// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
 /// question of what a stream used where the policy wants to know and the client does not.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
-    let name = stage.other_name(upstream).or(exchange.substitute.as_deref());
+    let name = stage.other_name(upstream, exchange.named()).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
     edits.extend(planned.parameter_edits.iter().chain(&planned.guard_edits).cloned());
     if let Some(max) = planned.output_max {
@@ -462,9 +465,12 @@ pub fn failed(
     Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
 }
 
-fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, cause: Option<Cause>) -> bool {
-    let listed = cause.is_some_and(|cause| pool.retry.on.contains(&cause));
-    listed && exchange.attempt_count() < planned.attempts_max() && pool.available(Instant::now())
+/// Whether the same pool may be asked again: an attempt is kept for every pool behind it that could help.
+fn may_retry(exchange: &Exchange, planned: &Planned, pool: &Pool, rest: &[&Stage], cause: Option<Cause>) -> bool {
+    let Some(cause) = cause.filter(|cause| pool.retry.on.contains(cause)) else { return false };
+    let now = Instant::now();
+    let kept = rest.iter().filter(|next| next.on.contains(&cause) && next.pool.available(now)).count() as u32;
+    exchange.attempt_count() + kept < planned.attempts_max() && pool.available(now)
 }
 
 fn may_fall_back(exchange: &Exchange, planned: &Planned, rest: &[&Stage], cause: Cause) -> bool {
@@ -483,51 +489,53 @@ fn granted(pool: &Pool) -> bool {
 }
 
 /// The head that the client gets: the upstream's, with what belongs to our connection taken off and what the client
-/// can use put on.
+/// can use put on. Names of headers leave in lower case: keeping the case of each would cost a second map.
 pub fn head_for_client(
-    mut head: Box<AnswerHead>,
+    head: AnswerHead,
     first_at: Instant,
     is_event_stream: bool,
     upstream: &Upstream,
     exchange: &Exchange,
     stage: &Stage,
-) -> Result<Box<AnswerHead>, Refusal> {
-    let model = model_at(exchange, stage, upstream);
+) -> Result<Parts, Refusal> {
+    let mut head = Parts::from(head);
+    let to = &mut head.headers;
     // Nearly always none.
-    if head.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
-        HOP_BY_HOP.iter().for_each(|name| _ = head.remove_header(name));
+    if to.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        HOP_BY_HOP.iter().for_each(|name| _ = to.remove(name));
     }
     if stage.pool.load.headers {
-        head.remove_header(told::TELLS);
+        to.remove(told::TELLS);
     }
-    if let Some(theirs) = head.remove_header(&X_REQUEST_ID) {
-        local::set(&mut head, "x-upstream-request-id", theirs)?;
+    if let Some(theirs) = to.remove(headers::REQUEST_ID) {
+        set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
     if is_event_stream {
-        head.remove_header(&http::header::CONTENT_LENGTH);
-        local::set(&mut head, "Cache-Control", "no-cache")?;
-        local::set(&mut head, "x-accel-buffering", "no")?;
+        to.remove(CONTENT_LENGTH);
+        set(to, CACHE_CONTROL, "no-cache")?;
+        set(to, headers::ACCEL_BUFFERING, "no")?;
     }
-    local::identify(&mut head, exchange)?;
+    local::identify(to, exchange)?;
+    let model = model_at(exchange, stage, upstream);
     // A name that no header can carry is not told.
     if model.is_ascii() {
-        let _ = local::set(&mut head, "x-infergate-model", model);
+        let _ = set(to, headers::MODEL, model);
     }
     if let Some(Chosen { by, model }) = &exchange.chosen {
-        let _ = local::set(&mut head, "x-infergate-route", format!("{by}={model}"));
+        let _ = set(to, headers::ROUTE, format!("{by}={model}"));
     }
-    standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
+    standing::tell(to, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     if exchange.policy.requests.name_upstream {
-        local::set(&mut head, "x-infergate-upstream", upstream.name.clone())?;
+        set(to, headers::UPSTREAM, upstream.name.clone())?;
     }
-    local::set(&mut head, "x-infergate-attempts", u64::from(exchange.attempt_count()))?;
+    set(to, headers::ATTEMPTS, u64::from(exchange.attempt_count()))?;
     let now = Instant::now();
     if exchange.policy.requests.server_timing {
-        local::set(&mut head, "server-timing", timing(exchange, first_at, now))?;
+        set(to, headers::SERVER_TIMING, timing(exchange, first_at, now))?;
     }
     if exchange.policy.requests.overhead {
         let own = exchange.overhead(first_at, now).as_micros();
-        local::set(&mut head, "x-infergate-overhead-us", own as u64)?;
+        set(to, headers::OVERHEAD_US, own as u64)?;
     }
     Ok(head)
 }
@@ -601,7 +609,7 @@ pub async fn tunnel(
             Err(failure) => {
                 let miss = failed(exchange, planned, stage, &picked, failure)?;
                 if miss.cause != Some(Cause::Connect)
-                    || !may_retry(exchange, planned, pool, miss.cause)
+                    || !may_retry(exchange, planned, pool, &[], miss.cause)
                     || !granted(pool)
                 {
                     return Err(miss.refusal.into());

@@ -4,23 +4,28 @@
 mod channel;
 mod filter;
 mod judged;
+mod shape;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use infergate_plugins::guardrail::redact::Placeholders;
-use infergate_plugins::guardrail::stream::Progress;
-use infergate_plugins::guardrail::{Guardrails, Measure, Mode, OnError, Outcome, Place};
+use infergate_plugins::guardrail::schema::Asked;
+use infergate_plugins::guardrail::stream::{Progress, Scanner};
+use infergate_plugins::guardrail::{Guardrails, Measure, Mode, Outcome, Place};
 use infergate_plugins::operation::Operation;
 
-use self::channel::Channel;
+use self::channel::{Channel, decoded};
 use self::filter::Filter;
+pub use self::filter::data;
 pub(crate) use self::judged::word;
 pub use self::judged::{Judged, JudgedList, JudgedRecord};
+use self::shape::named;
 use crate::refusal::{Code, Refusal};
 use crate::scan::{Edit, splice};
 use crate::telemetry::GuardMeters;
-use crate::text::{self, Text};
+use crate::text::{self, Text, Tool};
 
 /// The guardrails of a policy, with where they count.
 #[derive(Debug)]
@@ -48,6 +53,8 @@ pub struct Guard {
     judged: Vec<Judged>,
     rules: Option<Filter>,
     restorer: Option<Filter>,
+    /// The schemas that the request brought along.
+    asked: Asked,
 }
 
 /// Why a text does not pass.
@@ -100,8 +107,7 @@ impl Rails {
     /// A rule that must read what nobody can read, if there is one.
     pub fn insists(&self, prompts: bool) -> Option<&Arc<str>> {
         let looks = |places: &[Place]| places.iter().any(|place| place.is_prompt() == prompts);
-        let insists = |rule: &&infergate_plugins::guardrail::Rule| rule.enforces() && rule.on_error == OnError::Deny;
-        self.rules.rules().iter().filter(insists).find(|rule| looks(&rule.places)).map(|rule| &rule.name)
+        self.rules.rules().iter().find(|rule| rule.insists() && looks(&rule.places)).map(|rule| &rule.name)
     }
 }
 
@@ -114,29 +120,41 @@ pub struct Prompt {
     pub edits: Vec<Edit>,
     /// Why it goes nowhere.
     pub blocked: Option<Blocked>,
+    /// What does not pass, in words.
+    pub what: Cow<'static, str>,
+}
+
+impl Prompt {
+    fn new(guard: Guard) -> Self {
+        Self { guard, edits: Vec::new(), blocked: None, what: Cow::Borrowed("the prompt") }
+    }
 }
 
 impl Guard {
     /// Judges the request `body` to `operation`. `tokens` is what is known of its length.
     pub fn prompt(rails: Arc<Rails>, operation: Operation, body: &[u8], tokens: Option<u64>) -> Prompt {
-        let mut guard = Self::new(rails);
-        if !guard.rails.looks_at(true) {
-            return Prompt { guard, edits: Vec::new(), blocked: None };
+        let mut prompt = Prompt::new(Self::new(rails));
+        if let Err((message, blocked)) = prompt.guard.asks(operation, body) {
+            (prompt.what, prompt.blocked) = (Cow::Owned(message), blocked);
         }
+        if !prompt.guard.rails.looks_at(true) {
+            return prompt;
+        }
+        let guard = &mut prompt.guard;
         let Ok(texts) = text::prompt(operation, body) else {
-            let blocked = guard.unread(true);
-            return Prompt { guard, edits: Vec::new(), blocked };
+            let unread = guard.unread(true);
+            return Prompt { blocked: prompt.blocked.or(unread), ..prompt };
         };
-        let blocked = guard.exceeded(body, &texts, tokens);
-        let mut edits = Vec::new();
-        let found = guard.judge(&texts, body, &mut edits);
+        let exceeded = guard.exceeded(body, &texts, tokens);
+        let found = guard.judge(&texts, &[], body, &mut prompt.edits);
         guard.passed(true);
-        Prompt { guard, edits, blocked: blocked.or(found.err()) }
+        Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), ..prompt }
     }
 
     fn new(rails: Arc<Rails>) -> Self {
         let judged = Judged::of(&rails.rules);
-        Self { rails, placeholders: Placeholders::default(), judged, rules: None, restorer: None }
+        let placeholders = Placeholders::default();
+        Self { rails, placeholders, judged, rules: None, restorer: None, asked: Asked::default() }
     }
 
     /// An answer to `operation` begins. Returns whether anything is done about it.
@@ -150,12 +168,12 @@ impl Guard {
     /// Judges an answer that is here as a whole; returns it as it may leave.
     /// `seen` gets it as the rules left it, before originals come back.
     pub fn whole(&mut self, operation: Operation, body: Bytes, seen: &mut impl FnMut(&[u8])) -> Result<Bytes, Blocked> {
-        let Ok(texts) = text::answer(operation, &body) else {
+        let Ok((texts, tools)) = text::answer_with_tools(operation, &body) else {
             let blocked = self.unread(false);
             return blocked.map_or(Ok(body), Err).inspect(|body| seen(body));
         };
         let mut edits = Vec::new();
-        self.judge(&texts, &body, &mut edits)?;
+        self.judge(&texts, &tools, &body, &mut edits)?;
         self.passed(false);
         text::forget_tokens(operation, &body, &mut edits);
         let body = splice(&body, &mut edits);
@@ -240,8 +258,9 @@ impl Guard {
         }
     }
 
-    /// Judges texts one after another; the edits are of `document`.
-    fn judge(&mut self, texts: &[Text], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
+    /// Judges texts one after another, with the tools that they are for; the edits are of `document`.
+    fn judge(&mut self, texts: &[Text], tools: &[Tool], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
+        self.inputs(tools, document)?;
         for text in texts {
             let encoded = &document[text.span.clone()];
             // Only what has such a sign can look like a placeholder.
@@ -249,10 +268,18 @@ impl Guard {
                 self.placeholders.avoid(&String::from_utf8_lossy(encoded));
             }
         }
+        let mut room = String::new();
         for text in texts {
-            let Some(scanner) = self.rails.rules.scanner(text.place).cloned() else { continue };
-            let mut channel = Channel::of_rules(&scanner, text.is_json);
+            let tool = tools.iter().find(|tool| tool.channel == text.channel).map(|tool| named(document, tool));
+            let (rules, shapes) = (self.rails.rules.scanner(text.place), self.shapes(text, tool.as_deref()));
             let encoded = &document[text.span.clone()];
+            // Nearly always, and at half the cost.
+            let finds_nothing = |rules: &Arc<Scanner>| rules.finds_nothing(decoded(encoded, text.is_json, &mut room));
+            if shapes.is_none() && rules.is_none_or(finds_nothing) {
+                self.noted(text.place, &Progress::default(), encoded.len());
+                continue;
+            }
+            let Some(mut channel) = Channel::with_shapes(rules, text.is_json, shapes.as_ref()) else { continue };
             let (progress, edited) = channel.whole(encoded, &mut self.placeholders);
             self.noted(text.place, &progress, encoded.len());
             if let Some(rule) = progress.blocked {
@@ -314,7 +341,7 @@ impl Guard {
 
     /// Everything has been read.
     fn passed(&mut self, prompt: bool) {
-        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == prompt) {
+        for judged in self.judged.iter_mut().filter(|judged| judged.prompt == prompt && !judged.waits) {
             if judged.outcome == Outcome::Skipped {
                 judged.outcome = Outcome::Passed;
             }

@@ -85,11 +85,16 @@ pub struct Spent {
     pub unpriced: u64,
     /// Requests whose tokens nobody reported, so that they were counted or estimated.
     pub estimated: u64,
+    /// Requests that an upstream was asked for.
+    pub asked: u64,
 }
+
+/// How many numbers there are.
+pub const NUMBERS: usize = 10;
 
 impl Spent {
     /// The names of the numbers, in their order, as the tables have them.
-    pub const NAMES: [&str; 9] = [
+    pub const NAMES: [&str; NUMBERS] = [
         "requests",
         "ok",
         "input_tokens",
@@ -99,10 +104,11 @@ impl Spent {
         "cost_nanousd",
         "unpriced",
         "estimated",
+        "asked",
     ];
 
     /// The numbers, in the order of their names.
-    pub fn numbers(&self) -> [u64; 9] {
+    pub fn numbers(&self) -> [u64; NUMBERS] {
         [
             self.requests,
             self.ok,
@@ -113,10 +119,11 @@ impl Spent {
             self.cost.0,
             self.unpriced,
             self.estimated,
+            self.asked,
         ]
     }
 
-    fn of([requests, ok, input, output, cached, reasoning, cost, unpriced, estimated]: [u64; 9]) -> Self {
+    fn of([requests, ok, input, output, cached, reasoning, cost, unpriced, estimated, asked]: [u64; NUMBERS]) -> Self {
         Self {
             requests,
             ok,
@@ -127,6 +134,7 @@ impl Spent {
             cost: NanoUsd(cost),
             unpriced,
             estimated,
+            asked,
         }
     }
 

@@ -7,7 +7,7 @@
 //! | [`pipeline`], [`failover`], [`hedge`], [`answering`], [`local`] | the life of a request: identify, read, admit, ask, relay, settle |
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
-//! | [`scan`], [`sse`], [`usage`] | the one look at a body; the frame of an event stream; the tokens that an answer used |
+//! | [`scan`], [`sse`], [`usage`], [`tokens`] | the one look at a body; the frame of an event stream; the tokens that an answer used, as it says and as they are counted |
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
@@ -18,6 +18,8 @@
 //! | [`ledger`] | what was spent, by whom and when: folded from the journal |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
+//! | [`compatible`] | paths and headers of another gateway, where the policy wants them |
+//! | [`import`] | another gateway's configuration becomes a policy |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
 
@@ -26,6 +28,7 @@ pub mod answering;
 pub mod audit;
 pub mod certificate;
 pub mod cli;
+pub mod compatible;
 pub mod decimal;
 pub mod discover;
 pub mod egress;
@@ -33,10 +36,12 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+pub mod headers;
 pub mod hedge;
 pub mod hex;
 pub mod house;
 pub mod identity;
+pub mod import;
 pub mod issuers;
 pub mod ledger;
 pub mod limits;
@@ -61,5 +66,6 @@ pub mod surface;
 pub mod telemetry;
 pub mod text;
 pub mod time;
+pub mod tokens;
 pub mod usage;
 pub mod weighing;

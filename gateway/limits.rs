@@ -7,6 +7,7 @@ pub mod level;
 pub mod restore;
 pub mod shared;
 pub mod standing;
+pub mod warn;
 pub mod window;
 
 use std::collections::HashSet;
@@ -23,6 +24,7 @@ use smallvec::SmallVec;
 use self::level::{Count, Id, Level, Terms};
 use self::shared::Shared;
 use self::standing::Standing;
+use self::warn::Warnings;
 use self::window::Window;
 use crate::money::{Cached, Price};
 use crate::policy::Pattern;
@@ -47,6 +49,8 @@ pub struct Limit {
     pub models: Option<Vec<Pattern>>,
     /// The endpoints that it holds for; all, if there is no list.
     pub surfaces: Option<HashSet<String>>,
+    /// The plans that it holds for; everybody, if there is no list.
+    pub plans: Option<HashSet<String>>,
     /// Whether an answer ends where no more may be used.
     pub on_limit: OnLimit,
     /// Whether a request may have less of an answer than it asks for.
@@ -65,6 +69,8 @@ pub struct Limit {
     pub levels: Box<str>,
     /// Its metrics.
     pub meters: LimitMeters,
+    /// Where somebody hears that it is nearly used up.
+    pub warnings: Warnings,
 }
 
 /// What a limit counts.
@@ -117,6 +123,8 @@ pub struct Counted<'a> {
     pub tenant: Option<&'a str>,
     /// Who asks.
     pub key: Option<&'a str>,
+    /// The plans that they have.
+    pub plans: &'a [Arc<str>],
     /// The policy's entry for the model.
     pub model: &'a str,
     /// The endpoint.
@@ -176,6 +184,8 @@ struct Hold {
     /// When the span began in which it was taken.
     from: u64,
     reserved: u64,
+    /// Whether it is the limit that the answer is bounded by.
+    bounds: bool,
     settled: Option<u64>,
 }
 
@@ -238,6 +248,13 @@ pub struct Short {
     pub standings: Box<[Standing]>,
 }
 
+impl Short {
+    /// Whether it matters how well the prompt was estimated: a tenth less would fit.
+    fn is_close(&self) -> bool {
+        self.limit.unit.reads() && self.needed - self.needed / 10 <= self.free
+    }
+}
+
 /// What there is to be had.
 pub enum Outcome {
     /// All that was asked for, or as much of the answer as is payable.
@@ -265,6 +282,8 @@ pub struct Levels {
     hashers: (RandomState, RandomState),
     /// How they are shared with other replicas, where the policy says so.
     pub shared: Arc<Shared>,
+    /// Where somebody hears of limits that are nearly used up.
+    pub warnings: Warnings,
 }
 
 /// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
@@ -301,11 +320,13 @@ impl Levels {
         }
         let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
         let key = self.key(limit.apart, &parts);
-        if self.levels.len() >= LEVELS_MAX && !self.levels.contains_key(&key) {
+        if let Some(known) = self.levels.get(&key) {
+            return known.clone();
+        }
+        if self.levels.len() >= LEVELS_MAX {
             return self.level(limit.apart, &limit.levels, "others", || id(&limit.levels, &["", "others"]));
         }
-        let known = self.levels.get(&key).map(|level| level.clone());
-        known.unwrap_or_else(|| self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts)))
+        self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts))
     }
 
     /// What the store holds for this replica in advance, and nobody has taken yet.
@@ -387,7 +408,7 @@ impl Levels {
             if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
                 return Err(limit.clone());
             }
-            holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, settled: None });
+            holds.push(Hold { limit: limit.clone(), level, from: 0, reserved: 0, bounds: false, settled: None });
         }
         // In one order everywhere: nobody waits in a circle.
         holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
@@ -441,6 +462,11 @@ impl Unit {
         }
     }
 
+    /// Whether a longer prompt needs more of it.
+    fn reads(self) -> bool {
+        matches!(self, Self::InputTokens | Self::Tokens | Self::Nanousd)
+    }
+
     /// Whether a longer answer needs more of it.
     fn grows(self) -> bool {
         matches!(self, Self::OutputTokens | Self::Tokens | Self::Nanousd)
@@ -456,6 +482,7 @@ impl Limit {
     fn holds_for(&self, request: &Counted<'_>) -> bool {
         self.models.as_ref().is_none_or(|list| list.iter().any(|pattern| pattern.takes(request.model)))
             && self.surfaces.as_ref().is_none_or(|list| list.contains(request.surface))
+            && self.plans.as_ref().is_none_or(|list| request.plans.iter().any(|plan| list.contains(&**plan)))
     }
 
     fn terms(&self, now: u64) -> Terms<'_> {
@@ -507,7 +534,7 @@ impl Limit {
 fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
     let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
     let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
-    let agreed = agreed(&holds, counts.iter_mut().map(|count| &mut **count), request, way);
+    let agreed = agreed(&mut holds, counts.iter_mut().map(|count| &mut **count), request, way);
     let standing = |hold: &Hold, count: &Count| Standing::of(&hold.limit, count, request.now);
     let output = match agreed {
         Ok(output) => output,
@@ -531,21 +558,23 @@ fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
 
 /// The longest answer that all limits have room for, as far as it is worth it; or the one that is short.
 fn agreed<'a>(
-    holds: &Holds,
+    holds: &mut Holds,
     counts: impl Iterator<Item = &'a mut Count>,
     request: &Counted<'_>,
     way: Way,
 ) -> Result<u64, Short> {
-    let (mut output, mut short) = (request.output, None);
-    for (hold, count) in holds.iter().zip(counts) {
+    let (mut output, mut short, mut bounding) = (request.output, None, None);
+    for (index, (hold, count)) in holds.iter().zip(counts).enumerate() {
         let terms = hold.limit.terms(request.now);
         count.roll(&terms);
         let payable = hold.limit.payable(request, request.output, way.free(count, &terms));
         match payable.filter(|payable| way.is_worth_it(*payable, request.output)) {
-            Some(payable) => output = output.min(payable),
+            Some(payable) if payable < output => (output, bounding) = (payable, Some(index)),
+            Some(_) => {}
             None => short = Some(shorter(short, hold, count, request, way)),
         }
     }
+    holds.iter_mut().enumerate().for_each(|(index, hold)| hold.bounds = bounding == Some(index));
     short.map_or(Ok(output), Err)
 }
 
@@ -622,10 +651,18 @@ impl Reservation {
 
     /// The answer was bounded to less than was asked for.
     pub fn clamped(&self) {
-        let bounding = self.holds.iter().filter(|hold| hold.limit.unit.grows());
-        for hold in bounding {
+        if let Some(hold) = self.holds.iter().find(|hold| hold.bounds) {
             hold.limit.meters.clamped.inc();
         }
+    }
+
+    /// Whether so little is left of a limit that counts the prompt that it matters how well that was estimated: less
+    /// than a tenth of what there was.
+    pub fn is_tight(&self) -> bool {
+        let counts = self.holds.iter().zip(&self.standings);
+        counts
+            .into_iter()
+            .any(|(hold, standing)| hold.limit.unit.reads() && standing.free.saturating_mul(9) <= hold.reserved)
     }
 
     /// Whether answers end where no more may be used, as far as any limit counts them.
@@ -685,6 +722,7 @@ impl Reservation {
                 shared.settled(hold, &mut count, amount);
             }
             let terms = hold.limit.terms(now);
+            count.roll(&terms);
             if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
                 hold.limit.warned(&hold.level.whose, passed);
             }
@@ -701,21 +739,13 @@ impl Drop for Reservation {
 impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
-        Self { tenant: None, key: None, model: "", surface: "", user: None, input, output, cost, now }
+        Self { tenant: None, key: None, plans: &[], model: "", surface: "", user: None, input, output, cost, now }
     }
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
         let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
         Self::of_tokens(0, 0, cost, now)
-    }
-}
-
-impl Limit {
-    /// A threshold was passed: somebody is told.
-    fn warned(&self, whose: &str, passed: u8) {
-        self.meters.warned.inc();
-        tracing::warn!(limit = %self.name, whose, "{passed} % of {} are used", self.unit.spelt(self.max));
     }
 }
 

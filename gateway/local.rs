@@ -1,15 +1,19 @@
 //! Answers that need no upstream: the list of models, health, version.
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::header::CONTENT_TYPE;
+use http::response::Parts;
+use http::{HeaderMap, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
+use crate::compatible;
 use crate::exchange::Exchange;
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::pipeline::{Identified, Stop};
 use crate::policy::Route;
-use crate::refusal::{Code, Refusal};
-use crate::relay::{AnswerHead, Downstream};
+use crate::refusal::Refusal;
+use crate::relay::Downstream;
 
 /// Answers for the gateway itself.
 pub async fn answer(
@@ -19,6 +23,10 @@ pub async fn answer(
     identified: &Identified,
 ) -> Result<(), Stop> {
     let (status, body) = match identified.surface.path {
+        _ if compatible::is_liveness(&identified.path) => (StatusCode::OK, json!("I'm alive!")),
+        _ if compatible::is_readiness(&identified.path) && house.ready() => {
+            (StatusCode::OK, json!({"status": "healthy"}))
+        }
         "/v1/models" => (StatusCode::OK, models(exchange)),
         "/version" => (StatusCode::OK, json!({"version": env!("CARGO_PKG_VERSION"), "server": "infergate"})),
         _ if house.ready() => (StatusCode::OK, json!({"status": "ok"})),
@@ -32,7 +40,7 @@ pub async fn answer(
     let _ = exchange.put_on_record().await;
     // A body on such a request is not read, so the connection cannot be used again.
     let close = downstream.content_length().is_some_and(|length| length > 0);
-    downstream.answer(Box::new(head), body, close).await.map_err(|_| Stop::Gone)
+    downstream.answer(Box::new(head.into()), body, close).await.map_err(|_| Stop::Gone)
 }
 
 /// `GET /v1/models` in OpenAI's shape, with what each model is and where it lives: those that the caller may use.
@@ -67,25 +75,19 @@ fn dedup(mut words: Vec<&str>) -> Vec<&str> {
 }
 
 /// The head of an answer of our own.
-pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange) -> Result<AnswerHead, Refusal> {
-    let mut head = AnswerHead::build(status, Some(8)).map_err(|_| broken_header())?;
-    set(&mut head, "Content-Type", content_type)?;
-    identify(&mut head, exchange)?;
+pub fn head(status: StatusCode, content_type: &'static str, exchange: &Exchange) -> Result<Parts, Refusal> {
+    let (mut head, ()) = http::Response::new(()).into_parts();
+    head.status = status;
+    head.headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    identify(&mut head.headers, exchange)?;
     Ok(head)
 }
 
 /// Says which request an answer belongs to: our id, and the client's own.
-pub fn identify(head: &mut AnswerHead, exchange: &Exchange) -> Result<(), Refusal> {
-    set(head, "x-request-id", exchange.id.as_str())?;
-    exchange.client_id().map_or(Ok(()), |id| set(head, "x-client-request-id", id))
-}
-
-/// Sets one header of an answer, whose name a client sees as it stands here.
-pub fn set<V: TryInto<http::HeaderValue>>(head: &mut AnswerHead, name: &'static str, value: V) -> Result<(), Refusal> {
-    let value = value.try_into().map_err(|_| broken_header())?;
-    head.insert_header(name, value).map_err(|_| broken_header())
-}
-
-fn broken_header() -> Refusal {
-    Refusal::new(Code::Internal, "a header of the answer could not be written")
+pub fn identify(headers: &mut HeaderMap, exchange: &Exchange) -> Result<(), Refusal> {
+    set(headers, headers::REQUEST_ID, exchange.id.as_str())?;
+    if exchange.policy.requests.compatible_with.is_some() {
+        set(headers, compatible::CALL_ID, exchange.id.as_str())?;
+    }
+    exchange.client_id().map_or(Ok(()), |id| set(headers, headers::CLIENT_REQUEST_ID, id))
 }

@@ -75,6 +75,10 @@ pub struct Price {
     pub image: Option<Usd>,
     /// For a second of sound that was heard.
     pub audio_second: Option<Usd>,
+    /// For an hour of a GPU.
+    pub gpu_hour: Option<Usd>,
+    /// How many GPUs work for a request.
+    pub gpus: u32,
     /// What everything is multiplied by, by the class of service.
     pub service: Vec<(ServiceTier, Usd)>,
 }
@@ -138,7 +142,10 @@ impl Price {
 
     /// What is paid by the piece; `None` if nothing is.
     fn units(&self, usage: &Usage) -> Option<u128> {
-        let counted = [(self.image, usage.images, 1), (self.audio_second, usage.audio_ms, 1000)];
+        const HOUR: u128 = 3_600_000_000;
+        let worked = usage.gpu_us.map(|micros| micros.saturating_mul(self.gpus.into()));
+        let counted =
+            [(self.image, usage.images, 1), (self.audio_second, usage.audio_ms, 1000), (self.gpu_hour, worked, HOUR)];
         let counted = counted
             .into_iter()
             .filter_map(|(price, count, per)| Some(price?.atto_each().saturating_mul(u128::from(count?)) / per));

@@ -8,15 +8,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, UPGRADE};
+use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
+use http::response::Parts;
 use http::{HeaderValue, Method, StatusCode};
 use infergate_plugins::operation::Operation;
 
 use crate::answering;
 use crate::audit::record::clip;
+use crate::compatible;
 use crate::exchange::Exchange;
 use crate::failover::{self};
 use crate::guard::{Blocked, Guard};
+use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
 use crate::limits;
@@ -25,7 +28,7 @@ use crate::parameters;
 use crate::policy::file::{CaptureText, OnDisconnect, OnError, Priority};
 use crate::policy::{Passthrough, Route};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{AnswerHead, BodyFault, Downstream, Waiting};
+use crate::relay::{BodyFault, Downstream, Waiting};
 use crate::routers;
 use crate::scan::{self, Edit, Scan};
 use crate::state::Lease;
@@ -147,7 +150,7 @@ fn identify(house: &House, exchange: &mut Exchange, downstream: &Downstream) -> 
     let head = downstream.head();
     let policy = exchange.policy.clone();
     let path = policy.stripped(head.uri.path());
-    let found = surface::find(path);
+    let found = surface::find(path).or_else(|| compatible::surface(&policy, path));
     let passthrough = policy.passthrough(&head.method, path);
     // The endpoint is known before anything is refused, so that the refusal speaks its dialect.
     exchange.surface = match (found, passthrough) {
@@ -339,7 +342,7 @@ async fn judge(exchange: &mut Exchange, planned: &mut Planned) -> Result<(), Ref
     let Some(blocked) = judged.blocked else { return Ok(()) };
     let (Blocked::By(rule) | Blocked::Unread(rule)) = &blocked;
     exchange.decide("guard", rule, "block", blocked.why());
-    Err(blocked.refusal("the prompt"))
+    Err(blocked.refusal(&judged.what))
 }
 
 fn scan_body(surface: &Surface, downstream: &Downstream, body: &Bytes) -> Result<Scan, Refusal> {
@@ -410,27 +413,27 @@ async fn refuse(exchange: &mut Exchange, downstream: &mut Downstream, refusal: R
     // A refusal says nothing that would need the record's backing.
     let _ = exchange.put_on_record().await;
     if let Ok(head) = refusal_head(exchange, &refusal)
-        && downstream.answer(Box::new(head), body.into(), refusal.close).await.is_err()
+        && downstream.answer(Box::new(head.into()), body.into(), refusal.close).await.is_err()
     {
         exchange.client_closed();
     }
 }
 
-fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<AnswerHead, Refusal> {
+fn refusal_head(exchange: &Exchange, refusal: &Refusal) -> Result<Parts, Refusal> {
     let mut head = local::head(refusal.code.status(), "application/json", exchange)?;
-    let mut set = |name: &'static str, value: String| local::set(&mut head, name, value);
-    set("x-should-retry", refusal.code.retryable().to_string())?;
-    set("x-infergate-attempts", exchange.attempt_count().to_string())?;
+    let to = &mut head.headers;
+    set(to, headers::SHOULD_RETRY, if refusal.code.retryable() { "true" } else { "false" })?;
+    set(to, headers::ATTEMPTS, u64::from(exchange.attempt_count()))?;
     if let Some(seconds) = refusal.retry_after_s() {
-        set("retry-after", seconds.to_string())?;
+        set(to, RETRY_AFTER, seconds)?;
     }
     if refusal.code.status() == StatusCode::UNAUTHORIZED {
-        set("www-authenticate", "Bearer realm=\"infergate\"".to_owned())?;
+        set(to, WWW_AUTHENTICATE, "Bearer realm=\"infergate\"")?;
     }
     if refusal.code == Code::MethodNotAllowed {
-        set("allow", exchange.surface.method.to_string())?;
+        set(to, ALLOW, exchange.surface.method.as_str())?;
     }
-    limits::standing::tell(&mut head, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
+    limits::standing::tell(to, exchange.surface.dialect, exchange.standings(), exchange.times.at)?;
     Ok(head)
 }
 

@@ -10,6 +10,7 @@ pub mod retry;
 pub mod score;
 pub mod told;
 pub mod watch;
+pub mod worked;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;

@@ -249,16 +249,22 @@ pub struct Edit {
     pub text: String,
 }
 
-/// The body with `edits` made, every other byte as it was. The edits do not overlap.
+/// The body with `edits` made, every other byte as it was. The edits do not overlap. Where two put something at one place,
+/// they put members into one object, each as if it were alone there.
 pub fn splice(body: &Bytes, edits: &mut [Edit]) -> Bytes {
     if edits.is_empty() {
         return body.clone();
     }
     edits.sort_by_key(|edit| edit.span.start);
-    let grown: usize = edits.iter().map(|edit| edit.text.len()).sum();
+    let grown: usize = edits.iter().map(|edit| edit.text.len() + 1).sum();
     let mut out = BytesMut::with_capacity(body.len() + grown);
     let mut at = 0;
+    let mut lacks_comma = None;
     for edit in edits {
+        if lacks_comma == Some(edit.span.start) && edit.span.is_empty() {
+            out.extend_from_slice(b",");
+        }
+        lacks_comma = (edit.span.is_empty() && !edit.text.ends_with(',')).then_some(edit.span.start);
         out.extend_from_slice(&body[at..edit.span.start]);
         out.extend_from_slice(edit.text.as_bytes());
         at = edit.span.end;
@@ -339,6 +345,17 @@ mod tests {
     fn no_edit_is_the_same_memory() {
         let body = Bytes::from_static(b"{}");
         assert_eq!(splice(&body, &mut []).as_ptr(), body.as_ptr());
+    }
+
+    #[test]
+    fn two_that_each_put_a_first_member_into_one_object_leave_it_an_object() {
+        let first = |text: &str| Edit { span: 1..1, text: text.to_owned() };
+        let spliced = |body: &'static str, edits: &mut [Edit]| splice(&Bytes::from_static(body.as_bytes()), edits);
+        let alone = [first("\"user\":1"), first("\"max_tokens\":7"), first("\"seed\":3")];
+        assert_eq!(spliced("{}", &mut alone.clone()), r#"{"user":1,"max_tokens":7,"seed":3}"#);
+        assert_eq!(spliced("{ }", &mut alone[..2].to_vec()), r#"{"user":1,"max_tokens":7 }"#);
+        let more = [first("\"user\":1,"), first("\"max_tokens\":7,")];
+        assert_eq!(spliced(r#"{"n":1}"#, &mut more.clone()), r#"{"user":1,"max_tokens":7,"n":1}"#);
     }
 
     #[test]

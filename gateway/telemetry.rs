@@ -41,8 +41,8 @@ use self::spent::Spent;
 pub use self::spent::SpentMeters;
 use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
-use crate::policy::Route;
 use crate::policy::file::OnStoreError;
+use crate::policy::{Route, Tenant};
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
@@ -355,6 +355,13 @@ impl Telemetry {
         if let Some(route) = route {
             self.genai.finished(record, surface.operation, route);
             self.spent.finished(record, &route.spent, || self.genai.model(&route.model.name));
+        }
+    }
+
+    /// A request of `tenant` is over: where its cost is measured, that is counted.
+    pub fn spent_by(&self, record: &Record<'_>, tenant: &Tenant, route: Option<&Route>) {
+        if let (Some(cost), Some(route)) = (record.cost.filter(|_| tenant.is_measured), route) {
+            self.spent.by(tenant.name.clone(), self.genai.model(&route.model.name), cost.nanousd);
         }
     }
 

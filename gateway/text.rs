@@ -5,6 +5,7 @@
 //! arguments of tools. Names, identifiers, images and sound are not.
 
 mod answer;
+pub mod asked;
 mod event;
 mod prompt;
 mod traces;
@@ -15,7 +16,8 @@ use std::ops::Range;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-pub use self::answer::answer;
+pub use self::answer::{answer, answer_with_tools};
+pub use self::asked::schemas;
 pub use self::event::{Event, event};
 pub use self::prompt::{extras, prompt};
 pub use self::traces::{forget_end, forget_tokens};
@@ -36,6 +38,17 @@ pub struct Text {
     pub is_json: bool,
 }
 
+/// A tool that is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// The number of its arguments.
+    pub channel: u64,
+    /// Where its name stands: a JSON string, without its quotes.
+    pub name: Range<usize>,
+    /// Where its arguments stand, if they are a JSON value there and no text.
+    pub input: Option<Range<usize>>,
+}
+
 /// The number of a text: the choice or the item it belongs to, and its place in that.
 const fn channel(index: u64, sub: u64) -> u64 {
     index << 32 | (sub & 0xffff_ffff)
@@ -48,6 +61,7 @@ const NESTED_MAX: u8 = 4;
 struct Collector<'a> {
     document: &'a [u8],
     texts: Vec<Text>,
+    tools: Vec<Tool>,
     /// The message that is read.
     turn: u32,
 }
@@ -64,7 +78,7 @@ impl From<serde_json::Error> for Unreadable {
 
 impl<'a> Collector<'a> {
     fn new(document: &'a [u8]) -> Self {
-        Self { document, texts: Vec::new(), turn: 0 }
+        Self { document, texts: Vec::new(), tools: Vec::new(), turn: 0 }
     }
 
     /// A JSON value of the document that is a text: a string. Anything else is none.
@@ -82,10 +96,23 @@ impl<'a> Collector<'a> {
     fn any(&mut self, place: Place, channel: u64, value: &'a RawValue, is_json: bool) {
         let text = value.get();
         if text.len() > 2 && text.starts_with('"') {
-            // Both stand in the same memory: the value was borrowed from the document.
-            let from = text.as_ptr() as usize - self.document.as_ptr() as usize + 1;
-            self.texts.push(Text { place, channel, turn: self.turn, span: from..from + text.len() - 2, is_json });
+            let span = self.span(value);
+            self.texts.push(Text { place, channel, turn: self.turn, span: span.start + 1..span.end - 1, is_json });
         }
+    }
+
+    /// A tool is called by its name.
+    fn tool(&mut self, channel: u64, name: Option<&'a RawValue>, input: Option<&'a RawValue>) {
+        let Some(name) = name.filter(|name| name.get().len() > 2 && name.get().starts_with('"')) else { return };
+        let name = self.span(name);
+        let input = input.map(|input| self.span(input));
+        self.tools.push(Tool { channel, name: name.start + 1..name.end - 1, input });
+    }
+
+    /// Where a value stands: it was borrowed from the document.
+    fn span(&self, value: &'a RawValue) -> Range<usize> {
+        let from = value.get().as_ptr() as usize - self.document.as_ptr() as usize;
+        from..from + value.get().len()
     }
 
     fn optional(&mut self, place: Place, channel: u64, value: Option<&'a RawValue>) {
@@ -182,6 +209,8 @@ impl Part<'_> {
 /// A function that is called, with its arguments: JSON in a string.
 #[derive(Default, Deserialize)]
 struct Function<'a> {
+    #[serde(borrow, default)]
+    name: Option<&'a RawValue>,
     #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
 }

@@ -64,6 +64,9 @@ pub struct Usage {
     /// Images that were made. Told only where the policy has prices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub images: Option<u64>,
+    /// Microseconds that the upstream's server worked for it, where its price is by the hour.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_us: Option<u64>,
     /// The class of service, where the upstream says it beside its numbers or the price depends on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service_tier: Option<ServiceTier>,
@@ -123,7 +126,8 @@ pub enum Source {
     /// There are none.
     #[default]
     None,
-    /// The upstream did not say them all: the answer's are the events of its stream, or follow from its length.
+    /// The upstream did not say them all: the answer's are those of its text, or the events of its stream, or follow
+    /// from its length.
     Estimated,
     /// The same, of an answer that did not come to its end.
     Partial,
@@ -289,8 +293,12 @@ impl Meter {
 
     /// How many events of a stream carried a part of the answer so far, or how many tokens it says that it has.
     pub fn counted(&self) -> u64 {
-        let told = self.finds.as_ref().and_then(|finds| finds.reported).and_then(|usage| usage.output_tokens);
-        self.tally.counted.max(told.unwrap_or_default())
+        self.tally.counted.max(self.told_output().unwrap_or_default())
+    }
+
+    /// How many tokens it says that it has so far.
+    pub fn told_output(&self) -> Option<u64> {
+        self.finds.as_ref().and_then(|finds| finds.reported).and_then(|usage| usage.output_tokens)
     }
 
     /// Whether events need not be counted any more.
@@ -633,6 +641,7 @@ impl Usage {
             image_output_tokens: join(self.image_output_tokens, other.image_output_tokens),
             audio_ms: join(self.audio_ms, other.audio_ms),
             images: join(self.images, other.images),
+            gpu_us: join(self.gpu_us, other.gpu_us),
             service_tier: other.service_tier.or(self.service_tier),
             source: self.source,
         }

@@ -1,4 +1,67 @@
 //! Authenticators: who asks. They are asked in order, and the first answer wins.
+//! # A whole plugin
+//!
+//! Tickets: `ticket-NAME-END`, good until the second END. (A real one checks a signature before it believes a word.)
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::time::{Duration, SystemTime};
+//!
+//! use http::{HeaderMap, HeaderValue};
+//! use infergate_plugins::authenticator::{Answer, Authenticator, Credentials, Fault, Identity, Mark};
+//!
+//! #[derive(Debug)]
+//! struct Tickets {
+//!     tenant: Arc<str>,
+//! }
+//!
+//! impl Tickets {
+//!     /// Whose ticket this is, and when it ends.
+//!     fn read(ticket: &[u8]) -> Option<(&str, SystemTime)> {
+//!         let (name, end) = std::str::from_utf8(ticket).ok()?.strip_prefix("ticket-")?.rsplit_once('-')?;
+//!         Some((name, SystemTime::UNIX_EPOCH + Duration::from_secs(end.parse::<u32>().ok()?.into())))
+//!     }
+//! }
+//!
+//! impl Authenticator for Tickets {
+//!     fn kind(&self) -> &'static str {
+//!         "tickets"
+//!     }
+//!
+//!     fn ask(&self, credentials: &Credentials<'_>, now: SystemTime) -> Answer {
+//!         // What is not of its kind is left to the next one.
+//!         let Some(ticket) = credentials.tokens().find(|token| token.starts_with(b"ticket-")) else {
+//!             return Answer::Pass;
+//!         };
+//!         match Self::read(ticket) {
+//!             None => Answer::No(Fault::Malformed),
+//!             Some((name, end)) if end <= now => Answer::No(Fault::Expired(name.into())),
+//!             Some((name, end)) => Answer::Yes(Identity {
+//!                 principal: name.into(),
+//!                 tenant: self.tenant.clone(),
+//!                 by: "a ticket".into(),
+//!                 mark: [1; 32],
+//!                 expires: Some(end),
+//!             }),
+//!         }
+//!     }
+//!
+//!     // Nothing is ever taken back: tickets end by themselves.
+//!     fn still_knows(&self, mark: &Mark) -> bool {
+//!         *mark == [1; 32]
+//!     }
+//! }
+//!
+//! let tickets = Tickets { tenant: "guests".into() };
+//! let ask = |key: &'static str| {
+//!     let headers = HeaderMap::from_iter([(http::header::AUTHORIZATION, HeaderValue::from_static(key))]);
+//!     tickets.ask(&Credentials::of(&headers), SystemTime::UNIX_EPOCH + Duration::from_secs(1000))
+//! };
+//! assert!(matches!(ask("Bearer ticket-ada-2000"), Answer::Yes(ada) if &*ada.principal == "ada"));
+//! assert_eq!(ask("Bearer ticket-ada-500"), Answer::No(Fault::Expired("ada".into())));
+//! assert_eq!(ask("Bearer ticket-ada"), Answer::No(Fault::Malformed));
+//! assert_eq!(ask("Bearer ig_another"), Answer::Pass);
+//! ```
 
 pub mod jwt;
 pub mod keys;
@@ -51,6 +114,8 @@ pub struct Identity {
     pub principal: Arc<str>,
     /// Who pays.
     pub tenant: Arc<str>,
+    /// The plans that they have, by which limits may be told apart.
+    pub plans: Arc<[Arc<str>]>,
     /// By what they were known, for the record; never anything secret.
     pub by: Arc<str>,
     /// What they are found by again when the policy changes.

@@ -18,8 +18,68 @@
 //!   found. Whoever lets a model act on what others wrote must bound what it may do.
 //! - A language is told from 40 letters on, by script and frequent words: enough to keep a conversation in its language,
 //!   not to tell dialects.
+//! - A schema is held against what stands there: `format` says nothing, and nobody looks whether what is right is true.
 //! - Rules that are found to be wrong on some text cannot be excused for it here: write an `allow` list or use
 //!   `mode: monitor` first.
+//!
+//! # A whole plugin
+//!
+//! Three exclamation marks in a row. It is asked again and again while a text comes in, and says how far it has decided:
+//! what may still become a match waits.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use infergate_plugins::guardrail::{Finder, Found, Search, Window};
+//!
+//! #[derive(Debug)]
+//! struct Shouting {
+//!     /// Its place in the policy's list.
+//!     rule: usize,
+//! }
+//!
+//! impl Finder for Shouting {
+//!     fn begin(self: Arc<Self>) -> Box<dyn Search> {
+//!         Box::new(Listening { rule: self.rule, at: 0 })
+//!     }
+//!
+//!     fn hold_max(&self) -> usize {
+//!         2
+//!     }
+//! }
+//!
+//! struct Listening {
+//!     rule: usize,
+//!     /// What is before is decided.
+//!     at: u64,
+//! }
+//!
+//! impl Search for Listening {
+//!     fn advance(&mut self, window: &Window<'_>, found: &mut Vec<Found>) -> u64 {
+//!         let rest = |at: u64| &window.text[(at - window.base) as usize..];
+//!         while let Some(here) = rest(self.at).find("!!!") {
+//!             let start = self.at + here as u64;
+//!             found.push(Found { rule: self.rule, label: "shouting".into(), range: start..start + 3 });
+//!             self.at = start + 3;
+//!         }
+//!         let undecided = rest(self.at);
+//!         let marks = undecided.len() - undecided.trim_end_matches('!').len();
+//!         self.at += (undecided.len() - if window.last { 0 } else { marks }) as u64;
+//!         self.at
+//!     }
+//! }
+//!
+//! // However the text is cut, the same is found.
+//! for cut in 0..="No!!! Stop!!".len() {
+//!     let (mut search, mut found) = (Arc::new(Shouting { rule: 7 }).begin(), Vec::new());
+//!     for (end, last) in [(cut, false), (12, true)] {
+//!         let window = Window { text: &"No!!! Stop!!"[..end], base: 0, last };
+//!         let decided = search.advance(&window, &mut found);
+//!         assert!(decided + 2 >= end as u64);
+//!     }
+//!     assert_eq!(found, [Found { rule: 7, label: "shouting".into(), range: 2..5 }]);
+//! }
+//! ```
 
 pub mod json;
 pub mod redact;
@@ -31,6 +91,8 @@ mod patterns;
 mod pii;
 mod regex;
 mod repetition;
+mod runs;
+pub mod schema;
 mod secrets;
 mod size;
 mod topic;
@@ -103,6 +165,9 @@ pub struct Config {
     /// What it is about.
     #[serde(default)]
     pub topic: Option<topic::Config>,
+    /// Another shape than it must have.
+    #[serde(default)]
+    pub schema: Option<schema::Config>,
 }
 
 /// A part of an exchange that has text.
@@ -249,6 +314,8 @@ pub(crate) enum Detector {
     Size(size::Bounds),
     /// A view of whole texts.
     Whole(Whole),
+    /// The shape of answers that are JSON, as they stand.
+    Shape(schema::Shape),
 }
 
 /// A rule as the policy has it.
@@ -274,6 +341,11 @@ impl Rule {
     /// Whether it can change or end a text.
     pub fn enforces(&self) -> bool {
         self.mode == Mode::Enforce && self.verdict != Verdict::Flag
+    }
+
+    /// Whether nothing may pass that it could not read.
+    pub fn insists(&self) -> bool {
+        self.enforces() && self.on_error == OnError::Deny
     }
 
     /// What finding something means for it.
@@ -407,7 +479,7 @@ fn contradictions(config: &Config) -> Vec<Wrong> {
         );
     }
     let of_parts = config.size.is_some() || config.repetition.is_some() || config.language.is_some();
-    let of_wholes = config.injection.is_some() || config.topic.is_some();
+    let of_wholes = config.injection.is_some() || config.topic.is_some() || config.schema.is_some();
     if (of_parts || of_wholes) && config.verdict == Verdict::Redact {
         tell(".verdict", "there is nothing to take out of such a text: make it `flag` or `block`");
     }
@@ -446,6 +518,9 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
     if let Some(config) = &config.topic {
         built.push(("topic", topic::build(config, rule)));
     }
+    if let Some(of_shapes) = &config.schema {
+        built.push(("schema", schema::build(config, of_shapes, world)));
+    }
     let count = built.len();
     match (built.pop(), count) {
         (Some((kind, Ok(detector))), 1) => Ok((kind, detector)),
@@ -459,7 +534,7 @@ fn detector(config: &Config, rule: usize, world: &mut World<'_>) -> Result<(&'st
 
 /// Every built-in kind: the word in `policy.yaml`.
 pub const KINDS: &[&str] =
-    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic"];
+    &["words", "regex", "pii", "secrets", "size", "repetition", "language", "injection", "topic", "schema"];
 
 /// One scanner for each place where rules look; places with the same rules share it.
 fn scanners(rules: &[Rule], key: &[u8]) -> Result<BTreeMap<Place, Arc<Scanner>>, String> {
@@ -505,7 +580,7 @@ fn finders<'r>(rules: impl Iterator<Item = &'r Rule>, prompt: bool) -> Result<Ve
             }
             Detector::Own(own) => finders.extend(own.iter().cloned()),
             Detector::Size(bounds) if !prompt => finders.extend(bounds.finder()),
-            Detector::Size(_) => {}
+            Detector::Size(_) | Detector::Shape(_) => {}
             Detector::Whole(whole) => finders.push(whole.finder(prompt)),
         }
     }

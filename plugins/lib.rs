@@ -14,7 +14,7 @@
 //!
 //! # A whole plugin
 //!
-//! Adding a provider is one file like this, its `mod` line and one line in [`provider::KINDS`]:
+//! The modules of the other kinds begin with one each. Adding a provider is one file like this, its `mod` line and one line in [`provider::KINDS`]:
 //!
 //! ```
 //! use infergate_plugins::operation::Operation;

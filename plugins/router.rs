@@ -1,4 +1,43 @@
 //! Routers: which model answers a request that leaves it open. They are asked in order, and the first answer wins.
+//! # A whole plugin
+//!
+//! Long conversations have a model of their own.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use infergate_plugins::prompt::{Prompt, Role, Span};
+//! use infergate_plugins::router::{Answer, Choice, Router, Why};
+//!
+//! #[derive(Debug)]
+//! struct Talkative {
+//!     model: Arc<str>,
+//!     least_turns: u32,
+//! }
+//!
+//! impl Router for Talkative {
+//!     fn kind(&self) -> &'static str {
+//!         "talkative"
+//!     }
+//!
+//!     fn ask(&self, prompt: &Prompt<'_>) -> Answer {
+//!         if prompt.turns() < self.least_turns {
+//!             return Answer::Pass(Why::Unmatched);
+//!         }
+//!         Answer::Route(Choice { model: self.model.clone(), route: "talkative".into(), score: 1.0, margin: 1.0 })
+//!     }
+//!
+//!     fn models(&self) -> Vec<Arc<str>> {
+//!         vec![self.model.clone()]
+//!     }
+//! }
+//!
+//! let router = Talkative { model: "patient".into(), least_turns: 2 };
+//! let said = |turn| Span { role: Role::User, turn, text: "Hello?" };
+//! let ask = |spans: &[Span<'_>]| router.ask(&Prompt { spans, ..Prompt::default() });
+//! assert_eq!(ask(&[said(0)]), Answer::Pass(Why::Unmatched));
+//! assert!(matches!(ask(&[said(0), said(2)]), Answer::Route(choice) if &*choice.model == "patient"));
+//! ```
 
 pub mod difficulty;
 pub mod evaluation;

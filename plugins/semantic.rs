@@ -2,7 +2,7 @@
 //!
 //! No transformer runs here. A token has one row in a table that was distilled from all-MiniLM-L6-v2 (`model/NOTICE`),
 //! a text is the sum of its rows, and a head is a product with it. That is nearly as good as the transformer where a
-//! route or a topic is told by example (the README has the figures), a thousand times cheaper, and blind to word
+//! route or a topic is told by example (`config/guides/choosing-models.md` has the figures), a thousand times cheaper, and blind to word
 //! order, to negation and to what is not English.
 
 mod embed;

@@ -1,4 +1,44 @@
 //! Sinks: what leaves of the journal, and in which shape. The gateway carries it and keeps each sink's position.
+//! # A whole plugin
+//!
+//! A JSON array of lines, posted. The gateway makes the request, keeps the position and tries again.
+//!
+//! ```
+//! use std::time::SystemTime;
+//!
+//! use http::{HeaderValue, Uri, header::CONTENT_TYPE};
+//! use infergate_plugins::sink::{Batch, Delivery, Failure, Post, Sink, Way};
+//!
+//! #[derive(Debug)]
+//! struct Arrays {
+//!     url: Uri,
+//! }
+//!
+//! impl Sink for Arrays {
+//!     fn kind(&self) -> &'static str {
+//!         "arrays"
+//!     }
+//!
+//!     fn way(&self) -> Way<'_> {
+//!         Way::Http
+//!     }
+//!
+//!     fn delivery(&self, batch: &Batch<'_>) -> Delivery {
+//!         let body = [b"[", batch.lines.join(&b","[..]).as_slice(), b"]"].concat().into();
+//!         let headers = vec![(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+//!         Delivery::Http(Post { url: self.url.clone(), headers, body })
+//!     }
+//! }
+//!
+//! let sink = Arrays { url: Uri::from_static("https://logs.example.com/lines") };
+//! let lines: [&[u8]; 2] = [br#"{"seq":1}"#, br#"{"seq":2}"#];
+//! let batch = Batch { run: "20261122T140305Z-1a2b3c4d", lines: &lines, now: SystemTime::UNIX_EPOCH };
+//! let Delivery::Http(post) = sink.delivery(&batch) else { panic!("it posts") };
+//! assert_eq!(post.body, r#"[{"seq":1},{"seq":2}]"#);
+//! // What an answer means may stay as it is: 4xx about the lines is final, all else is tried again.
+//! assert!(matches!(sink.judge(503, b""), Err(Failure::Later(_))));
+//! assert!(matches!(sink.judge(413, b""), Err(Failure::Refused(_))));
+//! ```
 
 pub mod kafka;
 pub mod nats;

@@ -347,6 +347,29 @@ async fn the_upstreams_own_last_error_passes_untouched_when_nothing_else_is_left
 }
 
 #[tokio::test]
+async fn retries_leave_an_attempt_for_each_fallback_that_could_help() {
+    let (bad, good) = (faulty_server(&["status=503", "close-after"]).await, model_server().await);
+    let calm = "health: {enabled: false}, breaker: {failures: 0, requests_min: 1000000}";
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: m, pool: a, fallbacks: [{{pool: b}}, {{pool: c}}]}}\n  \
+         - {{name: other, rename: m, pool: a, fallbacks: [{{pool: c, 'on': [context_length]}}]}}\npools:\n  \
+         a: {{upstreams: [{{url: '{0}'}}], retry: {{attempts: 4, budget: 10, backoff_ms: 1}}, {calm}}}\n  \
+         b: {{upstreams: [{{url: '{0}'}}], {calm}}}\n  c: {{upstreams: [{{url: '{1}'}}]}}\n",
+        bad.url(),
+        good.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let client = Client::h1();
+    let answer = ask(&client, &gateway, false).await;
+    assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "4"), "{}", answer.text());
+    assert_eq!((posts(&bad), posts(&good)), (3, 1), "twice at a, once at b, once at c");
+    // What cannot help is left nothing.
+    let body = chat(false, 4).replace("\"m\"", "\"other\"");
+    let answer = client.post(gateway.address, CHAT, body).await;
+    assert_eq!((answer.status, answer.header("x-infergate-attempts")), (503, "4"));
+}
+
+#[tokio::test]
 async fn an_upstreams_error_passes_even_if_the_fallback_is_out() {
     let first = faulty_server(&["status=503,retry_after=7"]).await;
     let drained = model_server().await;

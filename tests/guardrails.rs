@@ -2,13 +2,12 @@
 //! it came; and the record says who read what.
 
 mod dialects;
-
-use std::time::Duration;
+mod shapes;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use crate::support::wire::{EVENTS, Framing, Step, Wire, sha256};
+use crate::support::wire::{EVENTS, Framing, Wire, sha256};
 use crate::support::{Answer, Client, Gateway, Journal, chat, events, model_server, policy};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -36,17 +35,7 @@ fn finish() -> String {
 
 /// A model server that streams `body`, cut in two where `x-cut` says.
 async fn streaming(body: String) -> Wire {
-    Wire::start(move |heard| {
-        let at = heard.header("x-cut").parse().unwrap_or(0).min(body.len());
-        let (one, other) = body.as_bytes().split_at(at);
-        let chunk = |piece: &[u8]| if piece.is_empty() { Bytes::new() } else { Framing::Chunked.piece(piece) };
-        vec![
-            Step::Say([Framing::Chunked.head(EVENTS, 0), chunk(one)].concat().into()),
-            Step::Pause(Duration::from_millis(1)),
-            Step::Say([chunk(other), Bytes::from("0\r\n\r\n")].concat().into()),
-        ]
-    })
-    .await
+    Wire::streaming(move |_| body.clone()).await
 }
 
 /// What a chat's stream says altogether.

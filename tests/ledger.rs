@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use infergate::ledger::{Ledger, Place, Scope};
+use infergate::ledger::{self, Ledger, Place, Scope, Spent};
 use infergate::settings::Settings;
 use infergate::telemetry::Telemetry;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::support::keys::{PEPPER, asks_for, key};
@@ -16,24 +16,15 @@ use crate::support::postgres::Postgres;
 use crate::support::{
     Client, Gateway, Journal, Load, Options, Process, Simulated, chat, eventually, model_server, policy,
 };
+use crate::tls::Authority;
 
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(15);
 const PRICES: &str = "prices: {list: [{models: [m], input: 2.5, output: 10.000001}]}\n";
-const NUMBERS: [&str; 9] = [
-    "requests",
-    "ok",
-    "input_tokens",
-    "output_tokens",
-    "cached_tokens",
-    "reasoning_tokens",
-    "cost_nanousd",
-    "unpriced",
-    "estimated",
-];
+const NUMBERS: [&str; ledger::NUMBERS] = Spent::NAMES;
 
 /// Sums by what a report is by.
-type Sums = BTreeMap<Vec<String>, [u64; 9]>;
+type Sums = BTreeMap<Vec<String>, [u64; ledger::NUMBERS]>;
 
 /// What records come to, added up in the plainest way.
 fn added(records: &[Value], by: &[&str]) -> Sums {
@@ -59,6 +50,7 @@ fn added(records: &[Value], by: &[&str]) -> Sums {
             record["cost"]["nanousd"].as_u64().unwrap_or(0),
             u64::from(record["unpriced"] == true),
             u64::from(source == "estimated" || source == "partial"),
+            u64::from(record["attempts"] != json!([])),
         ];
         let sum = sums.entry(key.collect()).or_default();
         sum.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
@@ -66,11 +58,11 @@ fn added(records: &[Value], by: &[&str]) -> Sums {
     sums
 }
 
-fn total(records: &[Value]) -> [u64; 9] {
+fn total(records: &[Value]) -> [u64; ledger::NUMBERS] {
     added(records, &[]).into_values().next().unwrap_or_default()
 }
 
-fn numbers(row: &Value) -> [u64; 9] {
+fn numbers(row: &Value) -> [u64; ledger::NUMBERS] {
     NUMBERS.map(|name| row[name].as_u64().unwrap_or_else(|| panic!("{name} in {row}")))
 }
 
@@ -86,7 +78,7 @@ fn usage(ledger: &str, more: &[&str]) -> Value {
     serde_json::from_str(&out).unwrap()
 }
 
-fn spent(ledger: &str) -> [u64; 9] {
+fn spent(ledger: &str) -> [u64; ledger::NUMBERS] {
     numbers(&usage(ledger, &[])["total"])
 }
 
@@ -129,7 +121,7 @@ fn nanousd(text: &str) -> u64 {
 
 /// What the next process would begin with: the ledger and what was not folded yet, since the beginning and since the
 /// last minutes, each with its time.
-fn restored(directory: &Path, settings: &str) -> Vec<(u64, [u64; 9])> {
+fn restored(directory: &Path, settings: &str) -> Vec<(u64, [u64; ledger::NUMBERS])> {
     let telemetry = Telemetry::new();
     let journal = infergate::audit::journal::Journal::open(directory, None, Default::default(), telemetry.journal);
     let (journal, settings) = (journal.unwrap(), Settings::parse(settings).unwrap());
@@ -324,23 +316,28 @@ async fn a_ledger_that_somebody_deletes_or_damages_is_made_again_from_the_journa
         eventually("everything is folded", SOON, folded).await;
         assert_eq!(spent(&ledger), total(&journal.of_kind("request")));
     };
-    let mut first = gateway_on(directory.path(), &text, "");
-    first.ready().await;
-    ask(&first).await;
+    let begun = async || {
+        let gateway = gateway_on(directory.path(), &text, "");
+        gateway.ready().await;
+        ask(&gateway).await;
+        gateway
+    };
+    let ends = async |mut gateway: Gateway| {
+        gateway.signal("TERM");
+        assert_eq!(gateway.ended(SOON).await, Some(0));
+    };
+    let first = begun().await;
     folded(&first, 20).await;
     std::fs::remove_file(&ledger).unwrap();
     ask(&first).await;
     folded(&first, 40).await;
-    first.signal("TERM");
-    assert_eq!(first.ended(SOON).await, Some(0));
+    ends(first).await;
 
     // From its first page on it is nothing any more.
     for end in ["", "-wal", "-shm"] {
         let _ = std::fs::write(format!("{ledger}{end}"), "no database ".repeat(1_000));
     }
-    let mut second = gateway_on(directory.path(), &text, "");
-    second.ready().await;
-    ask(&second).await;
+    let second = begun().await;
     let told = || async { second.log().contains("Move the file away") };
     eventually("it says what to do", SOON, told).await;
     assert_eq!(second.metric("infergate_ledger_healthy").await, 0.0);
@@ -354,8 +351,7 @@ async fn a_ledger_that_somebody_deletes_or_damages_is_made_again_from_the_journa
     std::fs::remove_file(&ledger).unwrap();
     ask(&second).await;
     folded(&second, 80).await;
-    second.signal("TERM");
-    assert_eq!(second.ended(SOON).await, Some(0));
+    ends(second).await;
     journal.proved();
 }
 
@@ -405,7 +401,7 @@ async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
     }
     let of_a: Vec<Value> = records.iter().filter(|record| record["tenant"] == "a").cloned().collect();
     assert_eq!(numbers(&usage(&ledger, &["--tenant", "a"])["total"]), total(&of_a));
-    assert_eq!(spent_until(&ledger, "1h"), [0; 9], "what came later is not in it");
+    assert_eq!(spent_until(&ledger, "1h"), [0; ledger::NUMBERS], "what came later is not in it");
 
     let (mut paged, mut cursor) = (Sums::new(), String::new());
     loop {
@@ -428,6 +424,29 @@ async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
     assert_eq!(gateway.admin("/admin/v1/usage?by=team").await.status, 400);
 }
 
-fn spent_until(ledger: &str, until: &str) -> [u64; 9] {
+fn spent_until(ledger: &str, until: &str) -> [u64; ledger::NUMBERS] {
     numbers(&usage(ledger, &["--until", until])["total"])
+}
+
+#[tokio::test]
+async fn a_ledger_behind_tls_is_written_by_whoever_trusts_its_authority_and_by_nobody_else() {
+    let (server, mut postgres) = (model_server().await, Postgres::made());
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let files = ours.issue("127.0.0.1");
+    postgres.secure(&files.chain, &files.key);
+    postgres.listens().await;
+    for (authority, healthy) in [(&theirs, 0.0), (&ours, 1.0)] {
+        let journal = tempfile::tempdir().unwrap();
+        let settings =
+            format!("ca_file: {}\nledger: {{url: '{}?sslmode=require'}}\n", authority.file().display(), postgres.url());
+        let gateway = gateway_on(journal.path(), &with(&server, "commit_ms: 5"), &settings);
+        gateway.ready().await;
+        assert_eq!(Client::h1().post(gateway.address, CHAT, chat(false, 3)).await.status, 200);
+        let told = || async {
+            let report = gateway.admin("/admin/v1/usage").await;
+            gateway.metric("infergate_ledger_healthy").await == healthy
+                && if healthy > 0.0 { report.json()["total"]["requests"] == 1 } else { report.status == 503 }
+        };
+        eventually("it is written, or that it cannot be is told", Duration::from_secs(40), told).await;
+    }
 }

@@ -146,8 +146,8 @@ pub async fn deaf_server(count: usize) -> Wire {
         let mut steps = vec![Step::Say(Framing::Chunked.head(EVENTS, 0))];
         let first = "data: {\"id\":\"c-7\",\"object\":\"chat.completion.chunk\",\"created\":5,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
         steps.push(Step::Say(Framing::Chunked.piece(first.as_bytes())));
-        for token in 0..count {
-            let event = format!("data: {{\"id\":\"c-7\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"t{token} \"}}}}]}}\n\n");
+        for _ in 0..count {
+            let event = "data: {\"id\":\"c-7\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"the \"}}]}\n\n";
             steps.push(Step::Say(Framing::Chunked.piece(event.as_bytes())));
             steps.push(Step::Pause(Duration::from_millis(1)));
         }
@@ -444,4 +444,95 @@ async fn a_window_that_changes_begins_anew_and_nothing_tells_of_the_old_one() {
     assert_eq!(gateway.reload(&of("2h")).await.status, 200);
     assert_eq!(left(&gateway, "x").await, 3);
     gateway.comes_to("infergate_limit_left{limit=\"x\"}", 3.0).await;
+}
+
+#[tokio::test]
+async fn of_several_limits_the_one_that_bounds_an_answer_is_counted() {
+    let wire = Wire::start(|_| Framing::Length.answer("application/json", &Bytes::from_static(b"{}"), 64)).await;
+    let limits = "  - {name: tight, output_tokens: 50, per: 1h}\n  - {name: wide, tokens: 100000, per: 1h}";
+    let gateway = Gateway::start(&limited(&wire.url(), limits)).await;
+    assert_eq!(ask(&gateway, chat(false, 500)).await.status, 200);
+    let clamps =
+        async |limit: &str| gateway.metric(&format!("infergate_limit_clamps_total{{limit=\"{limit}\"}}")).await;
+    assert_eq!((clamps("tight").await, clamps("wide").await), (1.0, 0.0));
+}
+
+#[tokio::test]
+async fn a_user_that_the_tenants_parameters_force_is_the_one_that_is_counted() {
+    let server = model_server().await;
+    let (one, other) = (key("low", ""), key("low", ""));
+    let limit = "limits: [{each: [user], requests: 2, per: 1h}]\nrequests: {user_header: x-user}\n";
+    let more = asks_for(&[&one, &other], "{low: {parameters: {user: caller}}}");
+    let gateway = start(&format!("{}{limit}{more}", policy(&[&server.url()], "")), "").await;
+    let mut statuses = Vec::new();
+    for (key, user) in [(&one, "a"), (&one, "b"), (&one, "c"), (&other, "a")] {
+        let body = chat(false, 2).replace("\"stream\"", &format!("\"user\":\"{user}\",\"stream\""));
+        let headers = [("authorization", &*format!("Bearer {}", key.text)), ("x-user", user)];
+        statuses.push(Client::h1().post_with(gateway.address, CHAT, &headers, body).await.status);
+    }
+    assert_eq!(statuses, [200, 200, 429, 200], "whatever name a request gives");
+}
+
+#[tokio::test]
+async fn an_empty_body_that_two_rules_put_something_into_is_still_json() {
+    let wire = Wire::start(|_| Framing::Length.answer("application/json", &Bytes::from_static(b"{}"), 64)).await;
+    let one = key("low", "");
+    let tenants = "{low: {output_tokens_max: 10, parameters: {user: me, defaults: {temperature: 1}}}}";
+    let text = format!("{}default_model: m\n{}", policy(&[&wire.url()], ""), asks_for(&[&one], tenants));
+    let gateway = start(&text, "").await;
+    let bearer = format!("Bearer {}", one.text);
+    Client::h1().post_with(gateway.address, CHAT, &[("authorization", &bearer)], "{}").await;
+    let heard: Value = serde_json::from_slice(&wire.heard().last().unwrap().body).unwrap();
+    assert_eq!(heard, json!({"user": "me", "temperature": 1, "max_tokens": 10}));
+}
+
+#[tokio::test]
+async fn a_budget_of_requests_that_is_restored_counts_all_that_an_upstream_was_asked_for() {
+    let (good, bad, journal) =
+        (model_server().await, faulty_server(&["status=500"]).await, tempfile::tempdir().unwrap());
+    let text = format!(
+        "version: 1\nmodels: [{{name: m, pool: p}}, {{name: bad, pool: q}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}]}}\n  q: {{upstreams: [{{url: '{}'}}]}}\nlimits: [{{name: calls, requests: 6, per: month}}]\n",
+        good.url(),
+        bad.url()
+    );
+    let env = [("INFERGATE_JOURNAL", journal.path().to_str().unwrap())];
+    let mut gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+    gateway.ready().await;
+    for (model, status) in [("m", 200), ("bad", 500), ("bad", 500), ("nothing", 404), ("m", 200)] {
+        assert_eq!(ask(&gateway, chat(false, 2).replace("\"m\"", &format!("\"{model}\""))).await.status, status);
+    }
+    assert_eq!(left(&gateway, "calls").await, 2);
+    gateway.admin("/admin/v1/requests/00000000-0000-7000-8000-000000000000").await;
+    gateway.signal("KILL");
+    gateway.ended(Duration::from_secs(5)).await;
+    let gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+    gateway.ready().await;
+    assert_eq!(left(&gateway, "calls").await, 2);
+}
+
+#[tokio::test]
+async fn a_prompt_whose_estimate_is_near_a_hard_limit_is_counted() {
+    let wire = Wire::start(|_| Framing::Length.answer("application/json", &Bytes::from_static(b"{}"), 64)).await;
+    // Estimated at two tokens for five bytes: 1,047 of 1,000.
+    let body = |model: &str| {
+        let prompt = "hello ".repeat(418);
+        format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"{prompt}"}}],"max_tokens":1}}"#)
+    };
+    let text = format!(
+        "version: 1\nmodels: [{{name: gpt-4o, pool: p}}, {{name: other, pool: p}}, {{name: far, pool: p, tokenizer: o200k}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}]}}\nlimits:\n  - {{models: [gpt-4o, other], input_tokens: 1000, per: 1h}}\n  - {{name: far, models: [far], input_tokens: 900, per: 1h}}\n",
+        wire.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let status = async |model: &str| ask(&gateway, body(model)).await.status;
+    crate::support::eventually("the vocabulary is loaded", Duration::from_secs(30), || async {
+        status("gpt-4o").await == 200
+    })
+    .await;
+    assert_eq!(status("far").await, 429, "an estimate that is far off the limit stands");
+    assert_eq!(status("other").await, 429, "nobody knows how this one counts");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let counted = |record: &Value| record["decisions"].to_string().contains("\"count\"");
+    let told: Vec<_> =
+        records.iter().filter(|record| counted(record)).map(|record| &record["model"]["asked"]).collect();
+    assert_eq!(told, ["gpt-4o"]);
 }

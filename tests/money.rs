@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use infergate::tokens::Tokenizer;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use crate::support::keys::{asks_for, key, start};
 use crate::support::requests::{STREAMING, every_surface, passed_on, policy_for_every_surface, request};
-use crate::support::wire::{EVENTS, Framing, Heard, Step, Wire, sha256};
+use crate::support::wire::{EVENTS, Framing, Heard, Wire, sha256};
 use crate::support::{
     Answer, Client, Gateway, Journal, Process, chat, eventually, faulty_server, model_server, policy,
 };
@@ -25,17 +27,9 @@ const COST: u64 = 6_255_000;
 
 /// A model server that tells its usage at the end of a stream if it is asked to, cut in two where `x-cut` says.
 async fn telling() -> Wire {
-    Wire::start(|heard| {
+    Wire::streaming(|heard| {
         let asked = String::from_utf8_lossy(&heard.body).contains("\"include_usage\":true");
-        let body = [BEFORE, if asked { USAGE } else { "" }, BEHIND].concat();
-        let at = heard.header("x-cut").parse().unwrap_or(0).min(body.len());
-        let (one, other) = body.as_bytes().split_at(at);
-        let chunk = |piece: &[u8]| if piece.is_empty() { Bytes::new() } else { Framing::Chunked.piece(piece) };
-        vec![
-            Step::Say([Framing::Chunked.head(EVENTS, 0), chunk(one)].concat().into()),
-            Step::Pause(Duration::from_millis(1)),
-            Step::Say([chunk(other), Bytes::from("0\r\n\r\n")].concat().into()),
-        ]
+        [BEFORE, if asked { USAGE } else { "" }, BEHIND].concat()
     })
     .await
 }
@@ -340,4 +334,119 @@ fn the_prices_that_are_shipped_are_good_and_litellms_can_be_taken_over() {
     std::fs::write(&ours, "version: 1\nlist: [{models: [a]}]\n").unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
     assert!(code == Some(1) && out.contains("ours.yaml:2:"), "{out}");
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_tell_its_tokens_is_counted_by_its_text_however_it_was_cut() {
+    let text = "Internationalization, hyperparameters and counterintuitive misunderstandings. ".repeat(8);
+    let parts: Vec<&str> = (0..text.len()).step_by(3).map(|at| &text[at..(at + 3).min(text.len())]).collect();
+    let event =
+        |part: &&str| format!("data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{part}\"}}}}]}}\n\n");
+    let stream: String = parts.iter().map(event).chain([BEHIND.to_owned()]).collect();
+    let whole = json!({"choices": [{"index": 0, "message": {"content": text}}]}).to_string();
+    let wire = Wire::start(move |heard| {
+        let streams = String::from_utf8_lossy(&heard.body).contains("\"stream\":true");
+        let (kind, body) = if streams { (EVENTS, &stream) } else { ("application/json", &whole) };
+        Framing::Length.answer(kind, &Bytes::copy_from_slice(body.as_bytes()), 100_000)
+    })
+    .await;
+    let encoding = Tokenizer::Cl100k.of("m").unwrap();
+    encoding.load();
+    let expected = encoding.count(&text).unwrap();
+    assert!(expected < parts.len() as u64 / 2, "there are many more parts than tokens");
+    let named = policy(&[&wire.url()], "").replace("name: m\n", "name: m\n    tokenizer: cl100k\n");
+    let gateway = Gateway::start(&format!("{named}{PRICES}")).await;
+    for streams in [true, false] {
+        let counted = || async {
+            let answer = Client::h1().post(gateway.address, CHAT, chat(streams, 900)).await;
+            let record = record_of(&gateway, &answer).await;
+            assert_eq!(record["usage"]["source"], "estimated");
+            assert!(record["cost"]["nanousd"].as_u64() > Some(0), "before the vocabulary is there it costs, too");
+            record["usage"]["output_tokens"] == expected
+        };
+        eventually("the vocabulary is loaded", Duration::from_secs(30), counted).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_tells_its_cost_in_a_comment_before_its_last_event_where_the_policy_wants_that() {
+    let wire = telling().await;
+    let extra = format!("{PRICES}metering: {{cost_on_streams: true}}\n");
+    let gateway = Gateway::start(&format!("{}{extra}", policy(&[&wire.url()], ""))).await;
+    for client in Client::both() {
+        for cut in 0..=[BEFORE, USAGE, BEHIND].concat().len() {
+            let headers = [("x-cut", &*cut.to_string())];
+            let answer = client.post_with(gateway.address, CHAT, &headers, chat(true, 9)).await;
+            let told = answer.text();
+            let comment = ": x-infergate-cost-usd=0.006255000\n\n";
+            assert_eq!(told.replacen(comment, "", 1), [BEFORE, BEHIND].concat(), "cut at {cut}");
+            assert!(told.len() == BEFORE.len() + comment.len() + BEHIND.len(), "cut at {cut}: {told}");
+            let data = told.lines().filter(|line| line.starts_with("data:")).count();
+            assert_eq!(data, 3, "cut at {cut}: no event was torn by it: {told}");
+            if cut == 0 {
+                assert!(told.ends_with(&format!("{comment}{BEHIND}")), "{told}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_own_server_costs_its_time_shared_among_those_who_ran_on_it() {
+    let server = faulty_server(&["slow-first=400"]).await;
+    let prices = "prices: {list: [{models: [m], gpu_hour: 36, gpus: 2}]}\n";
+    let gateway = Gateway::start(&format!("{}{prices}", policy(&[&server.url()], "health: {enabled: false}"))).await;
+    let mut running = JoinSet::new();
+    let begun = std::time::Instant::now();
+    for turn in 0..8 {
+        let address = gateway.address;
+        running.spawn(async move { Client::h1().post(address, CHAT, chat(turn % 2 == 0, 3)).await.status });
+    }
+    while let Some(done) = running.join_next().await {
+        assert_eq!(done.unwrap(), 200);
+    }
+    let most = begun.elapsed().as_micros() as u64;
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let worked: Vec<u64> = records.iter().map(|record| record["usage"]["gpu_us"].as_u64().unwrap()).collect();
+    let all: u64 = worked.iter().sum();
+    assert!((390_000..=most).contains(&all), "eight at one time are no more than one alone: {worked:?} of {most}");
+    for (record, micros) in records.iter().zip(worked) {
+        // Two GPUs at a cent a second each.
+        let expected = micros as u128 * 20_000 / 1_000;
+        assert!(record["cost"]["nanousd"].as_u64().unwrap().abs_diff(expected as u64) <= 1, "{record:#}");
+    }
+}
+
+#[tokio::test]
+async fn of_several_attempts_the_one_that_was_metered_says_what_it_used() {
+    let (bad, good) = (faulty_server(&["status=503"]).await, model_server().await);
+    let text = format!(
+        "version: 1\nmodels: [{{name: m, pool: p, fallbacks: [{{pool: q}}]}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}], retry: {{'on': [connect]}}}}\n  q: {{upstreams: [{{url: '{}'}}]}}\n{PRICES}",
+        bad.url(),
+        good.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let answer = Client::h1().post(gateway.address, CHAT, chat(false, 4)).await;
+    let record = record_of(&gateway, &answer).await;
+    let [first, second] = &record["attempts"].as_array().unwrap()[..] else { panic!("{record:#}") };
+    assert_eq!(first.get("metered"), None, "{record:#}");
+    assert_eq!(second["metered"]["cost_nanousd"], record["cost"]["nanousd"]);
+    assert_eq!(second["metered"]["output_tokens"], record["usage"]["output_tokens"]);
+    assert!(record["cost"]["nanousd"].as_u64() > Some(0));
+}
+
+#[tokio::test]
+async fn what_a_listed_tenant_costs_has_a_metric_and_nobody_elses_has() {
+    let wire = telling().await;
+    let (one, other) = (key("a", ""), key("b", ""));
+    let more = asks_for(&[&one, &other], "{a: {}, b: {}}");
+    let text = format!("{}{PRICES}telemetry: {{tenants: [a]}}\n{more}", policy(&[&wire.url()], ""));
+    let gateway = start(&text, "").await;
+    for key in [&one, &other] {
+        let headers = [("x-api-key", &*key.text)];
+        assert_eq!(Client::h1().post_with(gateway.address, CHAT, &headers, chat(true, 9)).await.status, 200);
+    }
+    let of = |tenant| format!("infergate_tenant_cost_nanousd_total{{tenant=\"{tenant}\",gen_ai_request_model=\"m\"}}");
+    gateway.comes_to("infergate_cost_nanousd_total{gen_ai_request_model=\"m\"}", 2.0 * COST as f64).await;
+    assert_eq!((gateway.metric(&of("a")).await, gateway.metric(&of("b")).await), (COST as f64, 0.0));
+    assert!(!gateway.admin("/metrics").await.text().contains("tenant=\"b\""));
 }

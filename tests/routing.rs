@@ -158,6 +158,25 @@ async fn a_rename_changes_the_names_bytes_and_no_others() {
 }
 
 #[tokio::test]
+async fn a_star_in_a_rename_is_what_the_star_of_the_name_stands_for() {
+    let server = any_model().await;
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: 'vendor/*', aliases: [usual], rename: '*', pool: p}}\n  \
+         - {{name: 'my-*-model', rename: '*', pool: p}}\npools: {{p: {{upstreams: [{{url: '{}'}}]}}}}\n",
+        server.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    let asked = [("vendor/a/b", "a/b"), ("my-own-model", "own"), ("usual", "usual"), ("vendor/", "vendor/")];
+    for (asked, there) in asked {
+        let answer = Client::h1().post(gateway.address, CHAT, asks(asked)).await;
+        assert_eq!(answer.header("x-infergate-model"), there, "{asked}: {}", answer.text());
+        assert_eq!(bodies(&server).last().unwrap(), &asks(there), "no other byte changes");
+    }
+    let refused = gateway.reload(&text.replace("'vendor/*'", "vendor")).await;
+    assert!(refused.status == 422 && refused.text().contains("models[0].rename: * is what"), "{}", refused.text());
+}
+
+#[tokio::test]
 async fn a_fallbacks_own_rename_holds_there_and_the_models_elsewhere() {
     let (first, second) = (faulty_server(&["status=503"]).await, any_model().await);
     let text = format!(

@@ -274,3 +274,25 @@ async fn a_mistake_in_a_sink_is_told_at_its_place() {
     assert!(told("{name: a, webhook: {url: 'http://x', secret: {env: NONE}}}").await.contains("NONE is not set"));
     assert!(told("{name: a, webhok: {}}").await.contains("did you mean webhook?"));
 }
+
+#[tokio::test]
+async fn a_webhook_hears_once_a_window_that_a_limit_is_nearly_used_up() {
+    let (server, (place, address)) = (model_server().await, reserved());
+    let receiver = Receiver::at(place);
+    let sink = webhook(address).replace("name: hook", "name: hook, kinds: [act]");
+    let limit = "limits: [{name: calls, requests: 10, per: total, warn_at: [50, 90]}]\n";
+    let text = format!("{}{limit}", with_sinks(&server, &sink));
+    let gateway = Gateway::spawn(&text, "threads: 2\n", &[], &[("HOOK_SECRET", SECRET)]);
+    gateway.ready().await;
+    let warnings = || -> Vec<(u64, String)> {
+        let acts = receiver.text();
+        let acts = acts.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let warnings = acts.filter(|act| act["act"] == "limit_warning" && act["limit"] == "calls");
+        warnings.map(|act| (act["percent"].as_u64().unwrap(), act["of"].as_str().unwrap().to_owned())).collect()
+    };
+    ask(&gateway, 8).await;
+    eventually("it hears of the half", SOON, || async { !warnings().is_empty() }).await;
+    ask(&gateway, 2).await;
+    eventually("it hears of the end", SOON, || async { warnings().len() == 2 }).await;
+    assert_eq!(warnings(), [(50, "10 requests".to_owned()), (90, "10 requests".to_owned())], "{}", receiver.text());
+}

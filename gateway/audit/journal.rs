@@ -3,7 +3,7 @@
 //! Requests push their lines into a buffer; one thread empties it every `commit_ms`, so no request wakes anybody. On
 //! disk a line is a JSON object whose first member after the version is `seq`, without holes, and whose last is
 //! `chain`: SHA-256 over the chain of the line before and this line's own bytes. Every minute, and where a segment
-//! ends, a checkpoint signs the chain with Ed25519. The format is told in the README, "The journal".
+//! ends, a checkpoint signs the chain with Ed25519. The format is told in `config/guides/journal.md`.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -98,6 +98,8 @@ struct Pending {
 struct Lost {
     refused: AtomicU64,
     served: AtomicU64,
+    /// When the first of them came, in microseconds since 1970; 0: none.
+    since: AtomicU64,
 }
 
 /// The right to file one record: room for it is kept until it is on disk.
@@ -247,6 +249,8 @@ impl Journal {
             true => (&self.lost.served, &self.meters.served),
             false => (&self.lost.refused, &self.meters.refused),
         };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
+        let _an_earlier_one_stays = self.lost.since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
         lost.fetch_add(1, Ordering::Relaxed);
         meter.inc();
     }
@@ -535,6 +539,8 @@ struct Checkpoint<'a> {
 struct Gap {
     lost: u64,
     refused: u64,
+    /// When the first of them came.
+    since: String,
 }
 
 impl Writer {
@@ -662,10 +668,11 @@ impl Writer {
     /// Says in the journal itself how many requests went without a record.
     fn gap(&mut self) {
         let lost = &self.journal.lost;
-        let gap =
-            Gap { lost: lost.served.swap(0, Ordering::Relaxed), refused: lost.refused.swap(0, Ordering::Relaxed) };
-        if gap.lost + gap.refused > 0 {
-            self.own("gap", SystemTime::now(), &gap);
+        let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
+        let (served, refused, since) = (take(&lost.served), take(&lost.refused), take(&lost.since));
+        if served + refused > 0 {
+            let since = Stamp(UNIX_EPOCH + Duration::from_micros(since)).to_string();
+            self.own("gap", SystemTime::now(), &Gap { lost: served, refused, since });
         }
     }
 

@@ -401,7 +401,7 @@ mod tests {
                 model: Models { asked: Some("a\tb"), ..Models::default() },
                 policy: PolicyMark { revision: u64::MAX, hash: &policy.hash },
                 decisions: &[decision],
-                attempts: AttemptList { list: &[attempt], moment, bytes: BodyBytes::default() },
+                attempts: AttemptList { list: &[attempt], moment, bytes: BodyBytes::default(), metered: None },
                 usage: Usage { input_tokens: Some(0), source: Source::Upstream, ..Usage::default() },
                 cost: Some(Cost { nanousd: NanoUsd(1_234), prices: "0123456789ab" }),
                 unpriced: false,

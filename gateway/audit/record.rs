@@ -20,6 +20,7 @@ use crate::hex;
 use crate::limits::{Reservation, Settled};
 use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
+use crate::pool::worked::Share;
 use crate::pool::{Picked, Pool, Upstream};
 use crate::usage::{Source, Usage};
 
@@ -149,7 +150,7 @@ impl<'a> Record<'a> {
                 hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d",
             },
             decisions: &[],
-            attempts: AttemptList { list: &[], moment, bytes: BodyBytes { request: 1024, answer: 587 } },
+            attempts: AttemptList { list: &[], moment, bytes: BodyBytes { request: 1024, answer: 587 }, metered: None },
             usage: Usage {
                 input_tokens: Some(211),
                 output_tokens: Some(49),
@@ -535,6 +536,11 @@ pub struct Attempt {
     pub received: u64,
     /// Its span in the trace; 0 without one.
     pub span: u64,
+    /// Its part of its server's work, where that has a price: while it runs, and once it is over, in microseconds.
+    share: Option<Share>,
+    gpu_us: Option<u64>,
+    /// What it used and what that cost, where its answer was read and another's was passed on.
+    pub metered: Option<Metered>,
 }
 
 /// What an attempt came to.
@@ -576,11 +582,27 @@ impl Attempt {
             sent: sent as u64,
             received: 0,
             span,
+            share: None,
+            gpu_us: None,
+            metered: None,
         }
+    }
+
+    /// Measures how long its server works for it.
+    pub fn measured(mut self) -> Self {
+        self.share = Some(Share::begin(&self.endpoint, self.began));
+        self
+    }
+
+    /// The microseconds that its server has worked for it, where that is measured.
+    pub fn gpu_us(&self) -> Option<u64> {
+        self.gpu_us.or_else(|| Some(self.share.as_ref()?.micros(Instant::now())))
     }
 
     /// It is over.
     pub fn end(&mut self, result: Ending, why: Option<Text>) {
+        self.gpu_us = self.gpu_us();
+        self.share = None;
         self.ended = Some(Instant::now());
         self.result = result;
         self.why = why;
@@ -618,6 +640,7 @@ impl Attempt {
             why: self.why.as_ref(),
             sent: Some(self.sent).filter(|sent| *sent != bytes.request),
             received: Some(self.received).filter(|received| *received != bytes.answer),
+            metered: self.metered,
         }
     }
 }
@@ -657,6 +680,26 @@ pub struct AttemptRecord<'a> {
     /// Bytes of its answer's body that were passed on, where they are not as many as the client got (`bytes.answer`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub received: Option<u64>,
+    /// What it used and what that cost, where there were several attempts and its answer was read. A single attempt's
+    /// are the request's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metered: Option<Metered>,
+}
+
+/// What one of several attempts used.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+pub struct Metered {
+    /// Tokens of the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_tokens: Option<u64>,
+    /// Tokens of its answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_tokens: Option<u64>,
+    /// Where the numbers come from.
+    pub source: Source,
+    /// What they cost, in nano-dollars, where the policy has a price.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost_nanousd: Option<u64>,
 }
 
 /// The attempts of a request, told in its own time.
@@ -668,11 +711,18 @@ pub struct AttemptList<'a> {
     pub moment: Moment,
     /// The request's own bytes: an attempt tells only what is different.
     pub bytes: BodyBytes,
+    /// What the answer used that was passed on: the last attempt's.
+    pub metered: Option<Metered>,
 }
 
 impl Serialize for AttemptList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.list.iter().map(|attempt| attempt.record(&self.moment, self.bytes)))
+        let last = self.list.len() - self.list.len().min(1);
+        let passed_on = |index| self.metered.filter(|_| index > 0 && index == last);
+        serializer.collect_seq(self.list.iter().enumerate().map(|(index, attempt)| {
+            let told = attempt.record(&self.moment, self.bytes);
+            AttemptRecord { metered: told.metered.or(passed_on(index)), ..told }
+        }))
     }
 }
 
@@ -696,6 +746,14 @@ impl Moment {
     /// The time of the day at `instant`.
     pub fn clock(&self, instant: Instant) -> SystemTime {
         self.at + instant.saturating_duration_since(self.received)
+    }
+}
+
+impl Metered {
+    /// What an answer used, and what that cost.
+    pub fn of(usage: &Usage, cost_nanousd: Option<u64>) -> Option<Self> {
+        let Usage { input_tokens, output_tokens, source, .. } = *usage;
+        (!usage.is_unknown()).then_some(Self { input_tokens, output_tokens, source, cost_nanousd })
     }
 }
 

@@ -253,7 +253,7 @@ impl<'a> Record<'a> {
         }
         match self.at("usage.source").as_str() {
             Some("upstream") => line.push_str(" (the upstream's own count)"),
-            Some("estimated") => line.push_str(" (counted from the stream's events: the upstream did not say)"),
+            Some("estimated") => line.push_str(" (counted from the text, or its events: the upstream did not say)"),
             Some("partial") => line.push_str(" (counted as far as the answer came: it did not come to its end)"),
             _ => {}
         }
@@ -274,6 +274,9 @@ impl<'a> Record<'a> {
             });
         }
         let code = self.at("code").as_str().unwrap_or_default();
+        if let Some(limit) = self.short() {
+            return Some(limit);
+        }
         let hint = match (code, self.at("outcome").as_str().unwrap_or_default()) {
             ("queue_full" | "queue_timeout" | "overloaded", _) => {
                 "try again later, as Retry-After told the client, or give the pool more room or upstreams"
@@ -289,6 +292,24 @@ impl<'a> Record<'a> {
             _ => return None,
         };
         Some(format!("What to do: {hint}"))
+    }
+}
+
+impl Record<'_> {
+    /// Which limit had too little left for it: what it asked for, what was free, when there is room again.
+    fn short(self) -> Option<String> {
+        let decisions = self.list("decisions").iter().map(Record);
+        let mut refusals =
+            decisions.filter(|decision| decision.is("stage", "limit") && decision.is("verdict", "refuse"));
+        let decision = refusals.next_back().filter(|_| self.is("outcome", "refused"))?;
+        let (limit, why) = (decision.text("rule")?, decision.text("why")?);
+        let hint = match self.at("code").as_str()? {
+            "rate_limit_exceeded" => "ask again when there is room, or give the limit more in the policy",
+            "insufficient_quota" => "wait for the budget's next period, or give it more in the policy",
+            "request_exceeds_limit" => "ask for less, or give the limit more in the policy: it never has room for this",
+            _ => return None,
+        };
+        Some(format!("What to do: the limit {limit} has too little left ({why}): {hint}"))
     }
 }
 
@@ -381,6 +402,26 @@ Policy revision 3 (hash abcdef012345) decided: route llama-3: gpus, cloud (alias
         let expected = "Refused by the gateway: 503 after 0.14 ms (queue_full): the queue of pool gpus is full;";
         assert!(story.contains(expected), "{story}");
         assert!(story.contains("No upstream was asked\nWhat to do: try again later"), "{story}");
+    }
+
+    #[test]
+    fn a_refusal_by_a_limit_says_which_one_what_was_asked_what_was_free_and_when_again() {
+        let mut record = record();
+        record["outcome"] = json!("refused");
+        record["attempts"] = json!([]);
+        let why = "812 tokens needed, 40 tokens left, free again in 12s";
+        let limit = json!({"stage": "limit", "rule": "team-a/tokens/1m", "verdict": "refuse", "why": why});
+        record["decisions"].as_array_mut().unwrap().push(limit);
+        for (code, hint) in [
+            ("rate_limit_exceeded", "ask again when there is room"),
+            ("insufficient_quota", "wait for the budget's next period"),
+            ("request_exceeds_limit", "ask for less"),
+        ] {
+            record["code"] = json!(code);
+            let story = tell(&record);
+            let expected = format!("What to do: the limit team-a/tokens/1m has too little left ({why}): {hint}");
+            assert!(story.contains(&expected) && !story.contains("did not pass the policy"), "{story}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::issuers;
 use crate::ledger::{Ledger, Place};
 use crate::limits;
 use crate::limits::restore::{keep_restored, restore};
+use crate::limits::warn::file_warnings;
 use crate::logging::Levels;
 use crate::memory;
 use crate::policy::{Problems, World, compile, load, reload};
@@ -223,6 +224,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
     jobs.spawn(watch::run(house.clone(), names.clone()));
     jobs.spawn(memory::watch(house.clone()));
     jobs.spawn(keep_restored(house.clone()));
+    jobs.spawn(file_warnings(house.clone()));
     jobs.spawn(limits::shared::run(house.clone()));
     match Egress::new(house.settings.ca_file.as_deref()) {
         Ok(egress) => {

@@ -198,9 +198,10 @@ mod tests {
         let text = printed(write_csv);
         let lines: Vec<&str> = text.lines().collect();
         assert!(
-            lines[0].starts_with("tenant,model,requests,ok,input_tokens") && lines[0].ends_with("estimated,cost_usd")
+            lines[0].starts_with("tenant,model,requests,ok,input_tokens")
+                && lines[0].ends_with("estimated,asked,cost_usd")
         );
-        assert_eq!(lines[1], "team-a,m,1200,1000,0,0,0,0,54399000,3,0,0.054399000");
+        assert_eq!(lines[1], "team-a,m,1200,1000,0,0,0,0,54399000,3,0,0,0.054399000");
         assert!(lines[2].starts_with("\"'=x\u{fffd}\"\",b\",,1200"), "{text}");
     }
 }

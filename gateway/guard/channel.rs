@@ -20,6 +20,8 @@ pub(super) struct Channel {
     pub(super) end: u64,
     /// So many of them may leave.
     pub(super) released: u64,
+    /// What judges the same bytes in another way, and edits nothing: both must let them go.
+    beside: Option<Box<Channel>>,
 }
 
 #[derive(Debug)]
@@ -97,6 +99,19 @@ impl Codec {
     }
 }
 
+/// A whole text, decoded into `room` if it is not the same as it is encoded.
+pub(super) fn decoded<'t>(encoded: &'t [u8], is_json: bool, room: &'t mut String) -> &'t str {
+    let is_plain = !is_json && memchr::memchr(b'\\', encoded).is_none();
+    if let (true, Ok(text)) = (is_plain, std::str::from_utf8(encoded)) {
+        return text;
+    }
+    let mut codec = Codec::new(is_json);
+    room.clear();
+    codec.push(encoded, room);
+    codec.finish(room);
+    room
+}
+
 impl Channel {
     /// One that rules judge.
     pub(super) fn of_rules(scanner: &Arc<Scanner>, is_json: bool) -> Self {
@@ -110,7 +125,24 @@ impl Channel {
 
     fn new(judge: Judge, is_json: bool) -> Self {
         let (text, progress) = (String::new(), Progress::default());
-        Self { codec: Codec::new(is_json), judge, text, progress, end: 0, released: 0 }
+        Self { codec: Codec::new(is_json), judge, text, progress, end: 0, released: 0, beside: None }
+    }
+
+    /// The same with rules that judge the shape of what stands there: JSON is not taken apart for them.
+    pub(super) fn with_shapes(
+        rules: Option<&Arc<Scanner>>,
+        is_json: bool,
+        shapes: Option<&Arc<Scanner>>,
+    ) -> Option<Self> {
+        match (rules, shapes) {
+            (None, None) => None,
+            (Some(rules), None) => Some(Self::of_rules(rules, is_json)),
+            (None, Some(shapes)) => Some(Self::of_rules(shapes, false)),
+            (Some(rules), Some(shapes)) => {
+                let beside = Some(Box::new(Self::of_rules(shapes, false)));
+                Some(Self { beside, ..Self::of_rules(rules, is_json) })
+            }
+        }
     }
 
     /// Takes the next encoded bytes; returns what is known now, and the edits of encoded bytes that are new.
@@ -125,6 +157,12 @@ impl Channel {
         let edits = self.edited();
         self.released = self.codec.encoded(self.progress.released);
         self.codec.forget(self.progress.released);
+        if let Some(beside) = &mut self.beside {
+            let (progress, _) = beside.push(encoded, placeholders);
+            self.progress.found.extend_from_slice(&progress.found);
+            self.progress.blocked = self.progress.blocked.or(progress.blocked);
+            self.released = self.released.min(beside.released);
+        }
         (&self.progress, edits)
     }
 
@@ -148,6 +186,12 @@ impl Channel {
         let edits = self.edited();
         let is_whole = self.progress.blocked.is_none();
         self.released = if is_whole { self.end } else { self.codec.encoded(self.progress.released) };
+        if let Some(beside) = &mut self.beside {
+            let (progress, _) = beside.finish(placeholders);
+            self.progress.found.extend(progress.found);
+            self.progress.blocked = self.progress.blocked.or(progress.blocked);
+            self.released = self.released.min(beside.released);
+        }
         (self.progress.clone(), edits)
     }
 

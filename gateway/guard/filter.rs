@@ -11,10 +11,10 @@ use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 
 use super::channel::{Channel, Encoded};
-use super::{Blocked, Guard};
+use super::{Blocked, Guard, named};
 use crate::ending::ends;
 use crate::scan::{self, splice};
-use crate::text::{self, Text};
+use crate::text::{self, Text, Tool};
 
 /// The events of one stream that wait, and the texts that they are parts of.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub(super) struct Filter {
     /// Whether it brings originals back instead of asking rules.
     restores: bool,
     channels: Vec<Open>,
+    /// The tools that are called, by the numbers of their arguments.
+    tools: Vec<(u64, String)>,
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
     over: bool,
@@ -71,7 +73,8 @@ impl Filter {
 
     fn new(operation: Operation, restores: bool) -> Self {
         let (channels, waiting) = (Vec::new(), VecDeque::new());
-        Self { operation, restores, channels, waiting, waiting_bytes: 0, over: false, blind: false }
+        let tools = Vec::new();
+        Self { operation, restores, channels, tools, waiting, waiting_bytes: 0, over: false, blind: false }
     }
 
     /// Takes whole events and leaves in `events` what may leave.
@@ -115,6 +118,7 @@ impl Filter {
             return Ok(());
         }
         self.waiting_bytes += event.len();
+        self.called(&event[data.clone()], &told.tools, guard);
         let mut waiting = Waiting { event, parts: SmallVec::new(), edits: Vec::new() };
         if !told.is_part {
             // The parts of what is repeated here are at their end: they are judged first.
@@ -167,10 +171,29 @@ impl Filter {
         }
         let channel = match self.restores {
             true => Channel::of_originals(text.is_json),
-            false => Channel::of_rules(guard.rails.rules.scanner(text.place)?, text.is_json),
+            false => guard.channel(text, self.tool(text))?,
         };
         self.channels.push(Open { place: text.place, number: text.channel, channel, ended: false });
         Some(self.channels.len() - 1)
+    }
+
+    /// Notes which tools are called here, where a rule wants to know.
+    fn called(&mut self, data: &[u8], tools: &[Tool], guard: &Guard) {
+        if self.restores || !guard.shapes_tools() {
+            return;
+        }
+        for tool in tools {
+            let name = named(data, tool);
+            match self.tools.iter_mut().find(|(channel, _)| *channel == tool.channel) {
+                Some(known) => known.1 = name,
+                None => self.tools.push((tool.channel, name)),
+            }
+        }
+    }
+
+    /// The tool that gets this text.
+    fn tool(&self, text: &Text) -> Option<&str> {
+        self.tools.iter().find(|(channel, _)| *channel == text.channel).map(|(_, name)| name.as_str())
     }
 
     /// Judges the next part of a text.
@@ -188,9 +211,9 @@ impl Filter {
 
     /// Judges a text that stands in an event as a whole.
     fn whole(&mut self, waiting: &mut Waiting, text: Text, guard: &mut Guard) -> Result<(), Blocked> {
-        let mut channel = match (self.restores, guard.rails.rules.scanner(text.place)) {
+        let mut channel = match (self.restores, guard.channel(&text, self.tool(&text))) {
             (true, _) => Channel::of_originals(text.is_json),
-            (false, Some(scanner)) => Channel::of_rules(scanner, text.is_json),
+            (false, Some(channel)) => channel,
             (false, None) => return Ok(()),
         };
         let (progress, edits) = channel.whole(&waiting.event[text.span.clone()], &mut guard.placeholders);
@@ -311,7 +334,7 @@ impl Guard {
 }
 
 /// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.
-fn data(event: &[u8]) -> Option<Range<usize>> {
+pub fn data(event: &[u8]) -> Option<Range<usize>> {
     let (mut found, mut at) = (None, 0);
     for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
         if let Some(value) = line.strip_prefix(b"data:") {

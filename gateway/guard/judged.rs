@@ -17,6 +17,8 @@ pub struct Judged {
     pub outcome: Outcome,
     /// How often it found something.
     pub found: u64,
+    /// Whether it has yet to say something, or was not asked at all: that the rest was read says nothing of it.
+    pub(super) waits: bool,
     bytes: u64,
     labels: SmallVec<[(Arc<str>, u64); 2]>,
 }
@@ -32,7 +34,7 @@ impl Judged {
             for prompt in [true, false] {
                 if config.places.iter().any(|place| place.is_prompt() == prompt) {
                     let (outcome, labels) = (Outcome::Skipped, SmallVec::new());
-                    all.push(Self { rule, prompt, outcome, found: 0, bytes: 0, labels });
+                    all.push(Self { rule, prompt, outcome, found: 0, waits: false, bytes: 0, labels });
                 }
             }
         }

@@ -78,6 +78,7 @@ struct Record<'a> {
     usage: Tokens,
     cost: Option<Cost>,
     unpriced: bool,
+    asked: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -122,6 +123,7 @@ struct Finders {
     principal: Finder<'static>,
     tenant: Finder<'static>,
     model: Finder<'static>,
+    attempt: Finder<'static>,
     usage: Finder<'static>,
     cost: Finder<'static>,
     unpriced: Finder<'static>,
@@ -137,6 +139,7 @@ static FINDERS: LazyLock<Finders> = LazyLock::new(|| {
         principal: finder(",\"principal\":"),
         tenant: finder(",\"tenant\":"),
         model: finder(",\"model\":"),
+        attempt: finder(",\"attempts\":[{"),
         usage: finder(",\"usage\":"),
         cost: finder(",\"cost\":"),
         unpriced: finder(",\"unpriced\":"),
@@ -168,6 +171,7 @@ impl<'a> Record<'a> {
             usage: member(rest, &find.usage)?.unwrap_or_default(),
             cost: member(rest, &find.cost)?,
             unpriced: member(rest, &find.unpriced)?.unwrap_or_default(),
+            asked: find.attempt.find(rest).is_some(),
         })
     }
 }
@@ -273,6 +277,7 @@ impl Record<'_> {
             cost: NanoUsd(self.cost.as_ref().map_or(0, |cost| bounded(cost.nanousd))),
             unpriced: self.unpriced.into(),
             estimated: matches!(self.usage.source, Some(Source::Estimated | Source::Partial)).into(),
+            asked: self.asked.into(),
         }
     }
 }
@@ -329,18 +334,19 @@ pub(super) mod tests {
         let mut batch = batch();
         let record = json!({"id": "x", "outcome": "ok", "status": 200, "tenant": "t", "principal": "p",
             "model": {"asked": "a", "route": "m", "used": "u"}, "cost": {"nanousd": 7, "prices": "v"},
+            "attempts": [{"pool": "p"}],
             "usage": {"input_tokens": 3, "output_tokens": 4, "cached_tokens": 1, "source": "upstream"}});
         batch.add(&line(1, &record)).unwrap();
         batch.add(&line(2, &record)).unwrap();
-        let cut = json!({"id": "y", "outcome": "client_closed", "usage": {"source": "partial"}, "unpriced": true});
+        let cut = json!({"id": "y", "outcome": "client_closed", "attempts": [], "usage": {"source": "partial"}, "unpriced": true});
         batch.add(&line(3, &cut)).unwrap();
         let sums = batch.sums();
         let begins: Vec<_> = sums.keys().filter(|key| key.tenant == "t").map(|key| (key.grain, key.at)).collect();
         assert_eq!(begins, [(60, 1_795_356_180), (3_600, 1_795_356_000), (86_400, 1_795_305_600)]);
         for (key, spent) in sums {
             let expected = match key.tenant.as_str() {
-                "t" => [2, 2, 6, 8, 2, 0, 14, 0, 0],
-                _ => [1, 0, 0, 0, 0, 0, 0, 1, 1],
+                "t" => [2, 2, 6, 8, 2, 0, 14, 0, 0, 2],
+                _ => [1, 0, 0, 0, 0, 0, 0, 1, 1, 0],
             };
             assert_eq!(spent.numbers(), expected, "{key:?}");
         }
@@ -378,7 +384,7 @@ pub(super) mod tests {
         batch.add(&line(1, &record)).unwrap();
         let row = &batch.rows.as_ref().unwrap()[0];
         assert_eq!((row.status, row.tenant.as_str(), row.outcome.as_str()), (0, "", "refused"));
-        assert_eq!(row.spent.numbers(), [1, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(row.spent.numbers(), [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
     }
 
     #[test]

@@ -18,12 +18,12 @@ use tokio_postgres::{Client, Config, NoTls, Transaction};
 
 use super::fold::Batch;
 use super::tls::Secured;
-use super::{Position, Spent, Store, Trouble, Value};
+use super::{NUMBERS, Position, Spent, Store, Trouble, Value};
 use crate::egress::Egress;
 use crate::secret::Secret;
 
 /// The version of the tables.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 /// Until a connection stands.
 const CONNECT: Duration = Duration::from_secs(5);
 /// The longest that an answer is waited for.
@@ -36,13 +36,13 @@ const LOCK: &str = "SELECT pg_advisory_xact_lock(7954886271103442771)";
 
 const TABLES: &str = r#"
 CREATE TABLE infergate_ledger (version BIGINT NOT NULL, pruned BIGINT NOT NULL);
-INSERT INTO infergate_ledger VALUES (1, 0);
+INSERT INTO infergate_ledger VALUES (2, 0);
 CREATE TABLE infergate_positions (run TEXT PRIMARY KEY, next BIGINT NOT NULL, chain TEXT NOT NULL);
 CREATE TABLE infergate_sums (
     grain BIGINT NOT NULL, at BIGINT NOT NULL, tenant TEXT COLLATE "C" NOT NULL, model TEXT COLLATE "C" NOT NULL,
     principal TEXT COLLATE "C" NOT NULL, requests BIGINT NOT NULL, ok BIGINT NOT NULL, input_tokens BIGINT NOT NULL,
     output_tokens BIGINT NOT NULL, cached_tokens BIGINT NOT NULL, reasoning_tokens BIGINT NOT NULL,
-    cost_nanousd BIGINT NOT NULL, unpriced BIGINT NOT NULL, estimated BIGINT NOT NULL,
+    cost_nanousd BIGINT NOT NULL, unpriced BIGINT NOT NULL, estimated BIGINT NOT NULL, asked BIGINT NOT NULL,
     PRIMARY KEY (grain, at, tenant, model, principal)) WITH (fillfactor = 70);
 CREATE TABLE infergate_requests (
     id TEXT PRIMARY KEY, at BIGINT NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, principal TEXT NOT NULL,
@@ -51,6 +51,13 @@ CREATE TABLE infergate_requests (
     reasoning_tokens BIGINT NOT NULL, cost_nanousd BIGINT NOT NULL, unpriced BIGINT NOT NULL);
 CREATE INDEX infergate_requests_at ON infergate_requests (at);
 "#;
+
+/// From the tables of version 1, which did not know how many requests an upstream was asked for.
+const FROM_1: &str = "
+ALTER TABLE infergate_sums ADD COLUMN asked BIGINT NOT NULL DEFAULT 0;
+UPDATE infergate_sums SET asked = ok;
+UPDATE infergate_ledger SET version = 2;
+";
 
 const BEGIN: &str = "INSERT INTO infergate_positions VALUES ($1, 1, '') ON CONFLICT DO NOTHING";
 const MOVE: &str = "UPDATE infergate_positions SET next = $1, chain = $2 WHERE run = $3 AND next = $4 AND chain = $5";
@@ -96,7 +103,8 @@ impl Server {
     /// TLS, unless the connection stays on this machine or the URL says otherwise.
     fn reached(mut config: Config, url: &str, ca_file: Option<&Path>) -> Result<Self, String> {
         config.connect_timeout(CONNECT).application_name("infergate");
-        let plain = config.get_hosts().iter().all(is_here) || url.contains("sslmode=disable");
+        let here = config.get_hosts().iter().all(is_here) && !url.contains("sslmode=require");
+        let plain = here || url.contains("sslmode=disable");
         let tls = match plain {
             true => None,
             false => Some(Arc::new(Egress::new(ca_file)?.tls())),
@@ -174,8 +182,10 @@ impl Postgres {
             let transaction = begin(client).await?;
             transaction.batch_execute(LOCK).await?;
             // Who may not make tables may still use those that are there.
-            if !exists(&transaction).await? {
-                transaction.batch_execute(TABLES).await?;
+            match version(&transaction).await? {
+                None => transaction.batch_execute(TABLES).await?,
+                Some(1) => transaction.batch_execute(FROM_1).await?,
+                Some(_) => {}
             }
             transaction.commit().await
         })?;
@@ -252,11 +262,20 @@ async fn exists(transaction: &Transaction<'_>) -> Result<bool, tokio_postgres::E
     Ok(transaction.query_typed_one(there, &[]).await?.get(0))
 }
 
+/// The version of the tables, where there are any.
+async fn version(transaction: &Transaction<'_>) -> Result<Option<i64>, tokio_postgres::Error> {
+    if !exists(transaction).await? {
+        return Ok(None);
+    }
+    let found = transaction.query_typed_opt("SELECT version FROM infergate_ledger", &[]).await?;
+    Ok(found.map(|row| row.get(0)))
+}
+
 /// Adds to sums, or begins them.
 fn add() -> String {
     let added =
         Spent::NAMES.map(|name| format!("{name} = LEAST(s.{name}, {} - excluded.{name}) + excluded.{name}", i64::MAX));
-    let columns: Vec<String> = (1..=14).map(|at| format!("${at}")).collect();
+    let columns: Vec<String> = (1..=5 + NUMBERS).map(|at| format!("${at}")).collect();
     format!(
         "INSERT INTO infergate_sums AS s SELECT * FROM unnest({}) ON CONFLICT (grain, at, tenant, model, principal) \
          DO UPDATE SET {}",
@@ -282,13 +301,13 @@ async fn fold(client: &mut Client, batch: &Batch, add: &str) -> Result<bool, tok
     if transaction.execute_typed(MOVE, &values).await? == 0 {
         return Ok(false);
     }
-    let sums = Columns::<2, 3, 9>::of(batch.sums().into_iter().map(|(key, spent)| {
+    let sums = Columns::<2, 3, NUMBERS>::of(batch.sums().into_iter().map(|(key, spent)| {
         ([key.grain, key.at], [key.tenant, key.model, key.principal], spent.numbers().map(number))
     }));
     transaction.execute_typed(add, &sums.values([0, 1])).await?;
     if let Some(rows) = batch.rows.as_ref().filter(|rows| !rows.is_empty()) {
         let rows = Columns::<2, 8, 6>::of(rows.iter().map(|row| {
-            let [_, _, input, output, cached, reasoning, cost, unpriced, _] = row.spent.numbers().map(number);
+            let [_, _, input, output, cached, reasoning, cost, unpriced, ..] = row.spent.numbers().map(number);
             let texts =
                 [&row.id, &row.tenant, &row.model, &row.principal, &row.used, &row.outcome, &row.source, &row.prices];
             ([row.at, row.status], texts.map(Clone::clone), [input, output, cached, reasoning, cost, unpriced])
@@ -417,6 +436,10 @@ mod tests {
         ] {
             assert!(server(here).unwrap().tls.is_none(), "{here}");
         }
+        assert!(
+            server("postgres://u@127.0.0.1/l?sslmode=require").unwrap().tls.is_some(),
+            "whoever asks for it has it"
+        );
         assert_eq!(format!("{away:?}"), "PostgreSQL at db.example:5432, database ledger");
         let told = server("postgres://u:canary@db.example/ledger").unwrap_err();
         assert!(told.contains("give it as `password`") && !told.contains("canary"), "{told}");

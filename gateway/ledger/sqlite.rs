@@ -10,13 +10,13 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Error, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params_from_iter};
 
 use super::fold::{Batch, Row};
-use super::{Position, Spent, Store, Trouble, Value};
+use super::{NUMBERS, Position, Spent, Store, Trouble, Value};
 use crate::audit::private;
 
 /// What the file says that it is: "IGLG".
 const APPLICATION: i64 = 0x4947_4c47;
 /// The version of the tables.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 /// How long another process's transaction is waited for.
 const BUSY: Duration = Duration::from_secs(5);
 
@@ -28,7 +28,7 @@ CREATE TABLE infergate_sums (
     grain INTEGER NOT NULL, at INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, principal TEXT NOT NULL,
     requests INTEGER NOT NULL, ok INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
     cached_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL, cost_nanousd INTEGER NOT NULL,
-    unpriced INTEGER NOT NULL, estimated INTEGER NOT NULL,
+    unpriced INTEGER NOT NULL, estimated INTEGER NOT NULL, asked INTEGER NOT NULL,
     PRIMARY KEY (grain, at, tenant, model, principal)) WITHOUT ROWID;
 CREATE TABLE infergate_requests (
     id TEXT PRIMARY KEY, at INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, principal TEXT NOT NULL,
@@ -36,6 +36,12 @@ CREATE TABLE infergate_requests (
     input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
     reasoning_tokens INTEGER NOT NULL, cost_nanousd INTEGER NOT NULL, unpriced INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX infergate_requests_at ON infergate_requests (at);
+";
+
+/// From the tables of version 1, which did not know how many requests an upstream was asked for.
+const FROM_1: &str = "
+ALTER TABLE infergate_sums ADD COLUMN asked INTEGER NOT NULL DEFAULT 0;
+UPDATE infergate_sums SET asked = ok;
 ";
 
 const MOVE: &str = "UPDATE infergate_positions SET next = ?1, chain = ?2 WHERE run = ?3 AND next = ?4 AND chain = ?5";
@@ -96,13 +102,19 @@ impl Sqlite {
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let transaction = Transaction::new_unchecked(&self.connection, TransactionBehavior::Immediate)?;
         let tables: i64 = transaction.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |row| row.get(0))?;
-        if tables > 0 {
-            return self.check();
+        let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        match (tables, version) {
+            (0, _) => transaction.execute_batch(TABLES)?,
+            (_, 1) if self.is_ours()? => transaction.execute_batch(FROM_1)?,
+            _ => return self.check(),
         }
-        transaction.execute_batch(TABLES)?;
         transaction.pragma_update(None, "application_id", APPLICATION)?;
         transaction.pragma_update(None, "user_version", VERSION)?;
         transaction.commit().map(Ok)
+    }
+
+    fn is_ours(&self) -> rusqlite::Result<bool> {
+        self.connection.pragma_query_value(None, "application_id", |row| Ok(row.get::<_, i64>(0)? == APPLICATION))
     }
 
     /// Whether these are our tables.
@@ -153,7 +165,7 @@ fn told(path: &Path, error: &Error) -> Trouble {
 fn add() -> String {
     let added =
         Spent::NAMES.map(|name| format!("{name} = min({name}, {} - excluded.{name}) + excluded.{name}", i64::MAX));
-    let values: Vec<String> = (1..=14).map(|at| format!("?{at}")).collect();
+    let values: Vec<String> = (1..=5 + NUMBERS).map(|at| format!("?{at}")).collect();
     format!(
         "INSERT INTO infergate_sums VALUES ({}) ON CONFLICT (grain, at, tenant, model, principal) DO UPDATE SET {}",
         values.join(", "),
@@ -164,7 +176,7 @@ fn add() -> String {
 fn insert(transaction: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
     let insert = "INSERT INTO infergate_requests VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) \
                   ON CONFLICT DO NOTHING";
-    let [_, _, input, output, cached, reasoning, cost, unpriced, _] = row.spent.numbers().map(number);
+    let [_, _, input, output, cached, reasoning, cost, unpriced, ..] = row.spent.numbers().map(number);
     let names = (&row.tenant, &row.model, &row.principal, &row.used, &row.outcome);
     transaction.prepare_cached(insert)?.execute((
         &row.id,
@@ -314,9 +326,24 @@ mod tests {
         assert_eq!([other.fold(&second), sqlite.fold(&second)], [Ok(true), Ok(false)]);
         let same_lines_of_another = batch_of("s", Position::start(), 1..=3);
         assert_eq!(sqlite.fold(&same_lines_of_another), Ok(true));
-        assert_eq!(total(&mut sqlite).numbers(), [7, 7, 21, 28, 0, 0, 49, 0, 0]);
+        assert_eq!(total(&mut sqlite).numbers(), [7, 7, 21, 28, 0, 0, 49, 0, 0, 0]);
         let rows = sqlite.ask("SELECT COUNT(*) FROM infergate_requests", &[]).unwrap();
         assert_eq!(rows, [[Value::Number(4)]], "ids are those of requests");
+    }
+
+    #[test]
+    fn the_tables_of_the_version_before_are_taken_over_with_what_they_know() {
+        let (_directory, path) = file();
+        let first = batch_of("r", Position::start(), 1..=3);
+        let mut sqlite = Sqlite::open(&path, true).unwrap();
+        sqlite.fold(&first).unwrap();
+        let before = "ALTER TABLE infergate_sums DROP COLUMN asked; PRAGMA user_version = 1";
+        sqlite.connection.execute_batch(before).unwrap();
+        assert!(Sqlite::look(&path).err().unwrap().contains("version 1"), "whoever only looks changes nothing");
+        let mut sqlite = Sqlite::open(&path, true).unwrap();
+        assert_eq!((total(&mut sqlite).asked, total(&mut sqlite).ok), (3, 3));
+        assert_eq!(sqlite.fold(&batch_of("r", first.to, 4..=4)), Ok(true));
+        assert_eq!(total(&mut sqlite).requests, 4);
     }
 
     #[test]

@@ -6,12 +6,14 @@ use std::time::{Duration, Instant, SystemTime};
 use http::HeaderValue;
 use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
+use tokio::sync::Semaphore;
 
 use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
 use crate::exchange::Exchange;
 use crate::house::House;
 use crate::money::bill::{cached, text_bytes, work};
 use crate::money::{Cached, Price};
+use crate::parameters::User;
 use crate::pipeline::{Planned, Stop, invalid, waiting};
 use crate::policy::{Policy, Route};
 use crate::refusal::{Code, Refusal};
@@ -23,6 +25,8 @@ use crate::usage::Usage;
 struct Asked {
     user: Option<Box<str>>,
     input: u64,
+    /// Whether the prompt has been estimated, and may be counted.
+    estimated: bool,
     text_bytes: u64,
     /// Tokens that one choice of the answer may have.
     output: u64,
@@ -46,12 +50,16 @@ pub async fn reserve(
         return Ok(());
     }
     let user_header = policy.user_header.as_ref().and_then(|name| downstream.head().headers.get(name)).cloned();
-    let asked = asked(exchange, planned, user_header.as_ref(), cap)?;
+    let mut asked = asked(exchange, planned, user_header.as_ref(), cap)?;
     let began = Instant::now();
     loop {
         let short = match attempt(house, exchange, planned, &asked, limits()).await {
-            Ok(None) => return Ok(()),
-            Ok(Some(short)) => short,
+            Ok(Tried::Reserved) => return Ok(()),
+            Ok(Tried::Close) => {
+                count(exchange, planned, &mut asked).await;
+                continue;
+            }
+            Ok(Tried::Short(short)) => short,
             Err(refusal) => return Err(refusal.into()),
         };
         if goes_elsewhere(exchange, planned, &policy, &short) {
@@ -89,13 +97,23 @@ fn asked(
     let output = asked.unwrap_or(usual).min(cap.unwrap_or(u64::MAX));
     let choices = planned.scan.choices(body).map_err(invalid)?;
     Ok(Asked {
-        user: user(planned, user_header),
+        user: forced_user(exchange).or_else(|| user(planned, user_header)),
         input: if reads { planned.route.density.estimate(text_bytes) } else { 0 },
+        estimated: reads,
         text_bytes,
         output: if writes { output } else { 0 },
         choices,
         besides: besides(operation, choices, body.len()),
     })
+}
+
+/// The end user that the tenant's parameters put into all its requests: what a request itself says is replaced.
+fn forced_user(exchange: &Exchange) -> Option<Box<str>> {
+    let who = exchange.who.as_ref()?;
+    match who.tenant.parameters.as_ref()?.user.as_ref()? {
+        User::Caller => Some((*who.identity.principal).into()),
+        User::Fixed(name) => Some(name.as_str().into()),
+    }
 }
 
 /// The end user as the header names them, or the body.
@@ -119,20 +137,48 @@ fn besides(operation: Operation, choices: u64, bytes: usize) -> Usage {
     }
 }
 
-/// Reserves, for the model that is to answer as things stand. Returns what was short.
+/// What came of an attempt to reserve.
+enum Tried {
+    Reserved,
+    Short(Short),
+    /// Nothing was reserved, or it was given back: the estimate of the prompt is too near what there is to go by it.
+    Close,
+}
+
+/// The longest request whose prompt is counted: beyond it, that takes longer than it is worth.
+const COUNTED_MAX: usize = 256 << 10;
+/// So many prompts are counted at one time. More than that, and estimates stand.
+static COUNTING: Semaphore = Semaphore::const_new(2);
+
+/// Counts the prompt's tokens, beside the threads that carry requests, where its model's tokenizer is known.
+async fn count(exchange: &mut Exchange, planned: &Planned, asked: &mut Asked) {
+    asked.estimated = false;
+    let name = planned.route.stages.first().and_then(|stage| stage.rename.as_deref());
+    let name = name.or(exchange.named()).unwrap_or(&planned.route.model.name);
+    let Some(encoding) = planned.route.model.tokenizer.of(name).filter(|encoding| encoding.is_its_own) else { return };
+    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
+    let Some(permit) = COUNTING.try_acquire().ok().filter(|_| body.len() <= COUNTED_MAX) else { return };
+    let counting = tokio::task::spawn_blocking(move || (encoding.prompt(operation, &body), permit));
+    let Ok((Some(tokens), _)) = counting.await else { return };
+    exchange.decide("limit", "tokens", "count", format!("{tokens} in the prompt, estimated at {}", asked.input));
+    asked.input = tokens;
+}
+
+/// Reserves, for the model that is to answer as things stand.
 async fn attempt<'a>(
     house: &House,
     exchange: &mut Exchange,
     planned: &mut Planned,
     asked: &Asked,
     limits: impl Iterator<Item = &'a Arc<Limit>> + Clone,
-) -> Result<Option<Short>, Refusal> {
+) -> Result<Tried, Refusal> {
     let operation = planned.identified.surface.operation;
     let costs = limits.clone().any(|limit| limit.unit == Unit::Nanousd);
     let prices = if costs { prices(exchange, &planned.route) } else { SmallVec::new() };
     let counted = Counted {
         tenant: exchange.who.as_ref().map(|who| &*who.tenant.name),
         key: exchange.who.as_ref().map(|who| &*who.identity.principal),
+        plans: exchange.who.as_ref().map_or(&[], |who| &who.identity.plans),
         model: &planned.route.model.name,
         surface: planned.identified.surface.path,
         user: asked.user.as_deref(),
@@ -148,9 +194,11 @@ async fn attempt<'a>(
     };
     match outcome {
         None => {}
-        Some(Outcome::Short(short)) => return Ok(Some(short)),
+        Some(Outcome::Short(short)) if asked.estimated && short.is_close() => return Ok(Tried::Close),
+        Some(Outcome::Short(short)) => return Ok(Tried::Short(short)),
         Some(Outcome::Unavailable) => return Err(unavailable(exchange)),
         Some(Outcome::Unpriced(limit)) => return Err(unpriced(exchange, planned, &limit)),
+        Some(Outcome::Reserved(reservation)) if asked.estimated && reservation.is_tight() => return Ok(Tried::Close),
         Some(Outcome::Reserved(mut reservation)) => {
             reservation.text_bytes = asked.text_bytes;
             bound(planned, asked, &reservation);
@@ -158,7 +206,7 @@ async fn attempt<'a>(
             exchange.tally.reserve(reservation, cached(operation), beside);
         }
     }
-    Ok(None)
+    Ok(Tried::Reserved)
 }
 
 /// How many events of a stream have no token and look as if they had one: those that open and close each choice, and
@@ -189,7 +237,7 @@ fn prices(exchange: &Exchange, route: &Route) -> SmallVec<[Arc<Price>; 2]> {
     let asked = exchange.named().unwrap_or(&route.model.name);
     for stage in &route.stages {
         for upstream in &stage.pool.upstreams {
-            let model = stage.other_name(upstream).unwrap_or(asked);
+            let model = stage.other_name(upstream, Some(asked)).unwrap_or(asked);
             let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
             let Some(price) = price else { return SmallVec::new() };
             if !prices.iter().any(|known| Arc::ptr_eq(known, price)) {
@@ -247,7 +295,7 @@ fn refuse(exchange: &mut Exchange, short: Short) -> Refusal {
     let Short { limit, free, needed, wait, standings } = short;
     let (unit, free, needed) = (limit.unit, limit.unit.spelt(free), limit.unit.spelt(needed));
     limit.meters.refused.inc();
-    exchange.decide("limit", &limit.name, "refuse", format!("{needed} needed, {free} left"));
+    exchange.decide("limit", &limit.name, "refuse", format!("{needed} needed, {free} left, {}", again(unit, wait)));
     exchange.short = Some(standings);
     let (name, max) = (&limit.name, unit.spelt(limit.max));
     if unit == Unit::Concurrency {
@@ -264,6 +312,15 @@ fn refuse(exchange: &mut Exchange, short: Short) -> Refusal {
     };
     let message = format!("the limit {name} of {max} has {free} left, and this request may use {needed}");
     Refusal::new(Code::RateLimitExceeded, message).retry_after(wait)
+}
+
+/// When a limit that is short has room again.
+fn again(unit: Unit, wait: Option<Duration>) -> String {
+    match wait {
+        _ if unit == Unit::Concurrency => "free again when another request is over".to_owned(),
+        Some(wait) => format!("free again in {}", super::standing::spelt(wait)),
+        None => "never as much".to_owned(),
+    }
 }
 
 /// How its dialect counts cached tokens, for whoever settles.

@@ -67,8 +67,8 @@ fn restored(house: &House, policy: &Policy, limit: &Arc<Limit>, reader: &mut Rea
         give(house, limit, row, now);
     }
     house.state.limits.set_restored(limit);
-    if limit.each.iter().any(|each| matches!(each, Each::Surface | Each::User)) {
-        tracing::warn!(limit = %limit.name, "the ledger knows no users and no endpoints: this budget begins anew with the process");
+    if limit.plans.is_some() || limit.each.iter().any(|each| matches!(each, Each::Surface | Each::User)) {
+        tracing::warn!(limit = %limit.name, "the ledger knows no users, no plans and no endpoints: this budget begins anew with the process");
     }
     Ok(())
 }
@@ -84,7 +84,10 @@ fn give(house: &House, limit: &Limit, row: &Row, now: u64) {
     if limit.models.as_ref().is_some_and(|list| !list.iter().any(|pattern| pattern.takes(model))) {
         return;
     }
-    if limit.surfaces.is_some() || limit.each.iter().any(|each| matches!(each, Each::Surface | Each::User)) {
+    if limit.surfaces.is_some()
+        || limit.plans.is_some()
+        || limit.each.iter().any(|each| matches!(each, Each::Surface | Each::User))
+    {
         return;
     }
     let counted = Counted { tenant: Some(tenant), key: Some(key), model, ..Counted::nobody(now) };
@@ -94,7 +97,7 @@ fn give(house: &House, limit: &Limit, row: &Row, now: u64) {
 
 fn amount(unit: Unit, spent: &Spent) -> u64 {
     match unit {
-        Unit::Requests => spent.ok,
+        Unit::Requests => spent.asked,
         Unit::InputTokens => spent.input_tokens,
         Unit::OutputTokens => spent.output_tokens,
         Unit::Tokens => spent.input_tokens.saturating_add(spent.output_tokens),

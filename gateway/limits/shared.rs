@@ -207,7 +207,7 @@ impl Shared {
                 Answer::Short(holds, counts) => (holds, counts),
             };
             round += 1;
-            match agreed(&holds, counts.iter_mut(), request, Way::Asked) {
+            match agreed(&mut holds, counts.iter_mut(), request, Way::Asked) {
                 Ok(less) if round < ROUNDS => output = less,
                 // Others took it each time before we could.
                 Ok(_) => return Ok(Outcome::Short(taken_by_others(&holds, &counts, request))),

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, SystemTime};
 
+use http::{HeaderMap, HeaderName};
+
 use super::level::{Count, Terms};
 use super::{Limit, Unit};
+use crate::headers::set;
 use crate::refusal::Refusal;
-use crate::relay::AnswerHead;
 use crate::surface::Dialect;
 use crate::time::Stamp;
 
@@ -37,63 +39,79 @@ impl Standing {
 
 /// Puts the standings on an answer, in its dialect. What an upstream said of its own limits makes room: they are not
 /// the caller's.
-pub fn tell(head: &mut AnswerHead, dialect: Dialect, standings: &[Standing], at: SystemTime) -> Result<(), Refusal> {
+pub fn tell(headers: &mut HeaderMap, dialect: Dialect, standings: &[Standing], at: SystemTime) -> Result<(), Refusal> {
     let anthropic = dialect == Dialect::Anthropic;
-    for (unit, openai_names, anthropic_names) in KINDS {
-        let Some(standing) = Standing::tightest(standings, unit) else { continue };
+    for (unit, openai_names, anthropic_names) in &KINDS {
+        let Some(standing) = Standing::tightest(standings, *unit) else { continue };
         let [limit, free, reset] = if anthropic { anthropic_names } else { openai_names };
         let rest = if anthropic { Stamp(at + standing.rest).seconds() } else { spelt(standing.rest) };
-        crate::local::set(head, limit, standing.max)?;
-        crate::local::set(head, free, standing.free)?;
-        crate::local::set(head, reset, rest)?;
+        set(headers, limit.clone(), standing.max)?;
+        set(headers, free.clone(), standing.free)?;
+        set(headers, reset.clone(), rest)?;
     }
     Ok(())
 }
 
 /// A unit, and the names of its headers: limit, remaining, reset.
-type Kind = (Unit, [&'static str; 3], [&'static str; 3]);
+type Kind = (Unit, [HeaderName; 3], [HeaderName; 3]);
 
-const KINDS: [Kind; 4] = [
+static KINDS: [Kind; 4] = [
     (
         Unit::Requests,
-        ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"],
         [
-            "anthropic-ratelimit-requests-limit",
-            "anthropic-ratelimit-requests-remaining",
-            "anthropic-ratelimit-requests-reset",
+            HeaderName::from_static("x-ratelimit-limit-requests"),
+            HeaderName::from_static("x-ratelimit-remaining-requests"),
+            HeaderName::from_static("x-ratelimit-reset-requests"),
+        ],
+        [
+            HeaderName::from_static("anthropic-ratelimit-requests-limit"),
+            HeaderName::from_static("anthropic-ratelimit-requests-remaining"),
+            HeaderName::from_static("anthropic-ratelimit-requests-reset"),
         ],
     ),
     (
         Unit::Tokens,
-        ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"],
         [
-            "anthropic-ratelimit-tokens-limit",
-            "anthropic-ratelimit-tokens-remaining",
-            "anthropic-ratelimit-tokens-reset",
+            HeaderName::from_static("x-ratelimit-limit-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-tokens"),
+        ],
+        [
+            HeaderName::from_static("anthropic-ratelimit-tokens-limit"),
+            HeaderName::from_static("anthropic-ratelimit-tokens-remaining"),
+            HeaderName::from_static("anthropic-ratelimit-tokens-reset"),
         ],
     ),
     (
         Unit::InputTokens,
-        ["x-ratelimit-limit-input-tokens", "x-ratelimit-remaining-input-tokens", "x-ratelimit-reset-input-tokens"],
         [
-            "anthropic-ratelimit-input-tokens-limit",
-            "anthropic-ratelimit-input-tokens-remaining",
-            "anthropic-ratelimit-input-tokens-reset",
+            HeaderName::from_static("x-ratelimit-limit-input-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-input-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-input-tokens"),
+        ],
+        [
+            HeaderName::from_static("anthropic-ratelimit-input-tokens-limit"),
+            HeaderName::from_static("anthropic-ratelimit-input-tokens-remaining"),
+            HeaderName::from_static("anthropic-ratelimit-input-tokens-reset"),
         ],
     ),
     (
         Unit::OutputTokens,
-        ["x-ratelimit-limit-output-tokens", "x-ratelimit-remaining-output-tokens", "x-ratelimit-reset-output-tokens"],
         [
-            "anthropic-ratelimit-output-tokens-limit",
-            "anthropic-ratelimit-output-tokens-remaining",
-            "anthropic-ratelimit-output-tokens-reset",
+            HeaderName::from_static("x-ratelimit-limit-output-tokens"),
+            HeaderName::from_static("x-ratelimit-remaining-output-tokens"),
+            HeaderName::from_static("x-ratelimit-reset-output-tokens"),
+        ],
+        [
+            HeaderName::from_static("anthropic-ratelimit-output-tokens-limit"),
+            HeaderName::from_static("anthropic-ratelimit-output-tokens-remaining"),
+            HeaderName::from_static("anthropic-ratelimit-output-tokens-reset"),
         ],
     ),
 ];
 
 /// A duration as OpenAI spells it: `12ms`, `1s`, `6m0s`, `1h0m0s`.
-fn spelt(rest: Duration) -> String {
+pub(super) fn spelt(rest: Duration) -> String {
     let (millis, seconds) = (rest.as_millis() as u64, rest.as_millis().div_ceil(1000) as u64);
     match seconds {
         0..=1 if millis < 1000 => format!("{millis}ms"),

@@ -41,6 +41,8 @@ pub struct End {
     pub events: bool,
     /// Whether it came to its end.
     pub whole: bool,
+    /// Microseconds that its server worked for it, where that was measured.
+    pub gpu_us: Option<u64>,
 }
 
 /// Bytes of text for each token, near enough where nobody counts.
@@ -81,7 +83,9 @@ impl Bill {
 
     /// What the answer told, and what must have been used besides.
     fn completed(&self, told: Usage, end: End) -> Usage {
-        let mut usage = Usage { images: self.images.or(told.images), ..told };
+        let by_hour = self.price.as_ref().is_some_and(|price| price.gpu_hour.is_some());
+        let gpu_us = end.gpu_us.filter(|_| by_hour);
+        let mut usage = Usage { images: self.images.or(told.images), gpu_us, ..told };
         let (reads, writes) = work(self.operation);
         let is_guess = usage.source != Source::Upstream;
         if is_guess && reads && usage.input_tokens.is_none() {
@@ -143,7 +147,7 @@ mod tests {
         Bill::open(Some(Arc::new(price)), operation, &Bytes::from_static(body.as_bytes()), 2, succeeded)
     }
 
-    const END: End = End { bytes: 41, events: false, whole: true };
+    const END: End = End { bytes: 41, events: false, whole: true, gpu_us: None };
 
     #[test]
     fn what_nobody_counted_is_estimated_and_costs_something() {

@@ -17,6 +17,8 @@ use crate::usage::ServiceTier;
 pub struct Book {
     /// The first twelve hex digits of the SHA-256 over all prices: the same version prices the same.
     pub version: Arc<str>,
+    /// Whether any price is by the hour, so that the work of servers is measured.
+    pub by_hour: bool,
     named: HashMap<Box<str>, Vec<Arc<Entry>>>,
     /// The longest first.
     patterns: Vec<Pattern>,
@@ -45,6 +47,7 @@ impl Book {
         let mut book = Self { version: version(lists), ..Self::default() };
         let mut wrongs = Vec::new();
         for (rank, list) in lists.iter().enumerate() {
+            book.by_hour |= list.iter().any(|price| price.gpu_hour.is_some());
             wrongs.push(book.add(rank, list));
         }
         book.sort();
@@ -137,7 +140,8 @@ impl Entry {
 /// What no schema says about a price.
 fn check(price: &file::Price, wrong: &mut impl FnMut(String, String)) {
     let by_tokens = price.input.is_some() || price.output.is_some();
-    if !by_tokens && price.request.is_none() && price.image.is_none() && price.audio_second.is_none() {
+    let by_piece = [price.request, price.image, price.audio_second, price.gpu_hour];
+    if !by_tokens && by_piece.iter().all(Option::is_none) {
         wrong(String::new(), "no price is in it: give `input` and `output`, or a price by the piece".to_owned());
     }
     let twice = [
@@ -151,7 +155,11 @@ fn check(price: &file::Price, wrong: &mut impl FnMut(String, String)) {
             price.audio_second.is_some() && price.audio_input.is_some(),
             "sound is priced by the second and by tokens",
         ),
+        ("gpu_hour", price.gpu_hour.is_some() && by_tokens, "work is priced by the hour and by tokens"),
     ];
+    if price.gpus.is_some_and(|gpus| gpus == 0 || price.gpu_hour.is_none()) {
+        wrong(".gpus".to_owned(), "must be 1 or more, beside `gpu_hour`".to_owned());
+    }
     for (key, both, message) in twice {
         if both {
             wrong(format!(".{key}"), format!("{message} at once: give one of the two"));
@@ -196,6 +204,8 @@ impl Price {
             request: written.request,
             image: written.image,
             audio_second: written.audio_second,
+            gpu_hour: written.gpu_hour,
+            gpus: written.gpus.unwrap_or(1),
             service: written.service_tiers.as_ref().map(factors).unwrap_or_default(),
         }
     }

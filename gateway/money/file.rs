@@ -88,6 +88,15 @@ pub struct Price {
     /// One second of sound that is heard.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audio_second: Option<Usd>,
+    /// One hour of one GPU of an own server. A request pays for the time from when it went to the server until its answer
+    /// was over; of each moment in which others ran on the same server through this gateway, its equal part. Hours in
+    /// which nothing ran are nobody's. What it will cost is not known before: budgets count it when it is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_hour: Option<Usd>,
+    /// How many GPUs one server has. Absent: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub gpus: Option<u32>,
     /// Other prices for longer prompts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tiers: Option<Tiers>,

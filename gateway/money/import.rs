@@ -20,7 +20,7 @@ pub struct Imported {
 }
 
 /// One model there: each member's JSON text.
-type Model = BTreeMap<String, Box<RawValue>>;
+pub type Model = BTreeMap<String, Box<RawValue>>;
 
 /// Reads `text`; of the vendors in `only` (LiteLLM's names for them), or of all if there are none.
 pub fn litellm(text: &str, only: &[String]) -> Result<Imported, String> {
@@ -53,6 +53,18 @@ pub fn litellm(text: &str, only: &[String]) -> Result<Imported, String> {
         }
     }
     Ok(imported)
+}
+
+/// The price in the members of one model, and what a person should know of it.
+pub fn of_model(key: &str, members: &Model) -> (Option<Price>, Vec<String>) {
+    let mut reader = Reader { key, members, findings: Vec::new() };
+    let price = reader.price("");
+    (price, reader.findings)
+}
+
+/// What costs nothing, because its owner says so.
+pub fn free() -> Price {
+    Price { input: Some(Usd::new(0)), output: Some(Usd::new(0)), ..Price::default() }
 }
 
 /// Reads one model.
@@ -257,17 +269,29 @@ fn ratio(price: Usd, usual: Usd) -> Option<Usd> {
 pub fn yaml(prices: &[Price]) -> String {
     let mut out = String::from("version: 1\nlist:\n");
     for price in prices {
-        // JSON is YAML, and serde has left out what is not given.
-        let Ok(serde_json::Value::Object(members)) = serde_json::to_value(price) else { continue };
-        let order = |name: &str| FIRST.iter().position(|first| *first == name).unwrap_or(FIRST.len());
-        let mut members: Vec<_> = members.into_iter().collect();
-        members.sort_by_key(|(name, _)| order(name));
-        for (index, (name, value)) in members.iter().enumerate() {
+        for (index, (name, value)) in members(price).iter().enumerate() {
             let lead = if index == 0 { "  - " } else { "    " };
             let _ = writeln!(out, "{lead}{name}: {}", flow(value));
         }
     }
     out
+}
+
+/// A price on one line.
+pub fn flow_of(price: &Price) -> String {
+    let members = members(price);
+    let members: Vec<String> = members.iter().map(|(name, value)| format!("{name}: {}", flow(value))).collect();
+    format!("{{{}}}", members.join(", "))
+}
+
+/// What is given of a price, in the order in which people look.
+fn members(price: &Price) -> Vec<(String, serde_json::Value)> {
+    // JSON is YAML, and serde has left out what is not given.
+    let Ok(serde_json::Value::Object(members)) = serde_json::to_value(price) else { return Vec::new() };
+    let order = |name: &str| FIRST.iter().position(|first| *first == name).unwrap_or(FIRST.len());
+    let mut members: Vec<_> = members.into_iter().collect();
+    members.sort_by_key(|(name, _)| order(name));
+    members
 }
 
 const FIRST: [&str; 9] =

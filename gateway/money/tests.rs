@@ -103,6 +103,8 @@ fn any_price(random: &mut fastrand::Rng, rising: bool) -> Price {
         request: usd(random).filter(|_| random.bool()),
         image: usd(random).filter(|_| random.bool()),
         audio_second: usd(random).filter(|_| random.bool()),
+        gpu_hour: usd(random).filter(|_| random.bool()),
+        gpus: random.u32(1..=4096),
         service: vec![(ServiceTier::Flex, Usd::new(Usd::ONE / 2)), (ServiceTier::Priority, Usd::new(2 * Usd::ONE))],
     }
 }
@@ -139,6 +141,7 @@ fn no_number_of_any_upstream_overflows() {
             image_output_tokens: some(&mut random),
             audio_ms: some(&mut random),
             images: some(&mut random),
+            gpu_us: some(&mut random),
             service_tier: random.choice([None, Some(ServiceTier::Flex), Some(ServiceTier::Priority)]).flatten(),
             source: Source::Upstream,
         };
@@ -206,6 +209,20 @@ fn two_requests_cost_what_both_cost_within_their_rounding() {
         let (apart, together) = (cost(a, b).plus(cost(c, d)), cost(a + c, b + d));
         assert!(apart.0.abs_diff(together.0) <= 1, "{apart} {together}");
     }
+}
+
+#[test]
+fn an_hour_of_a_gpu_costs_what_it_costs_and_a_part_of_it_its_part() {
+    let price = |dollars: u64, gpus| Price { gpu_hour: Some(Usd::new(dollars * Usd::ONE)), gpus, ..Price::default() };
+    let cost = |price: Price, gpu_us| {
+        let usage = Usage { gpu_us, output_tokens: Some(7), source: Source::Upstream, ..Usage::default() };
+        price.cost(&usage, Cached::Within)
+    };
+    assert_eq!(cost(price(2, 1), Some(3_600_000_000)), Some(NanoUsd(2_000_000_000)));
+    // 1.8 seconds are a two-thousandth of an hour; of eight GPUs at three dollars it costs 24 / 2,000.
+    assert_eq!(cost(price(3, 8), Some(1_800_000)), Some(NanoUsd(12_000_000)));
+    assert_eq!(cost(price(3, 1), Some(1)), Some(NanoUsd(1)), "0.83 nano-dollars, rounded");
+    assert_eq!(cost(price(3, 1), None), None, "what was not measured has no cost, and not none");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `policy.yaml` exactly as it is written.
 //!
 //! The doc comments here are the reference that users read: the JSON Schema, the editor's completion and the
-//! table in the README are generated from them. What the words mean together is decided in `policy.rs`.
+//! table in `config/reference.md` are generated from them. What the words mean together is decided in `policy.rs`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +15,7 @@ use crate::money::file::Prices;
 use crate::money::usd::Usd;
 use crate::pool::score::Balance;
 use crate::secret::SecretSource;
+use crate::tokens::Tokenizer;
 
 /// What the gateway does with every request. Reloaded under traffic: save the file, send SIGHUP, or
 /// `POST /admin/reload`.
@@ -81,6 +82,14 @@ pub struct File {
     pub telemetry: Telemetry,
 }
 
+impl File {
+    /// Whether anybody may have a plan.
+    pub fn gives_plans(&self) -> bool {
+        let all = self.authenticators.iter().flatten();
+        all.filter_map(|one| one.jwt.as_ref()).any(|jwt| jwt.issuers.iter().any(|issuer| issuer.plans.is_some()))
+    }
+}
+
 /// One tenant: an organisation, a team, an application. What it may use, those above it must be allowed too.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -124,6 +133,9 @@ pub struct Limit {
     pub models: Option<Vec<String>>,
     /// The endpoints that it holds for, such as `/v1/chat/completions`. Absent: all.
     pub surfaces: Option<Vec<String>>,
+    /// The plans that it holds for, as the tokens of an identity provider name them (`plans` of an issuer). Absent: it
+    /// holds for everybody.
+    pub plans: Option<Vec<String>>,
     /// So many requests.
     pub requests: Option<u64>,
     /// So many tokens of prompts.
@@ -150,7 +162,8 @@ pub struct Limit {
     pub on_unpriced: OnError,
     /// What happens instead of a refusal when too little is left.
     pub on_exhausted: Option<OnExhausted>,
-    /// Per cent of the limit at which the log and the metric `infergate_limit_warnings_total` say so.
+    /// Per cent of the limit at which the log and the metric `infergate_limit_warnings_total` say so, and a line of the
+    /// kind `act` in the journal, which sinks such as webhooks get: once a level and window.
     pub warn_at: Vec<u8>,
 }
 
@@ -295,7 +308,8 @@ pub struct Model {
     pub aliases: Vec<String>,
     /// The pool that serves it.
     pub pool: String,
-    /// The name that the upstreams know it by, if it is another. Only the name's bytes change in the body.
+    /// The name that the upstreams know it by, if it is another; `*` for what the star of `name` stands for
+    /// (`openai/*`). Only the name's bytes change in the body.
     #[serde(default)]
     pub rename: Option<String>,
     /// Where a request goes when the pool cannot answer it, in this order.
@@ -304,6 +318,10 @@ pub struct Model {
     /// The class of urgency of its requests, one of `priorities`.
     #[serde(default)]
     pub priority: Option<String>,
+    /// How the tokens of its texts are counted where its upstreams do not say how many there are: of an answer without
+    /// usage, and of a prompt that is near a hard limit.
+    #[serde(default)]
+    pub tokenizer: Tokenizer,
     /// A sentence for `GET /v1/models`.
     #[serde(default)]
     pub description: Option<String>,
@@ -516,7 +534,8 @@ impl Default for Timeouts {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
-    /// How many attempts one request may cost in all, the first one and those on fallback pools included.
+    /// How many attempts one request may cost in all, the first one and those on fallback pools included. One of them is
+    /// kept for each fallback that could help.
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
@@ -723,6 +742,18 @@ pub struct Requests {
     pub server_timing: bool,
     /// Whether answers tell the microseconds that the gateway itself took (`x-infergate-overhead-us`).
     pub overhead: bool,
+    /// The gateway whose health paths and headers are here too, for applications that count on them. Absent: none.
+    pub compatible_with: Option<Other>,
+}
+
+/// Another gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Other {
+    /// LiteLLM: `/health/liveliness`, `/health/liveness` and `/health/readiness`; on answers `x-litellm-call-id`,
+    /// `-model-id`, `-model-group`, `-response-cost`, `-response-duration-ms`, `-overhead-duration-ms`,
+    /// `-attempted-retries` and `-attempted-fallbacks`.
+    Litellm,
 }
 
 impl Default for Requests {
@@ -742,6 +773,7 @@ impl Default for Requests {
             name_upstream: true,
             server_timing: true,
             overhead: false,
+            compatible_with: None,
         }
     }
 }
@@ -871,6 +903,8 @@ pub struct Metering {
     /// `ask`: streams of chats and completions are asked for their usage (`stream_options.include_usage`) where the
     /// client did not; the event with it is kept from the client. `as_is`: no byte changes for it.
     pub usage: MeterUsage,
+    /// Whether streams tell what they cost: in a comment before their last event, `: x-infergate-cost-usd=0.000123000`.
+    pub cost_on_streams: bool,
 }
 
 /// Whether streams are asked for their usage.
@@ -912,6 +946,10 @@ pub struct Telemetry {
     /// Traces: one span for each request and one for each attempt, sent by OTLP over HTTP. `traces: {}` is enough where
     /// a collector runs beside the gateway. Absent: none, and a caller's `traceparent` passes on as it came.
     pub traces: Option<Traces>,
+    /// The tenants whose cost has a metric of its own, `infergate_tenant_cost_nanousd_total`, by model: a hundred at
+    /// most. Absent: none. What each has spent is in `infergate usage` in any case.
+    #[schemars(length(max = 100))]
+    pub tenants: Vec<String>,
 }
 
 /// Which traces are kept and where they go.

@@ -54,6 +54,7 @@ impl Compiler<'_> {
             apart: state.apart(&levels),
             levels: levels.clone().into(),
             meters: self.world.telemetry.limit(&name),
+            warnings: state.warnings.clone(),
             name: name.into(),
             unit,
             max,
@@ -61,6 +62,7 @@ impl Compiler<'_> {
             each: limit.each.clone(),
             models: limit.models.as_ref().map(|list| list.iter().map(|text| Pattern::new(text)).collect()),
             surfaces: limit.surfaces.as_ref().map(|list| list.iter().cloned().collect()),
+            plans: limit.plans.as_ref().map(|list| list.iter().cloned().collect()),
             on_limit: limit.on_limit,
             clamps: limit.on_short == file::OnShort::Clamp,
             passes_unpriced: limit.on_unpriced == file::OnError::Allow,
@@ -85,6 +87,12 @@ impl Compiler<'_> {
             if limit.each[..index].contains(each) {
                 self.wrong(&format!("{path}.each[{index}]"), "stands here twice");
             }
+        }
+        if limit.plans.is_some() && !file.gives_plans() {
+            self.wrong(
+                &format!("{path}.plans"),
+                "nobody has a plan: name the claim with it under an issuer of a `jwt`",
+            );
         }
         let whose = limit.each.iter().any(|each| matches!(each, Each::Tenant | Each::Key));
         if whose && file.authenticators.is_none() {

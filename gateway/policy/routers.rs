@@ -10,6 +10,7 @@ use infergate_plugins::router;
 use super::problem::nearest;
 use super::{Compiler, Models, Route, Stage, file};
 use crate::routers::Routers;
+use crate::tokens::Tokenizer;
 
 impl Compiler<'_> {
     /// Adds the virtual models to those that are served.
@@ -124,7 +125,7 @@ impl Compiler<'_> {
         let mut stages: Vec<Stage> = Vec::new();
         for stage in default.into_iter().chain(others).flat_map(|route| &route.stages) {
             if !stages.iter().any(|known| Arc::ptr_eq(&known.pool, &stage.pool)) {
-                stages.push(Stage { pool: stage.pool.clone(), rename: None, on: Vec::new() });
+                stages.push(Stage { pool: stage.pool.clone(), rename: None, around: None, on: Vec::new() });
             }
         }
         let model = file::Model {
@@ -134,6 +135,7 @@ impl Compiler<'_> {
             rename: None,
             fallbacks: Vec::new(),
             priority: None,
+            tokenizer: Tokenizer::Auto,
             description: written.description.clone(),
         };
         let mut route = Route::new(stages, None, model, self.world.state.density(name));

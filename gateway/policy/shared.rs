@@ -39,7 +39,8 @@ impl Compiler<'_> {
                 self.secret(PATH, &source)?
             }
         };
-        if address.file.is_some() && !self.world.secret_files {
+        if address.url.is_none() && !self.world.secret_files {
+            // It may be made up.
             return Some(url);
         }
         let Ok(client) = redis::Client::open(url.reveal()) else {

@@ -27,6 +27,8 @@ pub struct Tenant {
     pub share: u32,
     /// What its requests may ask of a model, if anything is said about that.
     pub parameters: Option<Parameters>,
+    /// Whether what it spends has a metric of its own.
+    pub is_measured: bool,
 }
 
 /// All tenants by name.
@@ -97,18 +99,37 @@ impl Compiler<'_> {
             limits.insert(name.as_str(), self.limits(&path, Some(name), &tenant.limits, file, models));
         }
         let names: Vec<&String> = file.tenants.keys().collect();
-        let built = names.into_iter().map(|name| Arc::new(built(name, &file.tenants, &limits)));
+        let built = names.into_iter().map(|name| {
+            Arc::new(Tenant {
+                is_measured: file.telemetry.tenants.contains(name),
+                ..built(name, &file.tenants, &limits)
+            })
+        });
         built.map(|tenant| (tenant.name.clone(), tenant)).collect()
     }
 
     /// The tenants whose text is captured.
     pub(super) fn captured_tenants(&mut self, file: &file::File) {
         for (index, name) in file.audit.capture.tenants.iter().flatten().enumerate() {
-            if !file.tenants.contains_key(name) {
-                let hint = nearest(name, file.tenants.keys().map(String::as_str));
-                let message = format!("no tenant is named {name}{hint}");
-                self.wrong(&format!("audit.capture.tenants[{index}]"), message);
-            }
+            self.known_tenant(&format!("audit.capture.tenants[{index}]"), name, file);
+        }
+    }
+
+    /// The tenants whose cost is measured: they are there, and they are not too many for a metric.
+    pub(super) fn measured_tenants(&mut self, file: &file::File) {
+        const MOST: usize = 100;
+        for (index, name) in file.telemetry.tenants.iter().enumerate() {
+            self.known_tenant(&format!("telemetry.tenants[{index}]"), name, file);
+        }
+        if file.telemetry.tenants.len() > MOST {
+            self.wrong("telemetry.tenants", format!("a metric has room for {MOST} tenants: name those that matter"));
+        }
+    }
+
+    fn known_tenant(&mut self, path: &str, name: &str, file: &file::File) {
+        if !file.tenants.contains_key(name) {
+            let hint = nearest(name, file.tenants.keys().map(String::as_str));
+            self.wrong(path, format!("no tenant is named {name}{hint}"));
         }
     }
 
@@ -216,6 +237,7 @@ fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<
         limits: line.iter().filter_map(|(name, _)| limits.get(name)).flatten().cloned().collect(),
         share: line.first().and_then(|(_, tenant)| tenant.share).unwrap_or(1),
         output_tokens_max: line.iter().filter_map(|(_, tenant)| tenant.output_tokens_max).min(),
+        is_measured: false,
     }
 }
 
@@ -300,6 +322,17 @@ mod tests {
             problems(&format!("{POOLS}tenants: {{legal: {{}}}}\naudit: {{capture: {{tenants: [legal, legl]}}}}\n"));
         assert_eq!(told.len(), 1);
         assert!(told[0].contains("audit.capture.tenants[1]: no tenant is named legl; did you mean legal?"), "{told:?}");
+    }
+
+    #[test]
+    fn a_tenant_whose_cost_is_measured_is_there_and_one_of_a_hundred() {
+        let told = problems(&format!("{POOLS}tenants: {{legal: {{}}}}\ntelemetry: {{tenants: [legal, legl]}}\n"));
+        assert!(told.len() == 1 && told[0].contains("telemetry.tenants[1]: no tenant is named legl"), "{told:?}");
+        let (all, list): (String, String) = (0..101).map(|n| (format!("t{n}: {{}}, "), format!("t{n}, "))).unzip();
+        let told = problems(&format!("{POOLS}tenants: {{{all}}}\ntelemetry: {{tenants: [{list}]}}\n"));
+        assert!(told.len() == 1 && told[0].contains("room for 100 tenants"), "{told:?}");
+        let policy = compiled(&format!("{POOLS}tenants: {{a: {{}}, b: {{}}}}\ntelemetry: {{tenants: [b]}}\n")).unwrap();
+        assert_eq!(["a", "b"].map(|name| policy.tenants[name].is_measured), [false, true]);
     }
 
     #[test]

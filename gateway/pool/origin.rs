@@ -13,6 +13,7 @@ use super::breaker::Breaker;
 use super::load::Load;
 use super::prefix::{Prefixes, Seat};
 use super::told::Report;
+use super::worked::Worked;
 use crate::policy::file::Http2;
 use crate::relay::Target;
 
@@ -177,6 +178,8 @@ pub struct Endpoint {
     pub target: Target,
     /// Whether failures keep it out.
     pub breaker: Breaker,
+    /// How long it worked for whom, where that has a price.
+    pub worked: Worked,
     /// What runs on it, in tokens, and how fast it is.
     pub load: Load,
     /// Tells it from other endpoints, in every process.
@@ -198,6 +201,7 @@ impl Endpoint {
             load: Load::new(now),
             address,
             breaker: Breaker::new(now),
+            worked: Worked::default(),
             seat: OnceLock::new(),
             in_flight: AtomicU32::new(0),
             healthy: AtomicBool::new(true),

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::AnswerHead;
 use super::connection::plain;
 use crate::audit::record::Peer;
+use crate::ending::before_last;
 use crate::refusal::{Code, Refusal};
 use crate::state::Lease;
 
@@ -340,6 +341,12 @@ impl Downstream {
             Ok(Err(error)) if *error.etype() == FLUSH => Ok(()),
             _ => Err(Gone),
         }
+    }
+
+    /// Puts a comment of the protocol's before the last event that is held; behind it, if it cannot be told where that
+    /// begins. `whole`: what is held begins with an event.
+    pub fn put_before_end(&mut self, comment: &str, whole: bool) {
+        self.held = before_last(&self.held, comment, whole);
     }
 
     /// Ends the answer.

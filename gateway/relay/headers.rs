@@ -6,14 +6,13 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, request};
 
+use crate::headers::REQUEST_ID;
 use crate::telemetry::trace::{Context, TRACEPARENT, TRACESTATE};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const API_KEY: HeaderName = HeaderName::from_static("api-key");
-/// The request's id, ours or the client's.
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Headers that belong to one connection (RFC 9110, 7.6.1), whatever its `Connection` header names beside them.
 pub const HOP_BY_HOP: [HeaderName; 9] = [
@@ -37,7 +36,7 @@ pub fn is_framing(name: &HeaderName) -> bool {
 fn is_private(name: &HeaderName) -> bool {
     [AUTHORIZATION, X_API_KEY, API_KEY, COOKIE].contains(name)
         || name.as_str().starts_with("x-infergate-")
-        || *name == X_REQUEST_ID
+        || *name == REQUEST_ID
 }
 
 /// The client's headers that go on to an upstream.
@@ -104,7 +103,7 @@ impl RequestHead<'_> {
             }
         }
         if let Ok(id) = HeaderValue::from_str(self.id) {
-            header(X_REQUEST_ID.as_ref(), &id);
+            header(REQUEST_ID.as_ref(), &id);
         }
         if let Some(traceparent) = &self.traceparent {
             header(TRACEPARENT.as_bytes(), traceparent);

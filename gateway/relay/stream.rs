@@ -2,11 +2,13 @@
 
 use std::future::pending;
 use std::pin::{Pin, pin};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use futures_now::now;
 use infergate_plugins::operation::Operation;
+use memchr::memmem::Finder;
 use tokio::time::sleep_until;
 
 use super::attempt::{AnswerBody, Rest};
@@ -20,7 +22,8 @@ use crate::guard::{Blocked, Guard};
 use crate::limits::{self, Reservation};
 use crate::money::Cached;
 use crate::refusal::Code;
-use crate::usage::{Meter, Usage};
+use crate::tokens::{Encoding, Said};
+use crate::usage::{Meter, Source, Usage};
 
 /// The most that leaves in one write when several pieces have come already.
 const GATHER_MAX: usize = 64 << 10;
@@ -51,7 +54,7 @@ pub struct Pace {
     pub heartbeat: Option<Duration>,
     /// How long an answer is read on without its client; `None`: not at all.
     pub drain: Option<Duration>,
-    /// Whether the event that tells a stream's end leaves only with the end.
+    /// Whether the event that tells a stream's end leaves only with the end. False where there are no events.
     pub holds_end: bool,
 }
 
@@ -67,11 +70,14 @@ pub struct Tally {
     /// What it may use of its limits.
     pub reservation: Option<Box<Reservation>>,
     meter: Option<Meter>,
+    said: Option<Box<Said>>,
     hide: Hide,
     line: Option<Box<Line>>,
     edge: Option<Box<Edge>>,
     /// Whether guardrails read it.
     judged: bool,
+    /// Of what the client gets: whether the last piece began with an event, and whether it ended with one.
+    boundary: (bool, bool),
 }
 
 /// What is to be made of an answer besides passing it on.
@@ -83,16 +89,20 @@ pub struct Reading {
     pub hides_usage: bool,
     /// Whether its class of service is looked for.
     pub service_tier: bool,
+    /// How its tokens are counted, should it not tell them.
+    pub counts: Option<Encoding>,
 }
 
 impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
         self.line = self.line.take().filter(|_| reading.events);
+        self.boundary = (true, true);
         self.judged = self.guard.as_ref().is_some_and(|guard| guard.is_reading());
         self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
         self.meter = Some(if reading.service_tier { meter.with_service_tier() } else { meter });
+        self.said = reading.counts.map(|encoding| Box::new(Said::begin(operation, reading.events, encoding)));
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
     }
 
@@ -101,10 +111,14 @@ impl Tally {
         self.read(body);
     }
 
-    /// The tokens that it used, as far as it told: to its end, or to where it broke off.
+    /// The tokens that it used: as far as it told, and else as its text has them; to its end, or to where it broke off.
     pub fn usage(&self, ended: bool) -> Usage {
-        let usage = if ended { Meter::usage } else { Meter::usage_of_a_part };
-        self.meter.as_ref().map(usage).unwrap_or_default()
+        let Some(meter) = &self.meter else { return Usage::default() };
+        let told = if ended { meter.usage() } else { meter.usage_of_a_part() };
+        let Some(said) = self.said.as_ref().filter(|_| told.source != Source::Upstream) else { return told };
+        let Some(counted) = said.tokens() else { return told };
+        let source = if ended { Source::Estimated } else { Source::Partial };
+        Usage { output_tokens: meter.told_output().max(Some(counted)), source, ..told }
     }
 
     /// An answer may use what has been reserved. Where that is to hold while it comes, its tokens are counted.
@@ -117,6 +131,11 @@ impl Tally {
     /// What the end of a stream must know of its beginning: its first events, and the last ones that have passed.
     pub fn begun(&self) -> (&[u8], &[u8]) {
         self.edge.as_ref().map_or((&[], &[]), |edge| (&edge.opening, &edge.last))
+    }
+
+    /// Whether the last piece that the client gets begins with an event.
+    pub fn last_is_whole(&self) -> bool {
+        self.boundary.0
     }
 
     /// Reads the first piece; returns what of it the client gets, and whether the answer may go on.
@@ -199,6 +218,7 @@ impl Tally {
         let paid = counted <= line.output + line.beside || line.extend(self.reservation.as_deref_mut(), counted);
         if paid {
             self.meter = Some(ahead);
+            self.keep(event);
         }
         paid
     }
@@ -207,10 +227,21 @@ impl Tally {
         if let Some(meter) = &mut self.meter {
             meter.push(piece);
         }
+        self.keep(piece);
+    }
+
+    fn keep(&mut self, piece: &[u8]) {
+        if let Some(said) = &mut self.said {
+            said.push(piece);
+        }
     }
 
     fn count(&mut self, piece: &[u8]) {
         self.bytes += piece.len() as u64;
+        if !piece.is_empty() {
+            let ends = [&b"\n\n"[..], b"\n\r\n", b"\r\r"].iter().any(|end| piece.ends_with(end));
+            self.boundary = (self.boundary.1, ends);
+        }
         // What rules have left of it is captured where they leave it.
         if let Some(capture) = self.capture.as_mut().filter(|capture| !(self.judged && capture.is_redacted())) {
             capture.answer(piece);
@@ -378,11 +409,14 @@ pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, 
 
 /// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.
 fn hold_end(downstream: &mut Downstream, pace: &Pace, piece: &[u8]) {
-    const ENDS: [&[u8]; 4] = [b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete"];
-    if pace.holds_end && ENDS.iter().any(|end| memchr::memmem::find(piece, end).is_some()) {
+    if pace.holds_end && ENDS.iter().any(|end| end.find(piece).is_some()) {
         downstream.hold_last(true);
     }
 }
+
+/// What tells a client that its stream is complete.
+static ENDS: LazyLock<[Finder<'static>; 4]> =
+    LazyLock::new(|| ["[DONE]", "message_stop", "response.completed", "response.incomplete"].map(Finder::new));
 
 /// Why pieces stopped coming or going.
 enum Stop {

@@ -4,13 +4,12 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::StatusCode;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use tokio::time::sleep_until;
 
-use super::headers::X_REQUEST_ID;
 use super::{AnswerHead, Downstream};
 use crate::audit::record::Id;
+use crate::headers::{ACCEL_BUFFERING, REQUEST_ID, set};
 
 /// The comment that a silent stream gets. It is no event, so no parser hands it on.
 pub const HEARTBEAT: Bytes = Bytes::from_static(b": keep-alive\n\n");
@@ -109,10 +108,10 @@ async fn departure(downstream: &mut Option<&mut Downstream>) {
 
 /// The head of an event stream whose upstream has not answered yet.
 fn event_stream_head(request_id: &Id) -> Option<Box<AnswerHead>> {
-    let mut head = AnswerHead::build(StatusCode::OK, Some(8)).ok()?;
-    head.insert_header(CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
-    head.insert_header(CACHE_CONTROL, "no-cache").ok()?;
-    head.insert_header("x-accel-buffering", "no").ok()?;
-    head.insert_header(X_REQUEST_ID, request_id.as_str()).ok()?;
-    Some(Box::new(head))
+    let (mut head, ()) = http::Response::new(()).into_parts();
+    set(&mut head.headers, CONTENT_TYPE, "text/event-stream; charset=utf-8").ok()?;
+    set(&mut head.headers, CACHE_CONTROL, "no-cache").ok()?;
+    set(&mut head.headers, ACCEL_BUFFERING, "no").ok()?;
+    set(&mut head.headers, REQUEST_ID, request_id.as_str()).ok()?;
+    Some(Box::new(head.into()))
 }

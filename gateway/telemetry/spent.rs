@@ -7,6 +7,7 @@ use prometheus_client::registry::Registry;
 use std::sync::{Arc, OnceLock};
 
 use crate::audit::record::Record;
+use crate::money::NanoUsd;
 use crate::usage::Source;
 
 /// The most that one request adds to a counter, in nano-dollars, so that no upstream's wild number makes it run over.
@@ -17,6 +18,7 @@ const STEP_MAX: u64 = 1 << 53;
 pub(super) struct Spent {
     cost: Family<ModelLabels, Counter>,
     unpriced: Family<ModelLabels, Counter>,
+    by_tenant: Family<TenantLabels, Counter>,
     estimated: Counter,
     partial: Counter,
 }
@@ -37,6 +39,12 @@ struct ModelLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TenantLabels {
+    tenant: Arc<str>,
+    gen_ai_request_model: Arc<str>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct SourceLabels {
     source: &'static str,
 }
@@ -47,9 +55,18 @@ impl Spent {
         let estimated = Family::<SourceLabels, Counter>::default();
         let of = |source: Source| estimated.get_or_create_owned(&SourceLabels { source: source.name() });
         registry.register("cost_nanousd", "What requests cost, in billionths of a dollar", cost.clone());
+        let by_tenant = Family::<TenantLabels, Counter>::default();
+        let help = "What requests of the tenants cost that the policy lists, in billionths of a dollar";
+        registry.register("tenant_cost_nanousd", help, by_tenant.clone());
         registry.register("unpriced", "Requests that used a model without a price", unpriced.clone());
         registry.register("usage_estimated", "Requests whose usage the upstream did not tell", estimated.clone());
-        Self { cost, unpriced, estimated: of(Source::Estimated), partial: of(Source::Partial) }
+        Self { cost, unpriced, by_tenant, estimated: of(Source::Estimated), partial: of(Source::Partial) }
+    }
+
+    /// A request is over whose tenant's cost is measured.
+    pub(super) fn by(&self, tenant: Arc<str>, gen_ai_request_model: Arc<str>, cost: NanoUsd) {
+        let labels = TenantLabels { tenant, gen_ai_request_model };
+        self.by_tenant.get_or_create(&labels).inc_by(cost.0.min(STEP_MAX));
     }
 
     /// A request is over. `model` names the route that it went to.

@@ -6,7 +6,7 @@ use infergate_plugins::operation::Operation;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Collector, Function, Place, Text, ToolCall, Unreadable, channel};
+use super::{Collector, Function, Place, Text, Tool, ToolCall, Unreadable, channel};
 
 /// An answer of any endpoint: each has some of these.
 #[derive(Deserialize)]
@@ -86,6 +86,8 @@ pub(super) struct Item<'a> {
     #[serde(borrow, default)]
     summary: Option<Vec<Block<'a>>>,
     #[serde(borrow, default)]
+    name: Option<&'a RawValue>,
+    #[serde(borrow, default)]
     arguments: Option<&'a RawValue>,
     /// What a tool gets that takes any text.
     #[serde(borrow, default)]
@@ -101,6 +103,8 @@ pub(super) struct Block<'a> {
     thinking: Option<&'a RawValue>,
     #[serde(borrow, default)]
     refusal: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    name: Option<&'a RawValue>,
     #[serde(borrow, default)]
     input: Option<&'a RawValue>,
 }
@@ -119,8 +123,13 @@ pub(super) fn speaks(operation: Operation) -> bool {
 
 /// The texts of the whole answer `body` to `operation`.
 pub fn answer(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable> {
+    answer_with_tools(operation, body).map(|(texts, _)| texts)
+}
+
+/// The same, with the tools that it calls.
+pub fn answer_with_tools(operation: Operation, body: &[u8]) -> Result<(Vec<Text>, Vec<Tool>), Unreadable> {
     if !speaks(operation) {
-        return Ok(Vec::new());
+        return Ok(Default::default());
     }
     let mut found = Collector::new(body);
     // TGI may give a list of answers.
@@ -130,7 +139,7 @@ pub fn answer(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable
     for answer in &answers {
         found.answer(answer);
     }
-    Ok(found.texts)
+    Ok((found.texts, found.tools))
 }
 
 impl<'a> Collector<'a> {
@@ -168,15 +177,21 @@ impl<'a> Collector<'a> {
         }
         self.optional(Place::AnswerRefusal, channel(index, 0), spoken.refusal);
         for (at, call) in (0..).zip(spoken.tool_calls.iter().flatten()) {
-            let arguments = call.function.as_ref().and_then(|function| function.arguments);
-            self.arguments(Place::AnswerToolArguments, channel(index, call.index.unwrap_or(at)), arguments);
+            let number = channel(index, call.index.unwrap_or(at));
+            if let Some(function) = &call.function {
+                self.tool(number, function.name, None);
+                self.arguments(Place::AnswerToolArguments, number, function.arguments);
+            }
             let input = call.custom.as_ref().and_then(|custom| custom.input);
-            self.optional(Place::AnswerToolArguments, channel(index, call.index.unwrap_or(at)), input);
+            self.optional(Place::AnswerToolArguments, number, input);
         }
         let transcript = spoken.audio.as_ref().and_then(|audio| audio.transcript);
         self.optional(Place::AnswerContent, channel(index, u64::from(u32::MAX)), transcript);
-        let arguments = spoken.function_call.as_ref().and_then(|function| function.arguments);
-        self.arguments(Place::AnswerToolArguments, channel(index, u64::from(u32::MAX)), arguments);
+        if let Some(function) = &spoken.function_call {
+            let number = channel(index, u64::from(u32::MAX));
+            self.tool(number, function.name, None);
+            self.arguments(Place::AnswerToolArguments, number, function.arguments);
+        }
     }
 
     pub(super) fn item(&mut self, index: u64, item: &Item<'a>) {
@@ -187,6 +202,7 @@ impl<'a> Collector<'a> {
         for blocks in [&item.summary, &item.content].into_iter().flatten() {
             self.blocks(index, place, blocks);
         }
+        self.tool(channel(index, 0), item.name, None);
         self.arguments(Place::AnswerToolArguments, channel(index, 0), item.arguments);
         self.optional(Place::AnswerToolArguments, channel(index, 0), item.input);
     }
@@ -201,6 +217,7 @@ impl<'a> Collector<'a> {
         self.optional(place, channel, block.text);
         self.optional(Place::AnswerReasoning, channel, block.thinking);
         self.optional(Place::AnswerRefusal, channel, block.refusal);
+        self.tool(channel, block.name, block.input);
         if let Some(input) = block.input {
             self.deep(Place::AnswerToolArguments, channel, input);
         }

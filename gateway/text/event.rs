@@ -7,13 +7,15 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::answer::{Block, Item, Spoken, speaks};
-use super::{Collector, Place, Text, Unreadable, channel};
+use super::{Collector, Place, Text, Tool, Unreadable, channel};
 
 /// What an event says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Event {
     /// Its texts.
     pub texts: Vec<Text>,
+    /// The tools whose calls begin with it.
+    pub tools: Vec<Tool>,
     /// Whether they go on in the next events of their channel. Otherwise each is whole: the end of a stream often
     /// repeats what its parts said.
     pub is_part: bool,
@@ -107,7 +109,7 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
         Operation::Transcription => found.transcribed(&told),
         _ => found.chosen(&told),
     };
-    Ok(Event { texts: found.texts, is_part, ends })
+    Ok(Event { texts: found.texts, tools: found.tools, is_part, ends })
 }
 
 impl<'a> Collector<'a> {

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use self::claims::{Claims, Flaw};
-pub use self::claims::{Roles, TenantClaim};
+pub use self::claims::{Plans, Roles, TenantClaim};
 pub use self::keyset::{Algorithm, KeySet, Source, check_url};
 use self::seen::Seen;
 use super::{Answer, Authenticator, Built, Credentials, Fault, Identity, Mark, Named, World, Wrong};
@@ -69,6 +69,9 @@ pub struct Issuer {
     /// The roles without which nobody is let in.
     #[serde(default)]
     pub roles: Option<Roles>,
+    /// Which plans its tokens have. `limits` with `plans` hold for those alone.
+    #[serde(default)]
+    pub plans: Option<Plans>,
 }
 
 fn ten() -> u64 {
@@ -282,6 +285,7 @@ impl Known {
         let identity = Identity {
             principal: format!("{}:{subject}", self.name).into(),
             tenant: given.tenant,
+            plans: given.plans,
             by: format!("a token of {}", self.name).into(),
             mark,
             expires: Some(ends),

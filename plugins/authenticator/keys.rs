@@ -122,6 +122,7 @@ impl Ring<Identity> {
         let identity = Identity {
             principal: entry.name.as_ref().unwrap_or(&entry.prefix).as_str().into(),
             tenant: entry.tenant.as_str().into(),
+            plans: [].into(),
             by: format!("the key {}", entry.prefix).into(),
             mark: hash,
             expires,

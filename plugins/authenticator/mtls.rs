@@ -198,6 +198,7 @@ impl Known {
             by: format!("the client certificate {own}").into(),
             principal: self.rule.name.clone().unwrap_or(own).into(),
             tenant: self.tenant.clone(),
+            plans: [].into(),
             mark: self.mark,
             expires: Some(certificate.ends),
         }

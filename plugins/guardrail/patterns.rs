@@ -19,8 +19,9 @@ use regex_automata::util::{start, syntax};
 use regex_automata::{Anchored, Input, MatchKind, meta};
 use regex_syntax::hir::Hir;
 
+use super::runs::Runs;
 use super::stream::{Finder, Found, IMPATIENT, Search, Window, look_back, patient};
-use super::triggers::{Crowd, Need, Triggers};
+use super::triggers::{Crowd, Hits, Need, Triggers};
 
 /// One expression.
 #[derive(Clone, Debug)]
@@ -99,6 +100,11 @@ impl Pattern {
     /// Where its matches are cut; 0 if they end by themselves. Only those that share it can be searched for together.
     pub fn cut(&self) -> usize {
         if self.unbounded { self.window } else { 0 }
+    }
+
+    /// Whether its matches begin with a long run of bytes that sentences do not have.
+    pub fn is_run(&self) -> bool {
+        Runs::of(std::iter::once(&self.hir)).is_some()
     }
 
     /// Where it matches from `start` on: all of it, and its group.
@@ -247,7 +253,8 @@ pub(crate) struct Patterns<J> {
     exclusive: bool,
     dfa: DFA,
     caches: Pool<Cache, MakeCache>,
-    triggers: Option<Triggers>,
+    /// Where matches may begin; None if they may anywhere.
+    places: Option<Places>,
     /// The bytes that a match may begin with.
     first: Box<[bool; 256]>,
     /// Whether every match begins at the beginning of a word.
@@ -255,6 +262,13 @@ pub(crate) struct Patterns<J> {
     /// The most bytes that are looked at from one place, where the expressions do not bound it themselves.
     limit: usize,
     longest: usize,
+}
+
+/// What tells where matches may begin.
+#[derive(Debug)]
+enum Places {
+    Triggers(Triggers),
+    Runs(Runs),
 }
 
 impl<J: Judge> Patterns<J> {
@@ -277,8 +291,10 @@ impl<J: Judge> Patterns<J> {
         let longest = patterns.iter().map(|pattern| pattern.window).max().unwrap_or(0);
         let unbounded = patterns.iter().any(|pattern| pattern.unbounded);
         let limit = if unbounded { longest + 1 } else { usize::MAX };
-        let triggers = Triggers::new(&needs);
-        Ok(Self { patterns, judge, exclusive, dfa, caches, triggers, first, at_boundary, limit, longest })
+        // Words begin so rarely in a long run that nothing else has to be looked for there.
+        let runs = if at_boundary { Runs::of(hirs.into_iter()) } else { None };
+        let places = runs.map(Places::Runs).or_else(|| Triggers::new(&needs).map(Places::Triggers));
+        Ok(Self { patterns, judge, exclusive, dfa, caches, places, first, at_boundary, limit, longest })
     }
 
     fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
@@ -359,17 +375,12 @@ impl<J: Judge + 'static> Search for Way<J> {
         }
         let patterns = Arc::clone(&self.patterns);
         let mut cache = patterns.caches.get();
-        let mut hits = patterns.triggers.as_ref().map(|triggers| (triggers.search(), sure(triggers, window)));
+        let mut places = patterns.places.as_ref().map(|places| places.search(window));
         // Up to `open`, matches may begin anywhere.
         let (mut start, mut open) = ((self.at - window.base) as usize, 0);
-        let mut crowd = Crowd::default();
         while start < len {
-            if start >= open
-                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
-            {
-                let (first, last) = hits.next(window.text.as_bytes(), start);
-                open = last.saturating_add(1).max(crowd.open(start, first));
-                start = first.min(*sure);
+            if let Some(places) = places.as_mut().filter(|_| start >= open) {
+                (start, open) = places.next(window, start);
             }
             if start >= len {
                 break;
@@ -390,10 +401,46 @@ impl<J: Judge + 'static> Search for Way<J> {
     }
 }
 
-/// The first place that triggers cannot exclude, because one of them may still come.
-fn sure(triggers: &Triggers, window: &Window<'_>) -> usize {
-    let len = window.text.len();
-    if window.last { len } else { len.saturating_sub(triggers.zone) }
+impl Places {
+    fn search(&self, window: &Window<'_>) -> Looking<'_> {
+        match self {
+            Self::Runs(runs) => Looking::Runs(runs),
+            Self::Triggers(triggers) => {
+                let len = window.text.len();
+                let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
+                Looking::Triggers { hits: triggers.search(), crowd: Crowd::default(), sure }
+            }
+        }
+    }
+}
+
+/// Looks for places where matches may begin.
+enum Looking<'p> {
+    Runs(&'p Runs),
+    Triggers {
+        hits: Hits<'p>,
+        crowd: Crowd,
+        /// The first place that cannot be excluded, because a trigger may still come.
+        sure: usize,
+    },
+}
+
+impl Looking<'_> {
+    /// The first place from `from` on, and the place before which none behind it is excluded.
+    fn next(&mut self, window: &Window<'_>, from: usize) -> (usize, usize) {
+        let text = window.text.as_bytes();
+        match self {
+            Self::Triggers { sure, .. } if from >= *sure => (from, text.len()),
+            Self::Triggers { hits, crowd, sure } => {
+                let (first, last) = hits.next(text, from);
+                (first.min(*sure), last.saturating_add(1).max(crowd.open(from, first)))
+            }
+            Self::Runs(runs) => {
+                let (first, last) = runs.next(text, from, window.last);
+                (first, last.saturating_add(1))
+            }
+        }
+    }
 }
 
 impl<J: Judge + 'static> Way<J> {

@@ -150,6 +150,11 @@ impl Scanner {
         stream.watching.tell(&mut progress);
         progress
     }
+
+    /// Whether the rules have nothing to say of a whole text.
+    pub fn finds_nothing(self: &Arc<Self>, text: &str) -> bool {
+        self.judge(text, &mut Placeholders::default()).found.is_empty()
+    }
 }
 
 impl Progress {

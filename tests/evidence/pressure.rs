@@ -72,6 +72,9 @@ async fn a_request_without_room_for_its_record_is_refused_before_any_work() {
     assert_eq!(journal.ids().len(), 15);
     let gaps = journal.of_kind("gap");
     assert_eq!((gaps.len(), &gaps[0]["lost"], &gaps[0]["refused"]), (1, &json!(0), &json!(refused)), "{gaps:?}");
+    let time = |name: &str| gaps[0][name].as_str().unwrap().to_owned();
+    let before = journal.of_kind("request").iter().map(|record| record["at"].to_string()).min().unwrap();
+    assert!(before < format!("\"{}\"", time("since")) && time("since") < time("at"), "{gaps:?}");
 }
 
 #[tokio::test]

@@ -296,3 +296,26 @@ fn a_wrong_issuer_is_told_at_its_line() {
         assert!(code == Some(1) && line.contains(&format!("policy.yaml{place}")) && line.contains(told), "{to}: {out}");
     }
 }
+
+#[tokio::test]
+async fn the_plan_that_a_token_names_says_which_limits_hold_for_it() {
+    let (server, signer) = (model_server().await, Signer::p256());
+    let issuer = Issuer::start(&[signer.jwk("k")]).await;
+    let limits = "limits:\n  - {name: gold, plans: [gold], each: [key], requests: 3, per: 1h}\n  - {name: free, plans: [free], each: [key], requests: 1, per: 1h}\n";
+    let entry = issuer.entry(", plans: {claim: account.plan, default: free}");
+    let gateway = start(&with(&server.url(), &entry, limits), "").await;
+    let mut statuses = Vec::new();
+    for (subject, plan) in
+        [("a", json!("gold")), ("b", json!(["gold", "else"])), ("c", json!(null)), ("d", json!("none"))]
+    {
+        let mut claims = issuer.claims(600);
+        (claims["sub"], claims["account"]) = (json!(subject), json!({"plan": plan}));
+        let token = signer.token("k", &claims);
+        let mut served = 0;
+        for _ in 0..5 {
+            served += u32::from(ask(&gateway, &token).await.status == 200);
+        }
+        statuses.push(served);
+    }
+    assert_eq!(statuses, [3, 3, 1, 5], "whoever has a plan without a limit has none");
+}

@@ -1,5 +1,6 @@
 //! What the promises are tried with: the real gateway as a process, model servers to stand behind it, clients.
 
+pub mod chart;
 pub mod dns;
 pub mod gateway;
 pub mod http;

@@ -91,6 +91,22 @@ impl Wire {
         Self::start(move |_| vec![Step::Say(answer.clone())]).await
     }
 
+    /// A server that answers each POST with a stream of these events, cut in two where `x-cut` says.
+    pub async fn streaming(body: impl Fn(&Heard) -> String + Send + Sync + 'static) -> Self {
+        Self::start(move |heard| {
+            let body = body(heard);
+            let at = heard.header("x-cut").parse().unwrap_or(0).min(body.len());
+            let (one, other) = body.as_bytes().split_at(at);
+            let chunk = |piece: &[u8]| if piece.is_empty() { Bytes::new() } else { Framing::Chunked.piece(piece) };
+            vec![
+                Step::Say([Framing::Chunked.head(EVENTS, 0), chunk(one)].concat().into()),
+                Step::Pause(Duration::from_millis(1)),
+                Step::Say([chunk(other), Bytes::from("0\r\n\r\n")].concat().into()),
+            ]
+        })
+        .await
+    }
+
     /// Where it listens, as a URL.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)

@@ -45,6 +45,30 @@ pub struct Roles {
     pub one_of: Vec<String>,
 }
 
+/// Which claim of a token names the plans of its bearer.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plans {
+    /// The claim: a text, or a list of texts. A dot leads into an object: `account.plan`.
+    #[schemars(length(min = 1))]
+    pub claim: String,
+    /// The plan where the claim has no value. Absent: none, so that no limit with `plans` holds.
+    #[serde(default)]
+    pub default: Option<String>,
+}
+
+/// The most plans that a token has; the others are passed over.
+const PLANS_MAX: usize = 8;
+
+impl Plans {
+    fn of(&self, claims: &Map<String, Value>) -> Arc<[Arc<str>]> {
+        let named = texts(claims, &self.claim, false).into_iter().filter(|plan| is_name(plan, 128));
+        let named: Vec<&str> = named.take(PLANS_MAX).collect();
+        let default = self.default.iter().map(String::as_str).filter(|_| named.is_empty());
+        named.iter().copied().chain(default).map(Arc::from).collect()
+    }
+}
+
 impl TenantClaim {
     /// The tenants that it names, each with its key.
     pub(super) fn named(&self) -> Vec<(String, String)> {
@@ -58,6 +82,7 @@ impl TenantClaim {
 pub(super) struct Claims {
     tenant: TenantClaim,
     roles: Option<Roles>,
+    plans: Option<Plans>,
     /// What all that may come out of it is found by again, where that is known.
     marks: HashSet<[u8; 16]>,
 }
@@ -66,6 +91,7 @@ pub(super) struct Claims {
 #[derive(Debug)]
 pub(super) struct Given {
     pub tenant: Arc<str>,
+    pub plans: Arc<[Arc<str>]>,
     pub mark: [u8; 16],
 }
 
@@ -81,7 +107,7 @@ impl Claims {
         }
         let mapped = tenant.map.iter().flatten().map(|(value, tenant)| mark(value, tenant));
         let marks = mapped.chain(tenant.default.iter().map(|tenant| mark("", tenant))).collect();
-        let claims = Self { tenant: tenant.clone(), roles: config.roles.clone(), marks };
+        let claims = Self { tenant: tenant.clone(), roles: config.roles.clone(), plans: config.plans.clone(), marks };
         if wrong.is_empty() { Ok(claims) } else { Err(wrong) }
     }
 
@@ -99,7 +125,8 @@ impl Claims {
             }
         }
         let (value, tenant) = self.tenant(claims)?;
-        Ok(Given { mark: mark(value, tenant), tenant: tenant.into() })
+        let plans = self.plans.as_ref().map_or_else(|| [].into(), |plans| plans.of(claims));
+        Ok(Given { mark: mark(value, tenant), tenant: tenant.into(), plans })
     }
 
     /// The value that decided, and the tenant.
