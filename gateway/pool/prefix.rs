@@ -113,9 +113,6 @@ impl Prefixes {
     /// The endpoint on `seat` has read what `chain` is of. The last block is learned first, so that a look-up
     /// meanwhile, or whoever evicts, never finds a beginning without what was promised behind it.
     pub fn learn(&self, chain: &Chain, seat: &Seat) {
-        if self.seats.dirty().has(seat.number) {
-            return;
-        }
         let now = self.clock.fetch_add(1, Ordering::Relaxed);
         let blocks = chain.hashes().iter().enumerate().rev();
         let new = blocks.filter(|(depth, hash)| self.table.put(**hash, *depth as u16, seat.number, now)).count();

@@ -31,10 +31,6 @@ impl Bits {
         self.0 == [0; WORDS]
     }
 
-    pub(super) fn has(self, seat: u8) -> bool {
-        !(self & Self::of(seat)).is_empty()
-    }
-
     pub(super) fn or(self, other: Self) -> Self {
         Self(std::array::from_fn(|word| self.0[word] | other.0[word]))
     }

@@ -186,3 +186,34 @@ impl Entry {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_held_bucket_is_left_alone_by_writers_and_still_read() {
+        let table = Table::new(WAYS);
+        assert!(table.put(1, 0, 5, 0));
+        let held = table.buckets[0].hold().unwrap();
+        assert!(!table.put(1, 0, 6, 1) && !table.put(2, 0, 6, 1));
+        assert_eq!((table.holders(1), table.holders(2)), (Bits::of(5), Bits::default()));
+        table.buckets[0].guard.store(held, Ordering::Release);
+        assert!(table.put(1, 0, 6, 2));
+        assert_eq!(table.holders(1), Bits::of(5).or(Bits::of(6)));
+    }
+
+    #[test]
+    fn an_entry_that_is_being_given_to_another_block_is_not_read() {
+        let table = Table::new(WAYS);
+        table.put(1, 0, 5, 0);
+        let bucket = &table.buckets[0];
+        let guard = bucket.hold().unwrap();
+        let (way, after) = bucket.give(2, 0, guard, 1);
+        bucket.entries[way].put(6);
+        assert_eq!((table.holders(1), table.holders(2)), (Bits::default(), Bits::default()));
+        bucket.guard.store(after, Ordering::Release);
+        assert_eq!((table.holders(1), table.holders(2)), (Bits::of(5), Bits::of(6)));
+        assert_ne!(after, guard, "who began to read before knows it");
+    }
+}
