@@ -263,14 +263,21 @@ fn what_speaks_another_dialect_is_left_out_and_said() {
         .map(|model| model["name"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(names, ["tgi", "only-this"]);
-    for (index, word) in
-        [(0, "signed"), (1, "/v1"), (2, "tokens"), (3, "dialect"), (5, "whose"), (6, "api_base"), (7, "no address")]
-    {
+    for (index, word) in [
+        (0, "signed"),
+        (1, "/v1"),
+        (2, "tokens"),
+        (3, "dialect"),
+        (5, "whose"),
+        (6, "api_base"),
+        (7, "no address"),
+        (9, "names no model"),
+    ] {
         has(&findings, &format!("not supported model_list[{index}].litellm_params"), word);
     }
     let upstream = value(&policy)["pools"]["only-this"]["upstreams"][0].clone();
     assert_eq!(upstream.get("key"), None, "what OPENAI_API_KEY holds is for OpenAI alone");
-    has(&findings, "changed model_list[9].litellm_params.api_base", "no key is sent there");
+    has(&findings, "changed model_list[10].litellm_params.api_base", "no key is sent there");
     assert_eq!(
         (&upstream["url"], &upstream["headers"]["x-team"]),
         (&"https://llm.example.com/api".into(), &"search".into())
