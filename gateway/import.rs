@@ -202,6 +202,11 @@ impl<'a> Importer<'a> {
 
     fn tell(&mut self, outcome: Outcome, at: &At<'_>, message: impl Into<String>) {
         self.told.insert(at.path.clone());
+        self.note(outcome, at, message);
+    }
+
+    /// Says something of a whole section, whose keys are told of one by one.
+    fn note(&mut self, outcome: Outcome, at: &At<'_>, message: impl Into<String>) {
         let message = message.into().split_whitespace().collect::<Vec<_>>().join(" ");
         let problem = self.document.problem(&at.path, message);
         self.findings.push(Finding { outcome, problem });

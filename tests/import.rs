@@ -241,13 +241,13 @@ fn guardrails_that_need_nobody_else_are_rules_and_the_others_are_told() {
         rule("house-rules-words")["in"],
         serde_json::json!(["prompt.system", "prompt.user", "prompt.tool", "answer.content"])
     );
-    assert_eq!(rule("house-rules-patterns")["regex"]["window"], 1024);
+    assert_eq!(rule("house-rules-regex")["regex"]["window"], 1024);
     assert_eq!(
         (&rule("on-request")["mode"], &rule("on-request")["in"]),
         (&"monitor".into(), &serde_json::json!(["answer.content"]))
     );
     assert_eq!(rule("injection")["verdict"], "block");
-    assert!(rules.iter().all(|rule| rule["name"] != "cloud-judge" && rule["name"] != "lookbehind-patterns"));
+    assert!(rules.iter().all(|rule| rule["name"] != "cloud-judge" && rule["name"] != "lookbehind-regex"));
     has(&findings, "not supported guardrails[3]", "left out");
     has(&findings, "not supported guardrails[5]", "lakera_v2 asks another service");
     has(&findings, "not supported guardrails[0].litellm_params.pii_entities_config", "PERSON cannot be found");
@@ -263,14 +263,21 @@ fn what_speaks_another_dialect_is_left_out_and_said() {
         .map(|model| model["name"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(names, ["tgi", "only-this"]);
-    for (index, word) in
-        [(0, "signed"), (1, "/v1"), (2, "tokens"), (3, "dialect"), (5, "whose"), (6, "api_base"), (7, "no address")]
-    {
+    for (index, word) in [
+        (0, "signed"),
+        (1, "/v1"),
+        (2, "tokens"),
+        (3, "dialect"),
+        (5, "whose"),
+        (6, "api_base"),
+        (7, "no address"),
+        (9, "names no model"),
+    ] {
         has(&findings, &format!("not supported model_list[{index}].litellm_params"), word);
     }
     let upstream = value(&policy)["pools"]["only-this"]["upstreams"][0].clone();
     assert_eq!(upstream.get("key"), None, "what OPENAI_API_KEY holds is for OpenAI alone");
-    has(&findings, "changed model_list[9].litellm_params.api_base", "no key is sent there");
+    has(&findings, "changed model_list[10].litellm_params.api_base", "no key is sent there");
     assert_eq!(
         (&upstream["url"], &upstream["headers"]["x-team"]),
         (&"https://llm.example.com/api".into(), &"search".into())
@@ -397,7 +404,7 @@ fn whatever_stands_in_the_file_the_policy_is_good_or_the_file_is_refused() {
         let document = Document::parse(&fs::read_to_string(&path).unwrap()).unwrap().value;
         let mut places = Vec::new();
         spots(&document, "", &mut places);
-        for _ in 0..80 {
+        for _ in 0..40 {
             let mut changed = document.clone();
             for _ in 0..chance.usize(1..4) {
                 let place = &places[chance.usize(..places.len())];
@@ -419,5 +426,5 @@ fn whatever_stands_in_the_file_the_policy_is_good_or_the_file_is_refused() {
             }
         }
     }
-    assert!(good > 1000, "{good} good, {refused} refused");
+    assert!(good > 400, "{good} good, {refused} refused");
 }

@@ -32,8 +32,12 @@ const COUNTRIES: [(&str, &str); 14] = [
     ("BR_", "br"),
 ];
 
+/// Stands for the identity numbers of one country.
+const SSN: &str = "ssn";
+
 /// The patterns of LiteLLM's content filter that are known here.
-const PREBUILT: [(&str, &str); 7] = [
+const PREBUILT: [(&str, &str); 8] = [
+    ("us_ssn", SSN),
     ("email", "email"),
     ("credit_card", "card"),
     ("visa", "card"),
@@ -62,6 +66,51 @@ impl Frame {
             ("mode", self.monitor.then(|| Yaml::word("monitor"))),
             (kind, Some(config)),
         ])
+    }
+}
+
+/// What a content filter looks for.
+#[derive(Default)]
+struct Wanted<'v> {
+    words: Vec<&'v str>,
+    find: Vec<&'static str>,
+    expressions: Vec<&'v str>,
+}
+
+impl<'v> Wanted<'v> {
+    /// One of its `patterns`.
+    fn add(&mut self, at: &At<'v>) -> Result<(), String> {
+        let part = |key: &str| at.value.get(key).and_then(|value| value.as_str());
+        match (part("pattern"), part("pattern_name")) {
+            (Some(expression), _) => self.expressions.push(expression),
+            (None, Some(name)) => {
+                let known = PREBUILT
+                    .iter()
+                    .find(|(theirs, _)| name == *theirs || name.starts_with("us_ssn") && *theirs == "us_ssn");
+                let (_, ours) = known.ok_or_else(|| format!("the pattern {name} is not known here"))?;
+                if !self.find.contains(ours) {
+                    self.find.push(ours);
+                }
+            }
+            (None, None) => return Err("it has neither `pattern` nor `pattern_name`".to_owned()),
+        }
+        Ok(())
+    }
+
+    /// A rule's kind and its configuration, for each kind that there is something of.
+    fn configs(&self) -> Vec<(&'static str, Yaml)> {
+        let list = |texts: &[&str]| Some(Yaml::texts(texts.iter().copied()));
+        let countries = self.find.contains(&SSN).then_some("us");
+        let kinds = self.find.iter().copied().filter(|kind| *kind != SSN);
+        let pii = Yaml::map([("find", Some(Yaml::texts(kinds))), ("countries", Some(Yaml::texts(countries)))]);
+        let regex = Yaml::map([("list", list(&self.expressions)), ("window", Some(Yaml::number(1024)))]);
+        let words = Yaml::map([("list", list(&self.words))]);
+        let all = [
+            ("words", words, self.words.is_empty()),
+            ("pii", pii, self.find.is_empty()),
+            ("regex", regex, self.expressions.is_empty()),
+        ];
+        all.into_iter().filter(|(_, _, empty)| !empty).map(|(kind, config, _)| (kind, config)).collect()
     }
 }
 
@@ -166,46 +215,14 @@ impl<'a> Importer<'a> {
 
     fn content_filter(&mut self, frame: &Frame, entry: &At<'_>, params: &At<'_>) {
         for (action, verdict, behind) in [("BLOCK", "block", ""), ("MASK", "redact", "-mask")] {
-            let is_meant = |at: &At<'_>| at.get("action").and_then(|at| at.text()).unwrap_or("BLOCK") == action;
-            let listed =
-                |key: &str| params.get(key).map(|list| list.items()).unwrap_or_default().into_iter().filter(is_meant);
-            let words: Vec<&str> = listed("blocked_words")
-                .filter_map(|at| at.value.get("keyword")?.as_str())
-                .filter(|word| !word.is_empty())
-                .collect();
-            let (mut find, mut expressions) = (Vec::new(), Vec::new());
-            for at in listed("patterns") {
-                let part = |key: &str| at.value.get(key).and_then(|value| value.as_str());
-                match (part("pattern"), part("pattern_name")) {
-                    (Some(expression), _) => expressions.push(expression),
-                    (None, Some(name)) if name.starts_with("us_ssn") => find.push("ssn"),
-                    (None, Some(name)) => match PREBUILT.iter().find(|(theirs, _)| *theirs == name) {
-                        Some((_, ours)) if !find.contains(ours) => find.push(*ours),
-                        Some(_) => {}
-                        None => self.not_supported(&at, format!("the pattern {name} is not known here")),
-                    },
-                    (None, None) => self.not_supported(&at, "it has neither `pattern` nor `pattern_name`"),
-                }
-            }
-            let count = words.len() + find.len() + expressions.len();
+            let wanted = self.wanted(params, action);
+            let count = wanted.words.len() + wanted.find.len() + wanted.expressions.len();
             if count > 0 {
                 self.changed(entry, format!("{count} of its words and patterns are found here ({verdict})"));
             }
-            if !words.is_empty() {
-                let config = Yaml::map([("list", Some(Yaml::texts(words)))]);
-                self.rule(entry, frame.rule(&format!("{behind}-words"), verdict, "words", config));
-            }
-            if !find.is_empty() {
-                let countries = find.contains(&"ssn").then_some("us");
-                let kinds = find.iter().copied().filter(|kind| *kind != "ssn");
-                let config =
-                    Yaml::map([("find", Some(Yaml::texts(kinds))), ("countries", Some(Yaml::texts(countries)))]);
-                self.rule(entry, frame.rule(&format!("{behind}-known"), verdict, "pii", config));
-            }
-            if !expressions.is_empty() {
-                let config =
-                    Yaml::map([("list", Some(Yaml::texts(expressions))), ("window", Some(Yaml::number(1024)))]);
-                self.rule(entry, frame.rule(&format!("{behind}-patterns"), verdict, "regex", config));
+            for (kind, config) in wanted.configs() {
+                let name = if kind == "pii" { "known" } else { kind };
+                self.rule(entry, frame.rule(&format!("{behind}-{name}"), verdict, kind, config));
             }
         }
         for key in ["blocked_words_file", "categories"] {
@@ -213,6 +230,22 @@ impl<'a> Importer<'a> {
                 self.not_supported(&at, "it is not read: `words: {file: PATH}` takes a file with one word a line");
             }
         }
+    }
+
+    /// What a content filter does `action` with.
+    fn wanted<'v>(&mut self, params: &At<'v>, action: &str) -> Wanted<'v> {
+        let is_meant = |at: &At<'_>| at.get("action").and_then(|at| at.text()).unwrap_or("BLOCK") == action;
+        let listed =
+            |key: &str| params.get(key).map(|list| list.items()).unwrap_or_default().into_iter().filter(is_meant);
+        let words = listed("blocked_words").filter_map(|at| at.value.get("keyword")?.as_str());
+        let words = words.filter(|word| !word.is_empty()).collect();
+        let mut wanted = Wanted { words, ..Wanted::default() };
+        for at in listed("patterns") {
+            if let Err(why) = wanted.add(&at) {
+                self.not_supported(&at, why);
+            }
+        }
+        wanted
     }
 
     /// Adds a rule if it is one: an expression of Python's may be none here.

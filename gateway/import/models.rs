@@ -154,6 +154,9 @@ impl<'a> Importer<'a> {
         let custom = params.get("custom_llm_provider");
         self.seen(custom.clone());
         let (vendor, known_as) = match vendor_of(model.text()?, custom.and_then(|custom| custom.text())) {
+            Ok((_, name)) if !is_name(name) => {
+                return self.leave_out(entry, &model, "left out: this names no model that a server could have");
+            }
             Ok(found) => found,
             Err(why) => return self.leave_out(entry, &model, &why),
         };
@@ -500,6 +503,11 @@ fn slug(name: &str) -> String {
     let slug: String = name.chars().map(letter).collect();
     let slug = slug.trim_matches('-');
     if slug.is_empty() { "models".to_owned() } else { slug.to_owned() }
+}
+
+/// Whether a server may know a model by this name; one star stands for any text.
+fn is_name(name: &str) -> bool {
+    (1..=200).contains(&name.len()) && name.matches('*').count() <= 1 && !name.chars().any(char::is_control)
 }
 
 fn is_header_text(text: &str) -> bool {

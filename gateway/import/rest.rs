@@ -1,8 +1,8 @@
 //! Everything else: keys and the database, callbacks, the cache, pass-through paths.
 
-use super::Importer;
 use super::cursor::At;
 use super::yaml::Yaml;
+use super::{Importer, Outcome};
 use crate::policy::file::Http2;
 use crate::pool::origin::Origin;
 use crate::surface;
@@ -219,52 +219,61 @@ impl<'a> Importer<'a> {
         if !self.draft.has_keys {
             let at = general.cloned().or_else(|| root.get("model_list"));
             if let Some(at) = at {
-                self.changed(&at, "no `master_key`: everybody who reaches the gateway may ask, as before, unless it came from LITELLM_MASTER_KEY: then add `authenticators`");
-                self.told.remove(&at.path);
+                self.note(Outcome::Changed, &at, "no `master_key`: everybody who reaches the gateway may ask, as before, unless it came from LITELLM_MASTER_KEY: then add `authenticators`");
             }
         }
     }
 
     fn general(&mut self, general: &At<'_>) {
         if let Some(at) = general.get("completion_model") {
-            match at.text().filter(|name| self.draft.has_model(name)) {
-                Some(name) => {
-                    self.draft.default_model = Some(name.to_owned());
-                    self.changed(&at, "the model of requests that name none, or one that is not there");
-                }
-                None => self.not_supported(&at, "no model has this name"),
-            }
+            self.default_model(&at);
         }
         if let Some(at) = general.get("max_request_size_mb") {
-            match at.number().map(|mb| (mb * 1_048_576.0) as u64).filter(|bytes| (1..=1 << 40).contains(bytes)) {
-                Some(bytes) => {
-                    self.taken(&at, "the largest body");
-                    self.draft.requests.push(("body_bytes_max", Yaml::number(bytes)));
-                }
-                None => self.not_supported(&at, "this is no size"),
-            }
+            self.largest_body(&at);
         }
         if let Some(at) = general.get("user_header_name") {
-            match at.text().filter(|name| name.parse::<http::HeaderName>().is_ok()) {
-                Some(name) => {
-                    self.taken(&at, "the header that names the end user");
-                    self.draft.requests.push(("user_header", Yaml::text(name)));
-                }
-                None => self.not_supported(&at, "this is no header's name"),
-            }
+            self.user_header(&at);
         }
         if let Some(at) = general.get("maximum_spend_logs_retention_period") {
-            let days = at.text().and_then(|text| text.strip_suffix('d')?.parse::<u32>().ok()).filter(|days| *days > 0);
-            match days {
-                Some(days) => {
-                    self.changed(&at, format!("the journal is kept for {days} days; the ledger keeps its sums"));
-                    self.draft.keep_days = Some(u64::from(days));
-                }
-                None => self.not_supported(&at, "only whole days are understood, like 30d: `audit.keep_days`"),
-            }
+            self.retention(&at);
         }
         for entry in general.get("pass_through_endpoints").map(|list| list.items()).unwrap_or_default() {
             self.pass_through(&entry);
+        }
+    }
+
+    fn default_model(&mut self, at: &At<'_>) {
+        let known = at.text().filter(|name| self.draft.has_model(name));
+        self.draft.default_model = known.map(str::to_owned);
+        match known {
+            Some(_) => self.changed(at, "the model of requests that name none, or one that is not there"),
+            None => self.not_supported(at, "no model has this name"),
+        }
+    }
+
+    fn largest_body(&mut self, at: &At<'_>) {
+        let bytes = at.number().map(|megabytes| (megabytes * 1_048_576.0) as u64);
+        let Some(bytes) = bytes.filter(|bytes| (1..=1 << 40).contains(bytes)) else {
+            return self.not_supported(at, "this is no size");
+        };
+        self.taken(at, "the largest body");
+        self.draft.requests.push(("body_bytes_max", Yaml::number(bytes)));
+    }
+
+    fn user_header(&mut self, at: &At<'_>) {
+        let Some(name) = at.text().filter(|name| name.parse::<http::HeaderName>().is_ok()) else {
+            return self.not_supported(at, "this is no header's name");
+        };
+        self.taken(at, "the header that names the end user");
+        self.draft.requests.push(("user_header", Yaml::text(name)));
+    }
+
+    fn retention(&mut self, at: &At<'_>) {
+        let days = at.text().and_then(|text| text.strip_suffix('d')?.parse::<u32>().ok()).filter(|days| *days > 0);
+        self.draft.keep_days = days.map(u64::from);
+        match days {
+            Some(days) => self.changed(at, format!("the journal is kept for {days} days; the ledger keeps its sums")),
+            None => self.not_supported(at, "only whole days are understood, like 30d: `audit.keep_days`"),
         }
     }
 
@@ -316,8 +325,10 @@ impl<'a> Importer<'a> {
     /// Prices change what upstreams are asked, which nobody should find out later.
     fn told_of_prices(&mut self, root: &At<'a>) {
         let Some(at) = root.get("model_list").filter(|_| !self.draft.prices.is_empty()) else { return };
-        let names = self.draft.prices.len();
-        self.changed(&at, format!("{names} prices, the file's own and the gateway's shipped ones; streams are asked for their usage because of them"));
-        self.told.remove(&at.path);
+        let count = self.draft.prices.len();
+        let told = format!(
+            "{count} prices, the file's own and the gateway's shipped ones; streams are asked for their usage because of them"
+        );
+        self.note(Outcome::Changed, &at, told);
     }
 }
