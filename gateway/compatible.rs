@@ -2,7 +2,7 @@
 //!
 //! They say what our own say, in the other's words; nothing is made up to look alike.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName};
 
@@ -15,6 +15,13 @@ use crate::surface::{self, Surface};
 
 /// LiteLLM's name for the id of a request.
 pub const CALL_ID: HeaderName = HeaderName::from_static("x-litellm-call-id");
+const MODEL_ID: HeaderName = HeaderName::from_static("x-litellm-model-id");
+const MODEL_GROUP: HeaderName = HeaderName::from_static("x-litellm-model-group");
+const RESPONSE_COST: HeaderName = HeaderName::from_static("x-litellm-response-cost");
+const RESPONSE_DURATION_MS: HeaderName = HeaderName::from_static("x-litellm-response-duration-ms");
+const OVERHEAD_DURATION_MS: HeaderName = HeaderName::from_static("x-litellm-overhead-duration-ms");
+const ATTEMPTED_RETRIES: HeaderName = HeaderName::from_static("x-litellm-attempted-retries");
+const ATTEMPTED_FALLBACKS: HeaderName = HeaderName::from_static("x-litellm-attempted-fallbacks");
 
 const LIVENESS: [&str; 2] = ["/health/liveliness", "/health/liveness"];
 const READINESS: &str = "/health/readiness";
@@ -55,31 +62,19 @@ pub struct Told<'a> {
 pub fn tell(headers: &mut HeaderMap, exchange: &Exchange, told: &Told<'_>) -> Result<(), Refusal> {
     let now = Instant::now();
     let route = exchange.route.as_ref();
-    let stages = route.map(|route| route.stages.iter().position(|stage| std::ptr::eq(stage, told.stage)));
-    let milliseconds = |time: std::time::Duration| format!("{:.3}", time.as_secs_f64() * 1000.0);
+    let stage = route.and_then(|route| route.stages.iter().position(|stage| std::ptr::eq(stage, told.stage)));
+    let milliseconds = |time: Duration| format!("{:.3}", time.as_secs_f64() * 1000.0);
     if exchange.policy.requests.name_upstream {
-        set(headers, HeaderName::from_static("x-litellm-model-id"), told.upstream.name.clone())?;
+        set(headers, MODEL_ID, told.upstream.name.clone())?;
     }
     if let Some(route) = route.filter(|route| route.model.name.is_ascii()) {
-        let _ = set(headers, HeaderName::from_static("x-litellm-model-group"), route.model.name.as_str());
+        let _ = set(headers, MODEL_GROUP, route.model.name.as_str());
     }
     if let Some(cost) = &told.cost {
-        set(headers, HeaderName::from_static("x-litellm-response-cost"), cost.as_str())?;
+        set(headers, RESPONSE_COST, cost.as_str())?;
     }
-    set(
-        headers,
-        HeaderName::from_static("x-litellm-response-duration-ms"),
-        milliseconds(now - exchange.times.received),
-    )?;
-    set(
-        headers,
-        HeaderName::from_static("x-litellm-overhead-duration-ms"),
-        milliseconds(exchange.overhead(told.first_at, now)),
-    )?;
-    set(
-        headers,
-        HeaderName::from_static("x-litellm-attempted-retries"),
-        u64::from(exchange.attempt_count().saturating_sub(1)),
-    )?;
-    set(headers, HeaderName::from_static("x-litellm-attempted-fallbacks"), stages.flatten().unwrap_or(0) as u64)
+    set(headers, RESPONSE_DURATION_MS, milliseconds(now - exchange.times.received))?;
+    set(headers, OVERHEAD_DURATION_MS, milliseconds(exchange.overhead(told.first_at, now)))?;
+    set(headers, ATTEMPTED_RETRIES, u64::from(exchange.attempt_count().saturating_sub(1)))?;
+    set(headers, ATTEMPTED_FALLBACKS, stage.unwrap_or(0) as u64)
 }

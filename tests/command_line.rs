@@ -380,28 +380,11 @@ const GUARDED: &str = "guardrails:
   - {name: attacks, in: [prompt.user], verdict: flag, mode: monitor, injection: {}}
 ";
 
-/// The same with words on its standard input.
-fn given(arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
-    use std::io::Write;
-    use std::process::Stdio;
-    let mut child = Command::new(env!("CARGO_BIN_EXE_infergate"))
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let done = child.wait_with_output().unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    (done.status.code(), text(done.stdout), text(done.stderr))
-}
-
 #[test]
 fn guard_try_shows_what_is_found_and_what_would_leave() {
     let (_directory, path) = file(&(policy(&["http://127.0.0.1:1"], "") + GUARDED));
     let card = "My card is 4111 1111 1111 1111.";
-    let (code, out, err) = given(&["guard", "try", "--policy", &path], card);
+    let (code, out, err) = Process::given(&["guard", "try", "--policy", &path], card);
     assert_eq!(code, Some(0), "{err}");
     for expected in [
         "prompt.user, 31 bytes, 3 rules look there: redacted",
@@ -411,7 +394,7 @@ fn guard_try_shows_what_is_found_and_what_would_leave() {
         assert!(out.contains(expected), "{expected} is not in\n{out}");
     }
     let (_, out, _) =
-        given(&["guard", "try", "--policy", &path, "--in", "answer.content", "--json"], "It is geheim now");
+        Process::given(&["guard", "try", "--policy", &path, "--in", "answer.content", "--json"], "It is geheim now");
     let told: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(
         (&told["outcome"], &told["leaves"], &told["blocked"]),
@@ -419,9 +402,9 @@ fn guard_try_shows_what_is_found_and_what_would_leave() {
     );
     let found = &told["found"][0];
     assert_eq!((&found["rule"], &found["start"], &found["text"]), (&"words".into(), &6.into(), &"geheim".into()));
-    let (_, out, _) = given(&["guard", "try", "--policy", &path], "It is geheim");
+    let (_, out, _) = Process::given(&["guard", "try", "--policy", &path], "It is geheim");
     assert!(out.contains("nothing of it leaves"), "{out}");
-    let (_, out, _) = given(&["guard", "try", "--policy", &path], "What is the capital of France?");
+    let (_, out, _) = Process::given(&["guard", "try", "--policy", &path], "What is the capital of France?");
     assert!(out.contains("3 rules look there: passed") && out.contains("it leaves as it is"), "{out}");
 }
 

@@ -7,8 +7,6 @@ mod parameters;
 mod revocation;
 mod tokens;
 
-use std::io::Write;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use http::{HeaderMap, Method, Request};
@@ -17,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::support::keys::{PEPPER, asks_for, key, start};
 use crate::support::requests::{self, every_surface, passed_on, policy_for_every_surface};
-use crate::support::{Answer, Client, Gateway, Journal, chat, model_server, policy};
+use crate::support::{Answer, Client, Gateway, Journal, Process, chat, model_server, policy};
 
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(5);
@@ -433,18 +431,10 @@ async fn a_key_ends_when_its_time_is_over_and_two_keys_of_one_name_overlap() {
 
 /// Runs `infergate` in `gateway`'s directory with the pepper and this on its standard input.
 fn infergate(gateway: &Gateway, arguments: &[&str], input: &str) -> (bool, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_infergate"))
-        .args(arguments)
-        .current_dir(gateway.directory.path())
-        .env("INFERGATE_PEPPER", PEPPER)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let done = child.wait_with_output().unwrap();
-    (done.status.success(), String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr))
+    let mut command = Process::command(arguments);
+    command.current_dir(gateway.directory.path()).env("INFERGATE_PEPPER", PEPPER);
+    let (code, out, err) = Process::fed(command, input);
+    (code == Some(0), out + &err)
 }
 
 #[tokio::test]

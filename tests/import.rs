@@ -91,8 +91,9 @@ fn leaves(path: &str, value: &Value, leaves: &mut Vec<String>) {
 #[test]
 fn no_key_is_passed_over_in_silence() {
     // What names an entry is told with the entry.
-    const WITH_IT: [&str; 8] = [
+    const WITH_IT: [&str; 9] = [
         "model_name",
+        "credential_name",
         "api_base",
         "custom_llm_provider",
         "id",
@@ -364,4 +365,59 @@ async fn an_imported_policy_with_a_master_key_lets_nobody_in_without_a_key() {
     let key = format!("Bearer {}", made["key"].as_str().unwrap());
     let answer = Client::h1().send(post(gateway.address, CHAT, &[("authorization", &key)], asks("m"))).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
+}
+
+/// Every place in a document where something stands.
+fn spots(value: &Value, path: &str, spots: &mut Vec<String>) {
+    spots.push(path.to_owned());
+    let escaped = |key: &str| key.replace('~', "~0").replace('/', "~1");
+    for (key, value) in value.as_object().into_iter().flatten() {
+        self::spots(value, &format!("{path}/{}", escaped(key)), spots);
+    }
+    for (index, value) in value.as_array().into_iter().flatten().enumerate() {
+        self::spots(value, &format!("{path}/{index}"), spots);
+    }
+}
+
+#[test]
+fn whatever_stands_in_the_file_the_policy_is_good_or_the_file_is_refused() {
+    let long = "x".repeat(3000);
+    let deep = (0..40).fold(Value::from(1), |value, _| serde_json::json!([value]));
+    let odd = serde_json::json!([
+        null, true, 0, -1, 1, 0.5, 1e308, 18_446_744_073_709_551_615_u64, "", " ", "*", "a*b*c", "on", "é\u{0}\n", long, deep, [], {}, [{}],
+        "os.environ/", "os.environ/A B", "os.environ/SERVER_1", "http://", "https://u:p@h", "http://h:99999", "unix:/run/x", "openai/",
+        "openai/*", "/x", "azure/a/b/c", "1e9", "-5", "30d", "1mo", "9999999999999s", {"a": {"b": ["c"]}}, {"model": "x"}, "Retry-After", "host",
+        "BLOCK", "MASK", "(", "a{99999}", "[^x]*"
+    ]);
+    let odd = odd.as_array().unwrap();
+    let env = |name: &str| (name == "SERVER_1").then(|| "http://127.0.0.1:8001".to_owned());
+    let mut chance = fastrand::Rng::with_seed(7);
+    let (mut good, mut refused) = (0, 0);
+    for path in fixtures() {
+        let document = Document::parse(&fs::read_to_string(&path).unwrap()).unwrap().value;
+        let mut places = Vec::new();
+        spots(&document, "", &mut places);
+        for _ in 0..80 {
+            let mut changed = document.clone();
+            for _ in 0..chance.usize(1..4) {
+                let place = &places[chance.usize(..places.len())];
+                let value = odd[chance.usize(..odd.len())].clone();
+                if let Some(spot) = changed.pointer_mut(place) {
+                    *spot = value;
+                }
+            }
+            match infergate::import::litellm(&changed.to_string(), &env) {
+                Ok(imported) => {
+                    let told = imported.findings.iter().map(|finding| finding.problem.to_string()).collect::<String>();
+                    assert!(!told.contains("canary") && !imported.policy.contains("canary"), "{changed}");
+                    good += 1;
+                }
+                Err(problem) => {
+                    assert!(!problem.message.contains("our mistake"), "{problem}\n{changed}");
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(good > 1000, "{good} good, {refused} refused");
 }

@@ -16,6 +16,7 @@ use crate::support::postgres::Postgres;
 use crate::support::{
     Client, Gateway, Journal, Load, Options, Process, Simulated, chat, eventually, model_server, policy,
 };
+use crate::tls::Authority;
 
 const CHAT: &str = "/v1/chat/completions";
 const SOON: Duration = Duration::from_secs(15);
@@ -315,23 +316,28 @@ async fn a_ledger_that_somebody_deletes_or_damages_is_made_again_from_the_journa
         eventually("everything is folded", SOON, folded).await;
         assert_eq!(spent(&ledger), total(&journal.of_kind("request")));
     };
-    let mut first = gateway_on(directory.path(), &text, "");
-    first.ready().await;
-    ask(&first).await;
+    let begun = async || {
+        let gateway = gateway_on(directory.path(), &text, "");
+        gateway.ready().await;
+        ask(&gateway).await;
+        gateway
+    };
+    let ends = async |mut gateway: Gateway| {
+        gateway.signal("TERM");
+        assert_eq!(gateway.ended(SOON).await, Some(0));
+    };
+    let first = begun().await;
     folded(&first, 20).await;
     std::fs::remove_file(&ledger).unwrap();
     ask(&first).await;
     folded(&first, 40).await;
-    first.signal("TERM");
-    assert_eq!(first.ended(SOON).await, Some(0));
+    ends(first).await;
 
     // From its first page on it is nothing any more.
     for end in ["", "-wal", "-shm"] {
         let _ = std::fs::write(format!("{ledger}{end}"), "no database ".repeat(1_000));
     }
-    let mut second = gateway_on(directory.path(), &text, "");
-    second.ready().await;
-    ask(&second).await;
+    let second = begun().await;
     let told = || async { second.log().contains("Move the file away") };
     eventually("it says what to do", SOON, told).await;
     assert_eq!(second.metric("infergate_ledger_healthy").await, 0.0);
@@ -345,8 +351,7 @@ async fn a_ledger_that_somebody_deletes_or_damages_is_made_again_from_the_journa
     std::fs::remove_file(&ledger).unwrap();
     ask(&second).await;
     folded(&second, 80).await;
-    second.signal("TERM");
-    assert_eq!(second.ended(SOON).await, Some(0));
+    ends(second).await;
     journal.proved();
 }
 
@@ -421,4 +426,27 @@ async fn reports_are_what_the_records_come_to_whoever_asks_and_by_whatever() {
 
 fn spent_until(ledger: &str, until: &str) -> [u64; ledger::NUMBERS] {
     numbers(&usage(ledger, &["--until", until])["total"])
+}
+
+#[tokio::test]
+async fn a_ledger_behind_tls_is_written_by_whoever_trusts_its_authority_and_by_nobody_else() {
+    let (server, mut postgres) = (model_server().await, Postgres::made());
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let files = ours.issue("127.0.0.1");
+    postgres.secure(&files.chain, &files.key);
+    postgres.listens().await;
+    for (authority, healthy) in [(&theirs, 0.0), (&ours, 1.0)] {
+        let journal = tempfile::tempdir().unwrap();
+        let settings =
+            format!("ca_file: {}\nledger: {{url: '{}?sslmode=require'}}\n", authority.file().display(), postgres.url());
+        let gateway = gateway_on(journal.path(), &with(&server, "commit_ms: 5"), &settings);
+        gateway.ready().await;
+        assert_eq!(Client::h1().post(gateway.address, CHAT, chat(false, 3)).await.status, 200);
+        let told = || async {
+            let report = gateway.admin("/admin/v1/usage").await;
+            gateway.metric("infergate_ledger_healthy").await == healthy
+                && if healthy > 0.0 { report.json()["total"]["requests"] == 1 } else { report.status == 503 }
+        };
+        eventually("it is written, or that it cannot be is told", Duration::from_secs(40), told).await;
+    }
 }

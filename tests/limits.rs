@@ -147,7 +147,7 @@ pub async fn deaf_server(count: usize) -> Wire {
         let first = "data: {\"id\":\"c-7\",\"object\":\"chat.completion.chunk\",\"created\":5,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n";
         steps.push(Step::Say(Framing::Chunked.piece(first.as_bytes())));
         for _ in 0..count {
-            let event = format!("data: {{\"id\":\"c-7\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"the \"}}}}]}}\n\n");
+            let event = "data: {\"id\":\"c-7\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"the \"}}]}\n\n";
             steps.push(Step::Say(Framing::Chunked.piece(event.as_bytes())));
             steps.push(Step::Pause(Duration::from_millis(1)));
         }

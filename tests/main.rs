@@ -23,6 +23,7 @@ mod metrics;
 mod money;
 mod nats;
 mod overload;
+mod prefixes;
 mod readme;
 mod reload;
 mod replicas;

@@ -420,7 +420,7 @@ async fn an_own_server_costs_its_time_shared_among_those_who_ran_on_it() {
 async fn of_several_attempts_the_one_that_was_metered_says_what_it_used() {
     let (bad, good) = (faulty_server(&["status=503"]).await, model_server().await);
     let text = format!(
-        "version: 1\nmodels: [{{name: m, pool: p, fallbacks: [{{pool: q}}]}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}]}}\n  q: {{upstreams: [{{url: '{}'}}]}}\n{PRICES}",
+        "version: 1\nmodels: [{{name: m, pool: p, fallbacks: [{{pool: q}}]}}]\npools:\n  p: {{upstreams: [{{url: '{}'}}], retry: {{'on': [connect]}}}}\n  q: {{upstreams: [{{url: '{}'}}]}}\n{PRICES}",
         bad.url(),
         good.url()
     );

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use crate::limits::deaf_server;
 use crate::support::redis::Redis;
 use crate::support::{Answer, Client, Gateway, Journal, chat, eventually, faulty_server, model_server, policy};
+use crate::tls::Authority;
 
 const CHAT: &str = "/v1/chat/completions";
 const UP: &str = "infergate_store_up{store=\"redis\"}";
@@ -581,4 +582,62 @@ async fn nothing_is_said_of_a_store_where_there_is_none() {
     assert!(!page.lines().any(|line| line.starts_with("infergate_store_up{")), "{page}");
     let told: Value = gateway.admin("/admin/v1/limits").await.json();
     assert_eq!(told.get("shared"), None);
+}
+
+#[tokio::test]
+async fn a_store_behind_tls_is_used_by_whoever_trusts_its_authority_and_by_nobody_else() {
+    let (server, ours, theirs) = (model_server().await, Authority::new("ours"), Authority::new("theirs"));
+    let files = ours.issue("127.0.0.1");
+    let redis = Redis::with_tls(&files.chain, &files.key).await;
+    let how = "timeout_ms: 5000, on_store_error: deny";
+    let text = limited(&server.url(), &redis.url(), how, "  - {requests: 2, per: 1h}");
+    for (authority, up) in [(&theirs, 0.0), (&ours, 1.0)] {
+        let trusted = authority.file();
+        let env = [("SSL_CERT_FILE", trusted.to_str().unwrap())];
+        let gateway = Gateway::spawn(&text, "threads: 1\n", &[], &env);
+        let listens = || async { Client::h1().try_get(gateway.admin, "/readyz").await.is_some() };
+        eventually("it listens", Duration::from_secs(20), listens).await;
+        if up > 0.0 {
+            gateway.ready().await;
+            assert_eq!(
+                [ask(&gateway).await.status, ask(&gateway).await.status, ask(&gateway).await.status],
+                [200, 200, 429]
+            );
+        } else {
+            let said = || async { gateway.log().contains("does not answer") };
+            eventually("it is logged", Duration::from_secs(20), said).await;
+            assert_eq!(ask(&gateway).await.status, 503);
+        }
+    }
+}
+
+/// R4, in rounds: a budget is half spent, then held above that by many at once, up to 95 per cent of it.
+#[tokio::test]
+async fn nobody_is_refused_while_what_is_spent_and_reserved_has_room() {
+    const MOST: usize = 400;
+    let (server, redis) = (model_server().await, Redis::start().await);
+    // Two tokens of an answer are twenty micro-dollars, whatever becomes of them.
+    let text = |round: u64| {
+        let budget = format!("  - {{name: b{round}, usd: {:.5}, per: month, on_short: refuse}}", MOST as f64 * 0.00002);
+        limited(&server.url(), &redis.url(), &format!("mode: exact, {PATIENT}"), &budget)
+    };
+    let gateways = replicas(3, &text(0)).await;
+    // Half an hour where somebody has it.
+    let long = std::env::var_os("INFERGATE_LONG").is_some();
+    let until = Instant::now() + Duration::from_secs(if long { 1_800 } else { 0 });
+    let mut rounds = 0;
+    while rounds < 2 || Instant::now() < until {
+        rounds += 1;
+        for gateway in &gateways {
+            assert_eq!(gateway.reload(&text(rounds)).await.status, 200);
+        }
+        let mut spent = admitted(&gateways, MOST / 2).await;
+        assert_eq!(spent, MOST / 2, "round {rounds}");
+        while spent + 20 <= MOST * 95 / 100 {
+            assert_eq!(admitted(&gateways, 20).await, 20, "round {rounds}: refused at {spent} of {MOST}");
+            spent += 20;
+        }
+        let rest = admitted(&gateways, MOST).await;
+        assert_eq!(spent + rest, MOST, "round {rounds}: all of it can be had, and no more");
+    }
 }

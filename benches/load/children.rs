@@ -27,6 +27,10 @@ pub enum Besides {
     Limits,
     /// It lets guardrails read prompts and answers: personal data, secrets and words.
     Guards,
+    /// All of that at once, and a model that is chosen by meaning.
+    Everything,
+    /// The same, but nobody reads prompts for guardrails.
+    AllButPrompts,
 }
 
 /// Who asks, four limits that are never reached, a budget, and what everything costs.
@@ -45,6 +49,34 @@ const GUARDS: &str = "guardrails:
   - {name: words, in: [prompt.user, answer.content], verdict: flag, words: {list: [project bluebird, internal use only]}}
 ";
 
+/// The same rules for answers alone.
+const ANSWER_GUARDS: &str = "guardrails:
+  - {name: pii, in: [answer.content, answer.tool_arguments], verdict: redact, pii: {find: [email, phone, card, iban, ip]}}
+  - {name: secrets, in: [answer.content, answer.tool_arguments], verdict: block, secrets: {}}
+  - {name: words, in: [answer.content], verdict: flag, words: {list: [project bluebird, internal use only]}}
+";
+
+/// One model for the load.
+const MODEL: &str = "models:
+  - {name: 'load-*', pool: load}
+";
+
+/// A name for the load that leaves open which of two models answers.
+const ROUTED: &str = "models:
+  - {name: small, pool: load}
+  - {name: large, pool: load}
+routers:
+  load-model:
+    ask:
+      - semantic:
+          routes:
+            - {name: code, model: large, examples: [fix the bug in this loop, write a python function,
+                what does this stack trace mean, explain this sql query, why does my program not compile]}
+            - {name: banking, model: small, examples: [what is my balance, send money to my landlord,
+                my card was declined, freeze my debit card, show my recent transactions]}
+    default: small
+";
+
 impl Besides {
     fn name(self) -> &'static str {
         match self {
@@ -53,6 +85,8 @@ impl Besides {
             Self::Journal => "gateway with a journal",
             Self::Limits => "gateway with limits",
             Self::Guards => "gateway with guardrails",
+            Self::Everything => "gateway with everything",
+            Self::AllButPrompts => "gateway with everything but prompt guards",
         }
     }
 
@@ -63,18 +97,23 @@ impl Besides {
 
     /// Whether the fake server must get traces.
     pub fn is_evidence(self) -> bool {
-        matches!(self, Self::Evidence | Self::Packed)
+        matches!(self, Self::Evidence | Self::Packed | Self::Everything | Self::AllButPrompts)
+    }
+
+    fn is_everything(self) -> bool {
+        matches!(self, Self::Everything | Self::AllButPrompts)
     }
 
     /// What the policy says of it. Unpacked, a segment is so large that a case never finishes one.
     fn extra(self, upstream: SocketAddr) -> String {
         let segment_bytes = if self == Self::Packed { 4 << 20 } else { 4_u64 << 30 };
         let audit = format!("audit: {{segment_bytes: {segment_bytes}}}\n");
+        let traced = format!("{audit}telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n");
         match self {
             Self::Nothing => String::new(),
-            Self::Evidence | Self::Packed => {
-                format!("{audit}telemetry: {{traces: {{share: 0.01, endpoint: 'http://{upstream}'}}}}\n")
-            }
+            Self::Evidence | Self::Packed => traced,
+            Self::Everything => format!("{traced}{LIMITS}{GUARDS}"),
+            Self::AllButPrompts => format!("{traced}{LIMITS}{ANSWER_GUARDS}"),
             Self::Journal => audit,
             Self::Limits => format!("{audit}{LIMITS}"),
             Self::Guards => GUARDS.to_owned(),
@@ -83,18 +122,9 @@ impl Besides {
 
     /// The policy the gateway runs with: every model of the load goes to the fake server.
     fn policy(self, upstream: SocketAddr) -> String {
+        let models = if self.is_everything() { ROUTED } else { MODEL };
         let extra = self.extra(upstream);
-        format!(
-            r#"version: 1
-models:
-  - name: "load-*"
-    pool: load
-pools:
-  load:
-    upstreams:
-      - url: http://{upstream}
-{extra}"#
-        )
+        format!("version: 1\n{models}pools: {{load: {{upstreams: [{{url: 'http://{upstream}'}}]}}}}\n{extra}")
     }
 
     /// The settings the gateway runs with: one worker thread, like the bare proxy.
@@ -103,7 +133,7 @@ pools:
             Self::Nothing | Self::Guards => "threads: 1\naudit: {enabled: false}\n".to_owned(),
             _ => format!(
                 "threads: 1\naudit: {{directory: {journal:?}}}\nledger: {{enabled: {}}}\n",
-                self == Self::Limits
+                self == Self::Limits || self.is_everything()
             ),
         }
     }
@@ -118,6 +148,65 @@ fn gateway_arguments(command: &mut Command, policy: &Path, settings: &Path, list
         .arg("--settings")
         .arg(settings)
         .args(["--listen", &listen.to_string()]);
+}
+
+/// Another proxy that passes everything on and looks at nothing, as Debian packages it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Neighbour {
+    /// nginx.
+    Nginx,
+    /// HAProxy.
+    Haproxy,
+}
+
+impl Neighbour {
+    /// Its program.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
+        }
+    }
+
+    /// Where it is installed, if it is.
+    pub fn program(self) -> Option<PathBuf> {
+        ["/usr/sbin", "/usr/bin", "/usr/local/sbin"]
+            .iter()
+            .map(|at| Path::new(at).join(self.name()))
+            .find(|at| at.exists())
+    }
+
+    /// What it is told: one process, connections kept on both sides, nothing logged.
+    fn configuration(self, listen: SocketAddr, upstream: SocketAddr) -> String {
+        match self {
+            Self::Nginx => format!(
+                "daemon off; master_process off; worker_processes 1; pid nginx.pid; error_log stderr crit;
+events {{ worker_connections 8192; }}
+http {{ access_log off; client_max_body_size 64m; client_body_buffer_size 2m; keepalive_requests 100000000;
+  upstream load {{ server {upstream}; keepalive 256; keepalive_requests 100000000; }}
+  server {{ listen {listen}; location / {{ proxy_pass http://load; proxy_http_version 1.1;
+    proxy_set_header Connection ''; proxy_buffering off; proxy_request_buffering off; }} }} }}
+"
+            ),
+            Self::Haproxy => format!(
+                "global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode http
+  timeout client 60s
+  timeout server 60s
+  timeout connect 5s
+  http-reuse always
+frontend front
+  bind {listen}
+  default_backend load
+backend load
+  server one {upstream}
+"
+            ),
+        }
+    }
 }
 
 /// What stands beside the bare proxy in a comparison.
@@ -183,6 +272,21 @@ impl Stage {
         gateway_arguments(&mut command, &policy_file, &settings_file, listen);
         command.args(["--admin", &free_address()?.to_string()]);
         self.start(command, besides.name(), listen)
+    }
+
+    /// Another proxy.
+    pub fn neighbour(&self, neighbour: Neighbour, upstream: SocketAddr) -> Result<Running, Failure> {
+        let program = neighbour.program().ok_or_else(|| format!("{} is not installed", neighbour.name()))?;
+        let directory = self.directory.join(neighbour.name());
+        fs::create_dir_all(&directory)?;
+        let (file, listen) = (directory.join("configuration"), free_address()?);
+        fs::write(&file, neighbour.configuration(listen, upstream))?;
+        let mut command = self.on_the_proxies_core(&program);
+        match neighbour {
+            Neighbour::Nginx => command.arg("-p").arg(&directory).arg("-c").arg(&file),
+            Neighbour::Haproxy => command.arg("-db").arg("-f").arg(&file),
+        };
+        self.start(command, neighbour.name(), listen)
     }
 
     fn journal(&self) -> PathBuf {

@@ -1,12 +1,12 @@
 //! The comparison: every case through the bare proxy and through the gateway, in turns, and
 //! what each of them spent on it. What it does besides is measured on the gateway beside itself.
 
-use crate::children::{Besides, Running, Stage, Subject};
+use crate::children::{Besides, Neighbour, Running, Stage, Subject};
 use crate::client::{Answer, Client, Load, Seen, Stop, Transport, quantile};
 use crate::cpu::{self, Cores};
 use crate::prompt::Turns;
 use crate::report::{self, Figures, Goal, Row, median};
-use crate::{Failure, memory, on_one_thread, upstream};
+use crate::{Failure, memory, on_one_thread, plot, upstream};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -27,6 +27,9 @@ pub struct Options {
     /// Write the figures of every round there
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw the ratios there, as a picture (SVG)
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Only the cases with this in their name (repeatable)
     #[arg(long, value_name = "CASE")]
     only: Vec<String>,
@@ -52,6 +55,9 @@ pub fn command(options: Options) -> Result<ExitCode, Failure> {
     print!("\n{}", report::table(&rows, bench.subject_name()));
     if let Some(file) = &bench.options.json {
         report::write_json(file, &rows)?;
+    }
+    if let Some(file) = &bench.options.svg {
+        std::fs::write(file, plot::svg(&rows))?;
     }
     Ok(bench.verdict(&rows))
 }
@@ -102,6 +108,10 @@ struct Case {
 enum Yardstick {
     /// The bare proxy.
     Bare,
+    /// The bare proxy, beside a gateway that does so much more.
+    BareBeside(Besides),
+    /// The bare proxy, beside another one.
+    BareBy(Neighbour),
     /// The same gateway without it.
     Itself(Besides),
 }
@@ -112,7 +122,12 @@ impl Case {
     }
 
     fn is_beside_itself(&self) -> bool {
-        self.yardstick != Yardstick::Bare
+        matches!(self.yardstick, Yardstick::Itself(_))
+    }
+
+    /// Whether what a proxy does between its turns counts too, and in threads that end: where it keeps a journal.
+    fn counts_all(&self) -> bool {
+        matches!(self.yardstick, Yardstick::Itself(_) | Yardstick::BareBeside(_))
     }
 
     fn is_paced(&self) -> bool {
@@ -136,6 +151,13 @@ fn cases() -> Vec<Case> {
     let beside =
         |name, load, besides, most| Case { name, load, goal: Goal::Ratio(most), yardstick: Yardstick::Itself(besides) };
     let evidence = |name, load, besides| beside(name, load, besides, 1.06);
+    let all = |name, load, besides, most| Case {
+        name,
+        load,
+        goal: Goal::Ratio(most),
+        yardstick: Yardstick::BareBeside(besides),
+    };
+    let neighbour = |name, load, who| Case { name, load, goal: Goal::None, yardstick: Yardstick::BareBy(who) };
     let pace = Duration::from_millis(10);
     vec![
         case("1 KB", PLAIN, Goal::Ratio(0.9)),
@@ -155,6 +177,19 @@ fn cases() -> Vec<Case> {
         beside("limits, stream at full speed", stream(16, Duration::ZERO), Besides::Limits, 1.10),
         beside("guardrails, 1 KB", PLAIN, Besides::Guards, 1.15),
         beside("guardrails, stream at full speed", stream(16, Duration::ZERO), Besides::Guards, 1.10),
+        all("everything on, 1 KB", PLAIN, Besides::Everything, 1.0),
+        all("everything on, 16 KB", sized(32, 16 << 10, Turns::One), Besides::Everything, 1.2),
+        all("everything on, 100 KB", sized(16, 100 << 10, Turns::One), Besides::Everything, 1.5),
+        all("everything on, an event each 10 ms", stream(200, pace), Besides::Everything, 1.15),
+        all("all but prompt guards, 1 KB", PLAIN, Besides::AllButPrompts, 1.0),
+        all("all but prompt guards, 16 KB", sized(32, 16 << 10, Turns::One), Besides::AllButPrompts, 1.0),
+        all("all but prompt guards, 100 KB", sized(16, 100 << 10, Turns::One), Besides::AllButPrompts, 1.0),
+        neighbour("nginx, 1 KB", PLAIN, Neighbour::Nginx),
+        neighbour("nginx, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Nginx),
+        neighbour("nginx, an event each 10 ms", stream(200, pace), Neighbour::Nginx),
+        neighbour("haproxy, 1 KB", PLAIN, Neighbour::Haproxy),
+        neighbour("haproxy, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Haproxy),
+        neighbour("haproxy, an event each 10 ms", stream(200, pace), Neighbour::Haproxy),
     ]
 }
 
@@ -190,9 +225,13 @@ impl Bench {
         only.is_empty() || only.iter().any(|part| name.contains(part.as_str()))
     }
 
-    /// A bare proxy can do nothing besides.
+    /// A bare proxy can do nothing besides, and what is not installed does nothing at all.
     fn is_possible(&self, case: &Case) -> bool {
-        matches!(self.subject, Subject::Gateway(_)) || !case.is_beside_itself()
+        match case.yardstick {
+            Yardstick::Bare => true,
+            Yardstick::BareBy(neighbour) => neighbour.program().is_some(),
+            Yardstick::BareBeside(_) | Yardstick::Itself(_) => matches!(self.subject, Subject::Gateway(_)),
+        }
     }
 
     async fn rows(&self) -> Result<Vec<Row>, Failure> {
@@ -201,7 +240,10 @@ impl Bench {
             eprintln!("{} …", case.name);
             let result = match case.yardstick {
                 Yardstick::Bare => self.measure(&case).await,
-                Yardstick::Itself(besides) => self.measure_besides(&case, besides).await,
+                Yardstick::BareBy(neighbour) => self.measure_neighbour(&case, neighbour).await,
+                Yardstick::BareBeside(besides) | Yardstick::Itself(besides) => {
+                    self.measure_besides(&case, besides).await
+                }
             };
             rows.push(Row { case: case.name.into(), unit: case.unit(), result, goal: self.goal(&case) });
         }
@@ -234,14 +276,28 @@ impl Bench {
         Ok(Figures::of_rounds(&rounds))
     }
 
-    /// The same for the gateway beside itself, without what it does besides and with it.
+    async fn measure_neighbour(&self, case: &Case, neighbour: Neighbour) -> Result<Figures, Failure> {
+        let mut rounds = Vec::new();
+        for _ in 0..if self.options.quick { 2 } else { 5 } {
+            let own = self.stage.neighbour(neighbour, self.upstream.address)?;
+            let pair = Pair { bare: self.stage.bare(self.upstream.address, false)?, own };
+            rounds.extend(self.measure_pair(&pair, case).await?);
+        }
+        Ok(Figures::of_rounds(&rounds))
+    }
+
+    /// The same for a gateway with what it does besides: beside itself without it, or beside the bare proxy.
     async fn measure_besides(&self, case: &Case, besides: Besides) -> Result<Figures, Failure> {
         let Subject::Gateway(program) = &self.subject else { return Err("no gateway".into()) };
         let gateway = |besides| self.stage.gateway(program, self.upstream.address, besides);
         let mut rounds = Vec::new();
         for _ in 0..if self.options.quick { 2 } else { 5 } {
             let before = upstream::batches(self.upstream.address).await?;
-            let pair = Pair { bare: gateway(besides.without())?, own: gateway(besides)? };
+            let bare = match case.is_beside_itself() {
+                true => gateway(besides.without())?,
+                false => self.stage.bare(self.upstream.address, false)?,
+            };
+            let pair = Pair { bare, own: gateway(besides)? };
             rounds.extend(self.measure_pair(&pair, case).await?);
             let sent = upstream::batches(self.upstream.address).await? - before;
             drop(pair);
@@ -271,7 +327,7 @@ impl Bench {
             second.spend(slice).await?;
             second.spend(slice).await?;
             first.spend(slice).await?;
-            if case.is_beside_itself() {
+            if case.counts_all() {
                 tokio::time::sleep(COMMIT).await;
             }
             rounds.push((bare.cost()?, own.cost()?));
@@ -303,7 +359,7 @@ impl Bench {
         Duration::from_millis(match (case.is_paced(), case.yardstick, self.options.quick) {
             (true, ..) => 900,
             // Long enough for a group of records to be of the usual size.
-            (false, Yardstick::Itself(_), false) => 200,
+            (false, Yardstick::Itself(_) | Yardstick::BareBeside(_), false) => 200,
             (false, _, false) => 100,
             (false, _, true) => 50,
         })
@@ -408,7 +464,7 @@ impl<'a> Lane<'a> {
             proxy,
             client: Client::new(case.load, proxy.address),
             counts_events: case.is_stream(),
-            counts_all: case.is_beside_itself(),
+            counts_all: case.counts_all(),
             seen: Duration::ZERO,
             spent: Duration::ZERO,
             count: 0,

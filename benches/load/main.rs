@@ -8,6 +8,7 @@ mod compare;
 mod cpu;
 mod h2c;
 mod memory;
+mod plot;
 mod prompt;
 mod report;
 mod upstream;

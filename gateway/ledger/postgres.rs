@@ -103,7 +103,8 @@ impl Server {
     /// TLS, unless the connection stays on this machine or the URL says otherwise.
     fn reached(mut config: Config, url: &str, ca_file: Option<&Path>) -> Result<Self, String> {
         config.connect_timeout(CONNECT).application_name("infergate");
-        let plain = config.get_hosts().iter().all(is_here) || url.contains("sslmode=disable");
+        let here = config.get_hosts().iter().all(is_here) && !url.contains("sslmode=require");
+        let plain = here || url.contains("sslmode=disable");
         let tls = match plain {
             true => None,
             false => Some(Arc::new(Egress::new(ca_file)?.tls())),
@@ -435,6 +436,10 @@ mod tests {
         ] {
             assert!(server(here).unwrap().tls.is_none(), "{here}");
         }
+        assert!(
+            server("postgres://u@127.0.0.1/l?sslmode=require").unwrap().tls.is_some(),
+            "whoever asks for it has it"
+        );
         assert_eq!(format!("{away:?}"), "PostgreSQL at db.example:5432, database ledger");
         let told = server("postgres://u:canary@db.example/ledger").unwrap_err();
         assert!(told.contains("give it as `password`") && !told.contains("canary"), "{told}");

@@ -74,6 +74,9 @@ const READ_S: f32 = 1.0 / PREFILL_RATE;
 /// After so many seconds without a sample, what was learned counts for half and what is usual in the pool for the
 /// other: one that was slow once is tried again.
 const HALF_S: f32 = 60.0;
+/// Whoever is within a quarter of what is usual in the pool is as fast as that: the difference is what happened to run
+/// beside its last answers, and would outweigh a prefix.
+const ALIKE: f32 = 0.25;
 /// Work of so many tokens tells half as much as work without end: the rest of its time is the way there and back.
 const TELLING_TOKENS: f32 = 256.0;
 /// An answer of fewer tokens tells nothing of the time between them.
@@ -339,6 +342,9 @@ impl Learned {
             return usual;
         }
         let age = (at / 1000).saturating_sub(u64::from(self.at.load(Relaxed))) as f32;
+        if (value / usual).ln().abs() < ALIKE {
+            return usual;
+        }
         usual + (value - usual) * HALF_S / (HALF_S + age)
     }
 

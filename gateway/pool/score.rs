@@ -90,8 +90,9 @@ pub struct Told {
     pub trust: f32,
 }
 
-/// So many answers at once make each of them twice as slow as one alone: decoding is bound by memory first.
-const KNEE: f32 = 32.0;
+/// So many answers at once make each of them twice as slow as one alone: until then reading the weights takes longest.
+/// At 8 billion parameters and a thousand tokens each, a batch of 32 takes about a third more than one alone.
+const KNEE: f32 = 96.0;
 /// Seconds until an engine has an adapter loaded.
 const ADAPTER_S: f32 = 0.5;
 /// What others' waiting prompts can add at most, in seconds: no engine can talk itself out of all work.
@@ -101,8 +102,9 @@ const OTHERS_STREAMS_MAX: f32 = 64.0;
 /// The weight of the KV barrier `k / (1 - k)`, in seconds (SMG's least_load, measured there), and the `k` it ends at.
 const KV_S: f32 = 0.15;
 const KV_MAX: f32 = 0.95;
-/// Expected times that differ by less than this share of themselves, or these seconds, are the same: chance decides,
-/// so that several gateways do not all run to one replica.
+/// First tokens that are expected within this share of their time, or these seconds, are expected at the same: chance
+/// decides, so that several gateways do not all run to one replica. (A share of the whole answer's seconds would drown
+/// what a prefix is worth.)
 const NEAR: f64 = 0.05;
 const NEAR_S: f64 = 0.002;
 /// How much more than its share an endpoint may have before `hash` and `prefix` pass it over (bounded loads, arXiv
@@ -278,8 +280,8 @@ impl Balance {
                 unread * one.busy(1) * (1.0 + NEAR * chance())
             }),
             Self::ExpectedTime => ranked(candidates, |one| {
-                let seconds = f64::from(one.expected_s(asked)) / f64::from(one.weight);
-                seconds + (NEAR_S + NEAR * seconds) * chance()
+                let [whole, first] = [one.expected_s(asked), one.first_token_s(asked)].map(f64::from);
+                whole / f64::from(one.weight) + (NEAR_S + NEAR * first) * chance()
             }),
         }
     }
@@ -453,6 +455,14 @@ mod tests {
     }
 
     #[test]
+    fn chance_never_outweighs_what_a_prefix_is_worth() {
+        let mut candidates = idle(8);
+        candidates[3].matched = 1_500;
+        let asked = Asked { prompt: 2_000, output: 2_000, ..ASKED };
+        assert_eq!(shares(Balance::ExpectedTime, asked, &candidates, 500)[3], 500, "however long the answer is");
+    }
+
+    #[test]
     fn a_faster_gpu_is_better_by_what_it_has_shown() {
         let mut candidates = idle(2);
         candidates[0].prefill_rate *= 4.0;
@@ -467,9 +477,9 @@ mod tests {
         let mut candidates = idle(2);
         (candidates[0].streams, candidates[0].decode) = (8, 1_600);
         assert_eq!(best(Balance::ExpectedTime, &candidates), 1);
-        let beside = |decode| Candidate { streams: 31, decode, ..Candidate::default() }.rest_s(&ASKED);
-        assert!((beside(31 * 200) / (200.0 * TOKEN_S) - 2.0).abs() < 1e-3);
-        assert!(beside(31) < beside(31 * 100), "those that are nearly done slow it less");
+        let beside = |decode| Candidate { streams: 95, decode, ..Candidate::default() }.rest_s(&ASKED);
+        assert!((beside(95 * 200) / (200.0 * TOKEN_S) - 2.0).abs() < 1e-3);
+        assert!(beside(95) < beside(95 * 100), "those that are nearly done slow it less");
     }
 
     #[test]

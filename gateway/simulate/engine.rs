@@ -23,6 +23,9 @@ pub(super) struct Engine {
     kv_used: AtomicU64,
     kv_tokens: u64,
     first_token: Duration,
+    /// Held by the one whose prompt is being read.
+    reading: tokio::sync::Mutex<()>,
+    prefill_per_second: f64,
     interval: Duration,
     pub(super) metrics: Metrics,
 }
@@ -37,19 +40,32 @@ impl Engine {
             kv_used: AtomicU64::new(0),
             kv_tokens: options.kv_tokens,
             first_token: Duration::from_millis(options.ttft_ms),
+            reading: tokio::sync::Mutex::new(()),
+            prefill_per_second: options.prefill_per_second,
             interval: if rate > 0.0 { Duration::from_secs_f64(1.0 / rate) } else { Duration::ZERO },
             metrics: Metrics::new(options.max_model_len),
         }
     }
 
-    /// Waits in the queue and takes the slots that the work needs. Dropping the slot ends the work.
+    /// Waits in the queue, takes the slots that the work needs and reads its prompt. Dropping the slot ends the work.
     pub(super) async fn enter(self: Arc<Self>, work: Work) -> Slot {
         let arrived = Instant::now();
         let waiting = Waiting::new(&self.metrics, work.choices);
         let wanted = work.choices.clamp(1, self.total);
         let permit = Arc::clone(&self.slots).acquire_many_owned(wanted).await.ok();
         drop(waiting);
-        Slot::new(Arc::clone(&self), work, permit, arrived)
+        let slot = Slot::new(Arc::clone(&self), work, permit, arrived);
+        self.read(&slot).await;
+        slot
+    }
+
+    /// Reads what of a prompt is not in the prefix cache, in order of arrival.
+    async fn read(&self, slot: &Slot) {
+        if self.prefill_per_second > 0.0 {
+            let _alone = self.reading.lock().await;
+            let unread = slot.work.prompt_tokens - slot.cached;
+            slot.pause(Duration::from_secs_f64(unread as f64 / self.prefill_per_second)).await;
+        }
     }
 
     /// The whole of a non-streamed generation: queue, first token, the other tokens.
@@ -306,6 +322,19 @@ mod tests {
         assert_eq!(cache.look_up(&one).0, 16);
         assert_eq!(cache.look_up(&two).0, 0);
         assert!(cache.used.len() <= 2 && cache.order.len() <= 8);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn prompts_are_read_one_after_the_other_and_what_is_cached_for_nothing() {
+        let options = Options { prefill_per_second: 1000.0, ..Options::default() };
+        let engine = Arc::new(Engine::new(&options));
+        let [one, other] = ["a", "b"].map(|letter| Work::new(&letter.repeat(4 * 1600), 1, 1));
+        let begun = tokio::time::Instant::now();
+        let read = |work: &Work| Arc::clone(&engine).enter(work.clone());
+        tokio::join!(read(&one), read(&other));
+        assert_eq!(begun.elapsed().as_millis(), 3200);
+        read(&one).await;
+        assert_eq!(begun.elapsed().as_millis(), 3216, "the last block is read again");
     }
 
     #[tokio::test]

@@ -24,6 +24,11 @@ pub struct Options {
     #[arg(long, value_name = "MS", default_value_t = 0, value_parser = milliseconds)]
     pub ttft_ms: u64,
 
+    /// How many prompt tokens are read in a second, one prompt after the other, those in the prefix cache for nothing; 0
+    /// means all at once.
+    #[arg(long, value_name = "N", default_value_t = 0.0, value_parser = rate)]
+    pub prefill_per_second: f64,
+
     /// How many tokens a second each answer gets; 0 means as fast as possible.
     #[arg(long, value_name = "N", default_value_t = 0.0, value_parser = rate)]
     pub tokens_per_second: f64,
@@ -72,6 +77,7 @@ impl Default for Options {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             models: vec!["sim-small".to_owned()],
             ttft_ms: 0,
+            prefill_per_second: 0.0,
             tokens_per_second: 0.0,
             engine: Engine::Vllm,
             slots: 256,
@@ -218,6 +224,7 @@ mod tests {
             ("--model", "", "at least one character"),
             ("--ttft-ms", "-1", "unexpected argument"),
             ("--ttft-ms", "soon", "milliseconds from 0 to"),
+            ("--prefill-per-second", "fast", "as fast as possible"),
             ("--tokens-per-second", "fast", "as fast as possible"),
             ("--tokens-per-second", "NaN", "as fast as possible"),
             ("--engine", "llama", "vllm, tgi, sglang, openai"),

@@ -1,6 +1,8 @@
 //! A real PostgreSQL on a port and in a directory of its own, that can be frozen, killed and started again.
 
-use std::os::unix::fs::chown;
+use std::fs::{File, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -39,6 +41,31 @@ impl Postgres {
         let mut postgres = Self::made();
         postgres.restart().await;
         postgres
+    }
+
+    /// Lets it speak TLS from its next start on, with this certificate and its key.
+    pub fn secure(&self, chain: &Path, key: &Path) {
+        let data = self.directory.path().join("data");
+        for (from, name) in [(chain, "server.crt"), (key, "server.key")] {
+            let to = data.join(name);
+            std::fs::copy(from, &to).unwrap();
+            std::fs::set_permissions(&to, Permissions::from_mode(0o600)).unwrap();
+            if let Some((user, group)) = servant() {
+                chown(&to, Some(user), Some(group)).unwrap();
+            }
+        }
+        // Whoever comes without TLS is turned away.
+        std::fs::write(data.join("pg_hba.conf"), "hostssl all all 127.0.0.1/32 trust\n").unwrap();
+        let mut settings = File::options().append(true).open(data.join("postgresql.conf")).unwrap();
+        settings.write_all(b"ssl = on\n").unwrap();
+    }
+
+    /// Waits until it takes connections, whatever it asks of them.
+    pub async fn listens(&mut self) {
+        self.child = Some(spawn(self.port, self.directory.path()));
+        let port = self.port;
+        let there = || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() };
+        eventually("PostgreSQL listens", Duration::from_secs(30), there).await;
     }
 
     /// Its address.

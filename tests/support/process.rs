@@ -1,6 +1,7 @@
 //! The `infergate` command with any arguments: what it says, and how it ends.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,8 +19,7 @@ impl Process {
     pub fn start(arguments: &[&str], env: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let file = |name: &str| File::create(directory.path().join(name)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_infergate"))
-            .args(arguments)
+        let child = Self::command(arguments)
             .env("INFERGATE_JOURNAL", directory.path().join("journal"))
             .envs(env.iter().copied())
             .current_dir(directory.path())
@@ -40,6 +40,27 @@ impl Process {
             std::thread::sleep(Duration::from_millis(5));
         }
         (process.child.wait().unwrap().code(), process.out(), process.err())
+    }
+
+    /// A command that is not started yet.
+    pub fn command(arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_infergate"));
+        command.args(arguments);
+        command
+    }
+
+    /// Runs it to its end with this on its standard input.
+    pub fn given(arguments: &[&str], input: &str) -> (Option<i32>, String, String) {
+        Self::fed(Self::command(arguments), input)
+    }
+
+    /// The same of a command that was made ready.
+    pub fn fed(mut command: Command, input: &str) -> (Option<i32>, String, String) {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let done = child.wait_with_output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (done.status.code(), text(done.stdout), text(done.stderr))
     }
 
     /// What it has said so far.

@@ -1,6 +1,6 @@
 //! A real `redis-server` in a directory of its own, that can be frozen, killed and started again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ pub struct Redis {
     port: u16,
     password: String,
     directory: TempDir,
+    /// The certificate that it shows, and its key; without one it speaks no TLS.
+    tls: Option<(PathBuf, PathBuf)>,
 }
 
 impl Redis {
@@ -26,16 +28,25 @@ impl Redis {
 
     /// The same, for those who know this.
     pub async fn with_password(password: &str) -> Self {
+        Self::made(password, None).await
+    }
+
+    /// One that speaks nothing but TLS, with this certificate and its key.
+    pub async fn with_tls(chain: &Path, key: &Path) -> Self {
+        Self::made("", Some((chain.to_owned(), key.to_owned()))).await
+    }
+
+    async fn made(password: &str, tls: Option<(PathBuf, PathBuf)>) -> Self {
         let (port, directory) = (free_port(), tempfile::tempdir().unwrap());
-        let child = spawn(port, password, directory.path());
-        let redis = Self { child, port, password: password.to_owned(), directory };
+        let child = spawn(port, password, tls.as_ref(), directory.path());
+        let redis = Self { child, port, password: password.to_owned(), directory, tls };
         redis.ready().await;
         redis
     }
 
     /// Its address, without a password.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/0", self.port)
+        format!("redis{}://127.0.0.1:{}/0", if self.tls.is_some() { "s" } else { "" }, self.port)
     }
 
     /// Sends a signal: `STOP`, `CONT`.
@@ -52,7 +63,7 @@ impl Redis {
 
     /// Starts it again after it was killed.
     pub async fn restart(&mut self) {
-        self.child = spawn(self.port, &self.password, self.directory.path());
+        self.child = spawn(self.port, &self.password, self.tls.as_ref(), self.directory.path());
         self.ready().await;
     }
 
@@ -60,9 +71,12 @@ impl Redis {
         eventually("redis-server is ready", Duration::from_secs(20), || self.answers()).await;
     }
 
-    /// It says something, if only that it wants a password.
+    /// It says something, if only that it wants a password. Where it wants TLS, it listens.
     async fn answers(&self) -> bool {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await else { return false };
+        if self.tls.is_some() {
+            return true;
+        }
         let mut word = [0; 1];
         stream.write_all(b"PING\r\n").await.is_ok() && stream.read_exact(&mut word).await.is_ok()
     }
@@ -75,11 +89,19 @@ impl Drop for Redis {
     }
 }
 
-fn spawn(port: u16, password: &str, directory: &Path) -> Child {
+fn spawn(port: u16, password: &str, tls: Option<&(PathBuf, PathBuf)>, directory: &Path) -> Child {
     // Debian puts it where only the system's own path looks.
     let path = format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default());
     let mut command = Command::new("redis-server");
-    command.env("PATH", path).args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", ""]);
+    command.env("PATH", path).args(["--bind", "127.0.0.1", "--save", ""]);
+    let port = port.to_string();
+    match tls {
+        None => drop(command.args(["--port", &port])),
+        Some((chain, key)) => {
+            command.args(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no", "--tls-cert-file"]);
+            command.arg(chain).arg("--tls-key-file").arg(key).arg("--tls-ca-cert-file").arg(chain);
+        }
+    }
     if !password.is_empty() {
         command.args(["--requirepass", password]);
     }
