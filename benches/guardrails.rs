@@ -22,7 +22,11 @@ const DEFAULT: &str = r#"[
     {"name":"words","in":["answer.content"],"verdict":"block","words":{"list":["project kestrel","internal use only"]}}]"#;
 
 fn scanner(json: &str) -> Arc<Scanner> {
-    let mut world = World { file: &mut |_| Err("there is no file".to_owned()), key: b"key" };
+    let mut world = World {
+        file: &mut |_| Err("there is no file".to_owned()),
+        secret: &mut |_| Err("there is no secret".to_owned()),
+        key: b"key",
+    };
     let configs: Result<Vec<Config>, _> = serde_json::from_str(json);
     let built = configs.map(|configs| guardrail::build(&configs, &mut world));
     match built.as_ref().map(|built| built.as_ref().map(|rules| rules.scanner(Place::AnswerContent))) {

@@ -309,7 +309,7 @@ impl Guard {
                 continue;
             }
             let channel = Channel::with_shapes(rules, text.is_json, shapes.as_ref());
-            let Some(mut channel) = channel.map(|channel| channel.as_written(text)) else { continue };
+            let Some(mut channel) = channel.map(|channel| channel.written_like(text)) else { continue };
             let (progress, edited) = channel.whole(encoded, &mut self.placeholders);
             self.noted(text.place, &progress, encoded.len());
             if let Some(rule) = progress.blocked {

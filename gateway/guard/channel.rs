@@ -126,7 +126,7 @@ impl Channel {
     }
 
     /// One whose bytes stand for themselves, if this text's do.
-    pub(super) fn as_written(self, text: &Text) -> Self {
+    pub(super) fn written_like(self, text: &Text) -> Self {
         if text.is_raw { Self { codec: Codec::Raw, ..self } } else { self }
     }
 

@@ -329,7 +329,7 @@ impl Guard {
                 continue;
             }
             let channel = Channel::of_rules(&rules.rules.heard(rule, finds), text.is_json);
-            let mut channel = channel.as_written(text);
+            let mut channel = channel.written_like(text);
             let encoded = left(document, text, edits);
             let (progress, changes) = channel.whole(&encoded, &mut self.placeholders);
             blocked = blocked.or(progress.blocked);

@@ -58,7 +58,7 @@ impl Guard {
     pub(super) fn channel(&self, text: &Text, tool: Option<&str>) -> Option<Channel> {
         let shapes = self.shapes(text, tool);
         let channel = Channel::with_shapes(self.rails.rules.scanner(text.place), text.is_json, shapes.as_ref());
-        channel.map(|channel| channel.as_written(text))
+        channel.map(|channel| channel.written_like(text))
     }
 
     /// The shapes that a text has to have.

@@ -117,7 +117,8 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
 
 /// What a whole stream says altogether: a document with each of its texts, and where they stand in it.
 pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), Unreadable> {
-    let (mut parts, mut wholes): (Vec<(Text, Vec<u8>)>, Vec<(Text, Vec<u8>)>) = (Vec::new(), Vec::new());
+    let mut parts: Vec<(Text, Vec<u8>)> = Vec::new();
+    let mut wholes: Vec<(Text, Vec<u8>)> = Vec::new();
     let mut from = 0;
     for end in ends(events).chain([events.len()]).filter(|end| *end > 0) {
         let event = &events[from.min(end)..end];

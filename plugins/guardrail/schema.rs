@@ -119,15 +119,18 @@ const ASKED_MAX: usize = 64 << 10;
 /// All schemas of all tools of a request together.
 const TOOLS_MAX: usize = 256 << 10;
 
+/// A tool of a request: its name, and the schema of its arguments as JSON, if it has one.
+pub type AskedTool<'b> = (String, Option<&'b [u8]>);
+
 impl Asked {
     /// Compiles what a request has: the schema of its answer, and each tool's name and schema, as JSON. A tool without
     /// one takes anything.
-    pub fn of<'b>(answer: Option<&'b [u8]>, tools: Option<Vec<(String, Option<&'b [u8]>)>>) -> Result<Self, String> {
+    pub fn of<'b>(answer: Option<&'b [u8]>, tools: Option<Vec<AskedTool<'b>>>) -> Result<Self, String> {
         let within = tools.iter().flatten().filter_map(|(_, schema)| schema.map(<[u8]>::len)).sum::<usize>();
         if within > TOOLS_MAX {
             return Err(format!("the tools' schemas are longer than {TOOLS_MAX} bytes"));
         }
-        let tool = |(name, schema): (String, Option<&[u8]>)| Ok((name, asked(schema.unwrap_or(b"true"))?));
+        let tool = |(name, schema): AskedTool<'_>| Ok((name, asked(schema.unwrap_or(b"true"))?));
         let answer = answer.map(asked).transpose()?;
         let tools = tools.map(|tools| tools.into_iter().map(tool).collect::<Result<_, String>>()).transpose()?;
         Ok(Self { answer, tools })
@@ -168,7 +171,8 @@ impl Guardrails {
 
     /// What judges the shape of one text: the arguments of `tool`, or the content of an answer.
     pub fn shapes(&self, place: Place, tool: Option<&str>, asked: &Asked) -> Option<Arc<Scanner>> {
-        let (mut enforcing, mut watching): (Vec<Arc<dyn Finder>>, Vec<Arc<dyn Finder>>) = (Vec::new(), Vec::new());
+        let mut enforcing: Vec<Arc<dyn Finder>> = Vec::new();
+        let mut watching: Vec<Arc<dyn Finder>> = Vec::new();
         for (rule, shape) in self.shapes_at(place) {
             let Some(schema) = shape.schema.clone().or_else(|| asked.schema(place, tool)) else { continue };
             let finder = Arc::new(Shaped { schema, rule, bytes_max: shape.bytes_max });
