@@ -182,9 +182,7 @@ pub struct Stage {
     /// The pool.
     pub pool: Arc<Pool>,
     /// The model's name there.
-    pub rename: Option<String>,
-    /// What stands around the star of the entry's name, where the rest of a name is the model's name there.
-    pub around: Option<(String, String)>,
+    naming: Naming,
     /// What must have happened before; empty for the first.
     pub on: Vec<Cause>,
 }
@@ -193,11 +191,48 @@ impl Stage {
     /// The name that an upstream knows the model by that was asked for as `asked`, if the policy gives another than the
     /// client's.
     pub fn other_name<'a>(&'a self, upstream: &'a Upstream, asked: Option<&'a str>) -> Option<&'a str> {
-        let of_star = || {
-            let (before, behind) = self.around.as_ref()?;
-            asked?.strip_prefix(before.as_str())?.strip_suffix(behind.as_str()).filter(|name| !name.is_empty())
-        };
-        upstream.model.as_deref().or_else(|| if self.around.is_some() { of_star() } else { self.rename.as_deref() })
+        upstream.model.as_deref().or_else(|| self.renamed(asked))
+    }
+
+    /// The same, as far as its upstreams have no names of their own for it.
+    pub fn renamed<'a>(&'a self, asked: Option<&'a str>) -> Option<&'a str> {
+        self.naming.other(asked)
+    }
+}
+
+/// What the upstreams of a pool call a model.
+#[derive(Debug)]
+enum Naming {
+    /// What the client calls it.
+    AsAsked,
+    /// Always so.
+    Always(String),
+    /// What is left of the client's name without what stands around the star of the entry's.
+    OfStar(String, String),
+    /// The entry's name, also where the client used an alias.
+    Own { name: String, aliases: Vec<String> },
+}
+
+impl Naming {
+    fn of(model: &file::Model, rename: Option<&str>) -> Self {
+        match (rename, model.name.split_once('*')) {
+            (Some("*"), Some((before, behind))) => Self::OfStar(before.to_owned(), behind.to_owned()),
+            (Some(name), _) => Self::Always(name.to_owned()),
+            (None, Some(_)) => Self::AsAsked,
+            (None, None) => Self::Own { name: model.name.clone(), aliases: model.aliases.clone() },
+        }
+    }
+
+    /// The name, if it is another than the client's.
+    fn other<'a>(&'a self, asked: Option<&'a str>) -> Option<&'a str> {
+        match self {
+            Self::AsAsked => None,
+            Self::Always(name) => Some(name),
+            Self::OfStar(before, behind) => {
+                asked?.strip_prefix(before.as_str())?.strip_suffix(behind.as_str()).filter(|name| !name.is_empty())
+            }
+            Self::Own { name, aliases } => aliases.iter().any(|alias| Some(alias.as_str()) == asked).then_some(name),
+        }
     }
 }
 
@@ -582,15 +617,12 @@ impl<'a> Compiler<'a> {
     ) -> Option<Arc<Route>> {
         let first = self.find_pool(&format!("{path}.pool"), &model.pool, pools);
         let mut complete = first.is_some();
-        let around = |rename: &Option<String>| {
-            let (before, behind) = model.name.split_once('*').filter(|_| rename.as_deref() == Some("*"))?;
-            Some((before.to_owned(), behind.to_owned()))
-        };
         if model.rename.as_deref() == Some("*") && !model.name.contains('*') {
             let message = format!("* is what the * of the model's name stands for, and {} has none", model.name);
             self.wrong(&format!("{path}.rename"), message);
         }
-        let stage = |pool| Stage { pool, rename: model.rename.clone(), around: around(&model.rename), on: Vec::new() };
+        let naming = || Naming::of(model, model.rename.as_deref());
+        let stage = |pool| Stage { pool, naming: naming(), on: Vec::new() };
         let mut stages: Vec<Stage> = first.into_iter().map(stage).collect();
         for (index, fallback) in model.fallbacks.iter().enumerate() {
             let place = format!("{path}.fallbacks[{index}].pool");
@@ -601,9 +633,8 @@ impl<'a> Compiler<'a> {
                 complete = false;
                 continue;
             };
-            let rename = fallback.rename.clone().or_else(|| model.rename.clone());
-            let around = around(&rename);
-            stages.push(Stage { pool, rename, around, on: fallback.on.clone().unwrap_or_else(usual_causes) });
+            let naming = Naming::of(model, fallback.rename.as_deref().or(model.rename.as_deref()));
+            stages.push(Stage { pool, naming, on: fallback.on.clone().unwrap_or_else(usual_causes) });
         }
         let priority = match &model.priority {
             None => None,
@@ -649,7 +680,7 @@ impl<'a> Compiler<'a> {
             tokenizer: Tokenizer::Auto,
             description: None,
         };
-        let stages = vec![Stage { pool, rename: None, around: None, on: Vec::new() }];
+        let stages = vec![Stage { pool, naming: Naming::AsAsked, on: Vec::new() }];
         let density = self.world.state.density(&model.name);
         let route = Route::new(stages, None, model, density);
         Some(Passthrough { path: entry.path.clone(), methods, websocket: entry.websocket, route })

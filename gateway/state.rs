@@ -88,6 +88,11 @@ impl State {
         self.prefixes.get_or_init(|| Arc::new(Prefixes::new(prefix::CAPACITY, fastrand::u64(..)))).clone()
     }
 
+    /// The same, if there is something in it to be forgotten.
+    pub fn untidy_prefixes(&self) -> Option<Arc<Prefixes>> {
+        self.prefixes.get().filter(|prefixes| prefixes.is_untidy()).cloned()
+    }
+
     /// The keys of an issuer, old ones or none yet.
     pub fn key_set(&self, source: &Source) -> Arc<KeySet> {
         self.key_sets.entry(source.clone()).or_insert_with(|| Arc::new(Kept::new(source.clone()))).set.clone()

@@ -57,7 +57,7 @@ impl Weight {
             operation: planned.identified.surface.operation,
             asked: self.asked,
             whole: !planned.streaming,
-            model: stage.rename.as_deref().or(exchange.named()).unwrap_or_default(),
+            model: stage.renamed(exchange.named()).or(exchange.named()).unwrap_or_default(),
             chain: Some(&self.chain),
             cost: if stage.pool.balance == Balance::LeastCost { Some(&cost) } else { None },
         };

@@ -42,6 +42,7 @@
 //!                 by: "a ticket".into(),
 //!                 mark: [1; 32],
 //!                 expires: Some(end),
+//!                 plans: [].into(),
 //!             }),
 //!         }
 //!     }

@@ -235,6 +235,28 @@ async fn a_prompt_goes_where_its_beginning_has_been_read() {
 }
 
 #[tokio::test]
+async fn one_that_was_started_anew_is_known_by_what_it_has_read_since() {
+    let server = paced(2).await;
+    let extra = "balance: expected_time\nhealth: {interval_ms: 20, unhealthy_after: 1}";
+    let gateway = Gateway::start(&policy(&[&server.url()], extra)).await;
+    let address = server.address();
+    let healthy = format!(r#"infergate_endpoint_healthy{{pool="p",upstream="{address}",address="{address}"}}"#);
+    let has_read = async |begins: &str| {
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&begins.repeat(500))).await;
+        assert_eq!(answer.status, 200);
+        let decision = decision(&gateway, answer.header("x-request-id")).await;
+        decision["why"].as_str().unwrap().contains("has read")
+    };
+    eventually("it is known to have read it", SOON, async || has_read("begins ").await).await;
+    server.set_faults(vec!["status=500,path=/health".parse().unwrap()]);
+    eventually("it is out", SOON, async || gateway.metric(&healthy).await == 0.0).await;
+    server.set_faults(Vec::new());
+    eventually("it is back", SOON, async || gateway.metric(&healthy).await == 1.0).await;
+    assert!(!has_read("begins ").await, "what it had read is gone");
+    eventually("it is known again", SOON, async || has_read("begins ").await).await;
+}
+
+#[tokio::test]
 async fn the_record_says_what_a_replica_was_chosen_for() {
     let (fast, slow) = (paced(2).await, paced(150).await);
     let gateway = Gateway::start(&policy(&[&slow.url(), &fast.url()], "balance: expected_time")).await;

@@ -153,7 +153,7 @@ static COUNTING: Semaphore = Semaphore::const_new(2);
 /// Counts the prompt's tokens, beside the threads that carry requests, where its model's tokenizer is known.
 async fn count(exchange: &mut Exchange, planned: &Planned, asked: &mut Asked) {
     asked.estimated = false;
-    let name = planned.route.stages.first().and_then(|stage| stage.rename.as_deref());
+    let name = planned.route.stages.first().and_then(|stage| stage.renamed(exchange.named()));
     let name = name.or(exchange.named()).unwrap_or(&planned.route.model.name);
     let Some(encoding) = planned.route.model.tokenizer.of(name).filter(|encoding| encoding.is_its_own) else { return };
     let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());

@@ -303,7 +303,7 @@ pub struct Model {
     /// The name that clients send. One `*` stands for any text: `llama-*`, `*`. The longest match wins.
     #[schemars(length(min = 1))]
     pub name: String,
-    /// Other names for the same model.
+    /// Other names for the same model. Its upstreams hear `rename`, or else `name`.
     #[serde(default)]
     pub aliases: Vec<String>,
     /// The pool that serves it.

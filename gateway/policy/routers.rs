@@ -8,7 +8,7 @@ use http::HeaderName;
 use infergate_plugins::router;
 
 use super::problem::nearest;
-use super::{Compiler, Models, Route, Stage, file};
+use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::routers::Routers;
 use crate::tokens::Tokenizer;
 
@@ -125,7 +125,7 @@ impl Compiler<'_> {
         let mut stages: Vec<Stage> = Vec::new();
         for stage in default.into_iter().chain(others).flat_map(|route| &route.stages) {
             if !stages.iter().any(|known| Arc::ptr_eq(&known.pool, &stage.pool)) {
-                stages.push(Stage { pool: stage.pool.clone(), rename: None, around: None, on: Vec::new() });
+                stages.push(Stage { pool: stage.pool.clone(), naming: Naming::AsAsked, on: Vec::new() });
             }
         }
         let model = file::Model {

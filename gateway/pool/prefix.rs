@@ -1,7 +1,7 @@
 //! Which endpoint has computed the beginning of this prompt before, and how far.
 //!
 //! An engine keeps the keys and values of what it has read. A prompt that begins as an earlier one did is cheap there
-//! and dear everywhere else. So a prompt is cut into blocks ([`chain`]), each named by a hash of itself and all that is
+//! and dear everywhere else. So a prompt is cut into blocks (`chain.rs`), each named by a hash of itself and all that is
 //! before it; [`Prefixes`] remembers which endpoint has seen which block, and a look-up tells for every endpoint how
 //! many blocks, counted from the first, it has.
 //!

@@ -100,7 +100,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
             due.check(&house, pool, now, &mut jobs);
             due.ask_load(&house, pool, now, &mut jobs);
         }
-        due.tidy(&policy, now);
+        due.tidy(&house, &policy, now, &mut jobs);
     }
 }
 
@@ -145,6 +145,7 @@ const LOOKED_AT: u32 = 20;
 enum Job {
     Looked { key: (Arc<str>, usize), took: Duration, heard: bool, interval: Duration },
     Resolved(Origin, Duration),
+    Tidied,
     Checked { key: (Arc<str>, usize), well: bool, healthy_after: u32, unhealthy_after: u32 },
 }
 
@@ -237,6 +238,7 @@ impl Due {
                         look.result(took, heard, interval, Instant::now());
                     }
                 }
+                Ok(Job::Tidied) => {}
                 Ok(Job::Resolved(key, ttl)) => drop(self.lookups.insert(key, Instant::now() + ttl)),
                 Ok(Job::Checked { key, well, healthy_after, unhealthy_after }) => {
                     if let Some(check) = self.checks.get_mut(&key) {
@@ -248,12 +250,18 @@ impl Due {
         }
     }
 
-    /// Forgets endpoints that are gone, and drops kept connections that have lain too long.
-    fn tidy(&mut self, policy: &Policy, now: Instant) {
+    /// Forgets endpoints that are gone and what they have read, and drops kept connections that have lain too long.
+    fn tidy(&mut self, house: &Arc<House>, policy: &Policy, now: Instant, jobs: &mut JoinSet<Job>) {
         if self.swept.is_some_and(|at| now < at + Duration::from_secs(1)) {
             return;
         }
         self.swept = Some(now);
+        if let Some(prefixes) = house.state.untidy_prefixes() {
+            jobs.spawn_blocking(move || {
+                prefixes.tidy();
+                Job::Tidied
+            });
+        }
         self.checks.retain(|_, check| check.running || check.seen == now);
         self.looks.retain(|_, look| look.running || look.seen == now);
         self.uses.retain(|name, _| policy.pools.contains_key(&**name));
