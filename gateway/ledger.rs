@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
 
 use self::fold::Batch;
@@ -41,6 +42,7 @@ pub struct Ledger {
     place: Place,
     shared: Arc<Shared>,
     committed: watch::Receiver<u64>,
+    lag: Gauge,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -285,16 +287,23 @@ impl Ledger {
     ) -> Result<Arc<Self>, String> {
         journal.wait_for_ledger();
         let shared = Arc::new(Shared::default());
-        let committed = journal.committed();
+        let (committed, lag) = (journal.committed(), meters.lag.clone());
         let follower = Follower::new(place.clone(), settings, journal, meters, shared.clone());
         let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || follower.run());
         let thread = thread.map_err(|error| format!("the ledger has no thread: {error}"))?;
-        Ok(Arc::new(Self { place, shared, committed, thread: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { place, shared, committed, lag, thread: Mutex::new(Some(thread)) }))
     }
 
     /// Where it is.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// Sets the metric of what is still to be folded: a reader of metrics wants to know what is so now, not what was
+    /// when a batch was done.
+    pub fn measure(&self) {
+        let committed = *self.committed.borrow();
+        self.lag.set(i64::try_from(self.shared.lag(committed)).unwrap_or(i64::MAX));
     }
 
     /// Waits until everything is folded that is on the journal's disk now: what this process wrote, and what dead

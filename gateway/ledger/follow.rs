@@ -58,6 +58,11 @@ struct Progress {
 }
 
 impl Shared {
+    /// How many of the lines up to `committed` are still to be folded.
+    pub(super) fn lag(&self, committed: u64) -> u64 {
+        (committed + 1).saturating_sub(self.progress.lock().next.max(1))
+    }
+
     /// Waits until our own run is folded up to line `target`, and what dead runs left.
     pub(super) fn folded(&self, target: u64, deadline: Instant) -> Result<(), Trouble> {
         let mut progress = self.progress.lock();
@@ -195,7 +200,6 @@ impl Follower {
         self.shared.tell(|progress| progress.trouble = Some(trouble));
         let until = Instant::now() + backoff(times);
         while Instant::now() < until && !self.shared.is_stopping() {
-            self.measure();
             let wait = until.saturating_duration_since(Instant::now()).min(POLL);
             let pause = async { tokio::time::timeout(wait, self.shared.stopped()).await };
             let _ = runtime.block_on(pause);
@@ -208,11 +212,6 @@ impl Follower {
         tracing::info!(seconds = since.elapsed().as_secs_f32(), "the ledger can be written again");
         self.meters.healthy.set(1);
         self.shared.tell(|progress| progress.trouble = None);
-    }
-
-    fn measure(&self) {
-        let (committed, next) = (*self.committed.borrow(), self.shared.progress.lock().next.max(1));
-        self.meters.lag.set(i64::try_from((committed + 1).saturating_sub(next)).unwrap_or(i64::MAX));
     }
 
     fn follow(&mut self, runtime: &Runtime) -> Result<(), Stop> {
@@ -273,7 +272,6 @@ impl Follower {
             let limit = *committed.borrow();
             let more = self.step(store, own, limit)?;
             self.shared.tell(|progress| progress.next = own.at.next);
-            self.measure();
             if !more {
                 self.works();
             }
