@@ -369,7 +369,7 @@ impl Levels {
 
     /// How the levels of `limit` stand, the fullest first, `most` of them.
     pub fn standings(&self, limit: &Limit, now: u64, most: usize) -> Vec<(Box<str>, Standing, u64)> {
-        let of_it = self.levels.iter().filter(|level| *level.limit == *limit.levels);
+        let of_it = self.levels.iter().filter(|level| level.levels == limit.levels);
         let mut standings: Vec<_> = of_it
             .map(|level| {
                 let mut count = level.count();

@@ -48,6 +48,15 @@ async fn is_up(gateway: &Gateway, up: f64) {
     eventually("the store is as it should be", limit, || async { gateway.metric(UP).await == up }).await;
 }
 
+/// Waits until the store knows all that `gateway` has used.
+async fn has_told(gateway: &Gateway) {
+    let calls = || gateway.metric("infergate_store_duration_seconds_count{store=\"redis\"}");
+    gateway.comes_to("infergate_limit_reserved", 0.0).await;
+    let before = calls().await;
+    let told = || async { calls().await >= before + 2.0 };
+    eventually("the store knows what it has used", Duration::from_secs(5), told).await;
+}
+
 async fn ask(gateway: &Gateway) -> Answer {
     Client::h1().post(gateway.address, CHAT, chat(false, 2)).await
 }
@@ -185,10 +194,7 @@ async fn a_replica_that_was_frozen_spends_nothing_that_others_were_given_meanwhi
         all += admitted(&gateways[..1], 1).await;
         assert!(all < 300, "nothing is ever leased");
     }
-    let calls = || gateways[0].metric("infergate_store_duration_seconds_count{store=\"redis\"}");
-    let before = calls().await;
-    let told = || async { calls().await >= before + 2.0 };
-    eventually("the store knows what it has used", Duration::from_secs(5), told).await;
+    has_told(&gateways[0]).await;
     gateways[0].signal("STOP");
     let limit = Duration::from_secs(30);
     let began = Instant::now();
@@ -291,6 +297,9 @@ async fn a_store_that_forgets_everything_is_told_again() {
     let text = limited(&server.url(), &redis.url(), PATIENT, "  - {requests: 30, per: 1h}\n  - {concurrency: 50}");
     let gateways = replicas(3, &text).await;
     assert_eq!(admitted(&gateways, 9).await, 9);
+    for gateway in &gateways {
+        has_told(gateway).await;
+    }
     redis.kill();
     for gateway in &gateways {
         is_up(gateway, 0.0).await;
@@ -299,7 +308,8 @@ async fn a_store_that_forgets_everything_is_told_again() {
     for gateway in &gateways {
         is_up(gateway, 1.0).await;
     }
-    assert_eq!(admitted(&gateways, 40).await, 21);
+    // The first that asks is told what the others have used, who have not asked for anything since.
+    assert_eq!(admitted(&gateways[..1], 40).await, 21);
 }
 
 #[tokio::test]
@@ -429,6 +439,27 @@ async fn what_those_have_used_that_are_long_gone_still_counts() {
         }
         assert!(number < 10_000, "a is remembered for ever: {fields:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_was_away_itself_takes_nobody_for_dead_whom_it_could_not_hear() {
+    let redis = Redis::start().await;
+    let mut caller = Caller::new(&redis).await;
+    caller.call("a", 1, json!({"held": 10}), 0).await;
+    let lives = Instant::now();
+    // Nobody is heard for longer than anybody may be silent.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let woke = Instant::now();
+    let mut taken = caller.call("b", 1, json!({}), 0).await[3];
+    assert_eq!(taken, 10, "after {:?}", lives.elapsed());
+    for number in 2.. {
+        if taken == 0 {
+            return assert!(woke.elapsed() >= Duration::from_millis(100), "{:?}", woke.elapsed());
+        }
+        assert!(number < 10_000, "a is taken for alive for ever");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        taken = caller.call("b", number, json!({}), 0).await[3];
     }
 }
 

@@ -17,8 +17,8 @@ pub type Id = [u8; 16];
 /// What is taken, shared by all requests that it counts.
 #[derive(Debug, Default)]
 pub struct Level {
-    /// The limit's name, with what it counts over which time.
-    pub limit: Box<str>,
+    /// What the limit calls its levels: its name, with what it counts over which time.
+    pub levels: Box<str>,
     /// For whom it counts, for reports; empty where it counts for all.
     pub whose: Box<str>,
     /// What replicas that share it call it.
@@ -84,8 +84,8 @@ pub struct Terms<'a> {
 
 impl Level {
     /// Nothing is taken yet.
-    pub fn new(limit: &str, whose: &str, id: Id) -> Self {
-        Self { limit: limit.into(), whose: whose.into(), id, count: Mutex::default() }
+    pub fn new(levels: &str, whose: &str, id: Id) -> Self {
+        Self { levels: levels.into(), whose: whose.into(), id, count: Mutex::default() }
     }
 
     /// The count, for whoever holds it.

@@ -1,6 +1,7 @@
 -- What replicas share of their limits: one call tells what this replica has taken, and asks for more.
 --
--- KEYS[1]   who lives: replica -> "number of its last call, when it came"; and since when this is known
+-- KEYS[1]   who lives: replica -> "number of its last call, when it came"; since when this is known; and when the
+--           store woke, if it was away
 -- KEYS[2..] the levels, each a hash:
 --   w, t          the span that is counted: from, to (milliseconds since 1970)
 --   h:<replica>   what it has taken in that span: "used held"
@@ -28,23 +29,40 @@ local last = redis.call('HGET', KEYS[1], me)
 if last and pair(last)[1] >= call.number then
   return { -1 }
 end
+
+-- When each was heard last.
+local heard, since, woke, newest = {}, now, 0, 0
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local at = pair(all[i + 1])[2]
+  if all[i] == 'since' then
+    since = at
+  elseif all[i] == 'woke' then
+    woke = at
+  else
+    heard[all[i]] = at
+    newest = math.max(newest, at)
+  end
+end
+-- Where nobody at all was heard, it is the store that was away: whoever lives has had no chance to say so.
+if newest > 0 and now - newest >= call.dead_ms / 2 then
+  woke = now
+  redis.call('HSET', KEYS[1], 'woke', '0 ' .. whole(now))
+end
+heard[me] = now
 redis.call('HSET', KEYS[1], me, whole(call.number) .. ' ' .. whole(now))
 redis.call('HSETNX', KEYS[1], 'since', '0 ' .. whole(now))
 redis.call('PEXPIRE', KEYS[1], 10 * call.forget_ms)
 
 -- true: lives; false: has been silent, and what it holds does not count.
-local known, since = {}, now
-local all = redis.call('HGETALL', KEYS[1])
-for i = 1, #all, 2 do
-  local silent = now - pair(all[i + 1])[2]
-  if all[i] == 'since' then
-    since = now - silent
-  elseif silent < call.dead_ms then
-    known[all[i]] = true
-  elseif silent < call.forget_ms then
-    known[all[i]] = false
+local known = {}
+for replica, at in pairs(heard) do
+  if now - math.max(at, woke) < call.dead_ms then
+    known[replica] = true
+  elseif now - at < call.forget_ms then
+    known[replica] = false
   else
-    redis.call('HDEL', KEYS[1], all[i])
+    redis.call('HDEL', KEYS[1], replica)
   end
 end
 

@@ -317,9 +317,9 @@ impl Talk {
     /// it held for us in advance, it may have given to others.
     fn everything_is_untold(&self) {
         let policy = self.house.policy.get();
-        let limits: HashMap<&str, &Arc<Limit>> = policy.all_limits().map(|limit| (&*limit.name, limit)).collect();
+        let limits: HashMap<&str, &Arc<Limit>> = policy.all_limits().map(|limit| (&*limit.levels, limit)).collect();
         for level in self.house.state.limits.all() {
-            let Some(limit) = limits.get(&*level.limit) else { continue };
+            let Some(limit) = limits.get(&*level.levels) else { continue };
             let mut count = level.count();
             count.slice = 0;
             if count.says_something() {
