@@ -30,7 +30,7 @@ use crate::pool::score::Balance;
 use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::{HOP_BY_HOP, RequestHead};
-use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
+use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Parting, Tunnel, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
@@ -595,22 +595,8 @@ pub async fn tunnel(
             relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
         match opened {
             Ok(Tunnelled::Open(tunnel)) => {
-                let now = Instant::now();
-                picked.endpoint.breaker.success(&pool.breaker, now);
-                exchange.attempt_answers(now, 101);
-                exchange.answering(now, 101);
-                exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
-                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
-                let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
-                if relay::carry(*tunnel, downstream, from, to, cut).await {
-                    picked.upstream.attempts.cancelled.inc();
-                    exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
-                    exchange.refused(&identity::revoked_refusal());
-                    return Ok(());
-                }
-                picked.upstream.attempts.answered.inc();
-                exchange.attempt_ends(Ending::Answered, None);
-                exchange.completed();
+                picked.endpoint.breaker.success(&pool.breaker, Instant::now());
+                carried(house, exchange, downstream, *tunnel, &picked).await;
                 return Ok(());
             }
             Ok(Tunnelled::Refused(answer)) => {
@@ -631,6 +617,38 @@ pub async fn tunnel(
             }
         }
     }
+}
+
+/// Carries a tunnel that stands, to its end. Where records must be durable first, the client has neither the upstream's
+/// goodbye nor the end of its connection before this one's is.
+async fn carried(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    mut tunnel: Tunnel,
+    picked: &Picked<'_>,
+) {
+    let now = Instant::now();
+    exchange.attempt_answers(now, 101);
+    exchange.answering(now, 101);
+    exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
+    let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
+    let (durable, counts) = (exchange.is_durable(), (&mut exchange.body_bytes, &mut exchange.tally.bytes));
+    let parting = relay::carry(&mut tunnel, downstream, counts, durable, cut).await;
+    if matches!(parting, Parting::Cut) {
+        picked.upstream.attempts.cancelled.inc();
+        exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
+        exchange.refused(&identity::revoked_refusal());
+    } else {
+        picked.upstream.attempts.answered.inc();
+        exchange.attempt_ends(Ending::Answered, None);
+        exchange.completed();
+    }
+    exchange.settle();
+    let on_record = exchange.put_on_record().await;
+    let goodbye = if let Parting::Goodbye(bytes) = parting { Some(bytes) } else { None };
+    // A connection that ends without a goodbye tells the client that not all is well.
+    relay::part(tunnel, downstream, goodbye.filter(|_| on_record)).await;
 }
 
 #[cfg(test)]
