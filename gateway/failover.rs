@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::HeaderValue;
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_LOCATION, LOCATION};
 use http::response::Parts;
+use http::{HeaderMap, HeaderValue};
+use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::Reason;
 
 use crate::audit::record::{Ending, Text};
@@ -29,7 +30,7 @@ use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Balance;
 use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{HOP_BY_HOP, RequestHead};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead, led};
 use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Parting, Tunnel, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
@@ -524,6 +525,7 @@ pub fn head_for_client(
     if let Some(theirs) = to.remove(headers::REQUEST_ID) {
         set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
+    redirect(to, upstream, exchange)?;
     if is_event_stream {
         to.remove(CONTENT_LENGTH);
         set(to, CACHE_CONTROL, "no-cache")?;
@@ -552,6 +554,21 @@ pub fn head_for_client(
         set(to, headers::OVERHEAD_US, own as u64)?;
     }
     Ok(head)
+}
+
+/// Says where an answer leads without telling where its upstream is. Only what passes unread may lead elsewhere: the
+/// prompt and the key of any other request would follow.
+fn redirect(to: &mut HeaderMap, upstream: &Upstream, exchange: &Exchange) -> Result<(), Refusal> {
+    for name in [LOCATION, CONTENT_LOCATION] {
+        let Some(told) = to.remove(&name) else { continue };
+        let led = told.to_str().ok().and_then(|told| led(told, |host| upstream.is_at(host), &upstream.path));
+        match led {
+            Some(path) => set(to, name, path)?,
+            None if exchange.surface.operation == Operation::Passthrough => set(to, name, told)?,
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 fn timing(exchange: &Exchange, first_at: Instant, now: Instant) -> Vec<u8> {

@@ -88,6 +88,17 @@ pub struct Upstream {
     pub attempts: Arc<AttemptCounters>,
 }
 
+impl Upstream {
+    /// Whether `authority` (a host, and a port where it is not the usual one) is its name or one of its addresses.
+    pub fn is_at(&self, authority: &str) -> bool {
+        let is = |own: &str| own.eq_ignore_ascii_case(authority);
+        let origin = &self.origin.origin;
+        is(&origin.authority())
+            || is(&origin.host.to_string())
+            || self.origin.endpoints().iter().any(|endpoint| is(&endpoint.address.to_string()))
+    }
+}
+
 /// A pool's levels.
 #[derive(Debug)]
 pub struct PoolState {
