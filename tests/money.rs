@@ -327,10 +327,10 @@ fn the_prices_that_are_shipped_are_good_and_litellms_can_be_taken_over() {
     let (code, out, told) = Process::run(&["prices", "import", "--only", "openai", theirs.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{told}");
     assert!(out.contains("input: 0.075\n") && !out.contains("[\"b\"]"), "{out}");
-    assert!(told.contains("a: not imported: odd_cost") && told.contains("1 prices, 1 findings"), "{told}");
+    assert!(told.contains("a: not imported: odd_cost") && told.contains("1 price, 1 finding"), "{told}");
     std::fs::write(&ours, out).unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
-    assert!(code == Some(0) && out.contains("good (1 names, version "), "{out}");
+    assert!(code == Some(0) && out.contains("good (1 name, version "), "{out}");
     std::fs::write(&ours, "version: 1\nlist: [{models: [a]}]\n").unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
     assert!(code == Some(1) && out.contains("ours.yaml:2:"), "{out}");
