@@ -27,6 +27,7 @@ use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
 use self::prefix::Prefixes;
 use self::score::Balance;
+use crate::limits::effort::Effort;
 use crate::policy::file;
 use crate::telemetry::{AttemptCounters, HedgeCounters};
 
@@ -110,6 +111,8 @@ pub struct PoolState {
     pub retries_refused: Counter,
     /// How fast its endpoints usually are.
     pub paces: Paces,
+    /// How long its servers work for a request, where they are paid by the hour.
+    pub effort: Effort,
     /// How long its first tokens take.
     pub first_tokens: FirstTokens,
     /// How long its answers take that come as a whole.
