@@ -20,8 +20,8 @@ use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
 use crate::limits::{Used, millis};
-use crate::money::NanoUsd;
 use crate::money::bill::{self, Bill, Cost, End as Whole};
+use crate::money::{Cached, NanoUsd};
 use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
@@ -330,6 +330,9 @@ impl Exchange {
         };
         if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
             route.density.learn(reservation.text_bytes, used.input);
+            if let Some((attempt, micros)) = self.attempts.last().and_then(|last| Some((last, last.gpu_us()?))) {
+                attempt.pool().state.effort.learn(used.input, used.output, micros);
+            }
         }
         reservation.settle(&used, millis(SystemTime::now()));
         self.tally.reservation = Some(reservation);
@@ -384,7 +387,8 @@ impl Exchange {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
-        let metered = Metered::of(&usage, cost.as_ref().map(|cost| cost.nanousd.0));
+        let answer = self.billed();
+        let metered = Metered::of(&answer.0, answer.1.flatten().map(|cost| cost.0));
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -436,12 +440,12 @@ impl Exchange {
             meter = meter.with_service_tier();
         }
         meter.push(body);
-        bill.settle(
+        let (_, cost) = bill.settle(
             meter.usage(),
             Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() },
-        )
-        .1
-        .flatten()
+        );
+        let besides = self.worked_in_vain().map_or(NanoUsd(0), |(_, nanousd)| nanousd);
+        cost.flatten().map(|cost| cost.plus(besides))
     }
 
     /// What it cost, once it is over.
@@ -455,23 +459,51 @@ impl Exchange {
 
     /// What it used, what that cost, and whether something of it has no price.
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
+        let (mut usage, cost) = self.billed();
+        let Some(book) = &self.policy.prices else { return (usage, None, false) };
+        let mut nanousd = cost.flatten();
+        if let Some((gpu_us, more)) = self.worked_in_vain() {
+            usage.gpu_us = Some(usage.gpu_us.unwrap_or(0).saturating_add(gpu_us));
+            nanousd = Some(nanousd.map_or(more, |cost| cost.plus(more)));
+        }
+        (usage, nanousd.map(|nanousd| Cost { nanousd, prices: &book.version }), cost == Some(None))
+    }
+
+    /// The same of the answer alone.
+    fn billed(&self) -> (Usage, Option<Option<NanoUsd>>) {
         let whole = self.ending.outcome == Outcome::Ok;
         let told = self.tally.usage(whole);
-        let Some(bill) = &self.bill else { return (told, None, false) };
-        let (usage, cost) =
-            bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
-        let Some(book) = &self.policy.prices else { return (usage, None, false) };
-        let priced = |nanousd| Cost { nanousd, prices: &book.version };
-        (usage, cost.flatten().map(priced), cost == Some(None))
+        let Some(bill) = &self.bill else { return (told, None) };
+        bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole, gpu_us: self.gpu_us() })
+    }
+
+    /// How long servers that are paid by the hour worked for attempts that gave no answer, in microseconds, and what
+    /// that cost. An attempt that reached nobody was no work.
+    fn worked_in_vain(&self) -> Option<(u64, NanoUsd)> {
+        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let answered = usize::from(self.bill.is_some());
+        let in_vain = &self.attempts[..self.attempts.len().saturating_sub(answered)];
+        let worked = in_vain.iter().filter(|attempt| attempt.result != Ending::Connect).filter_map(|attempt| {
+            let provider = attempt.upstream()?.provider.kind();
+            let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
+            let gpu_us = attempt.gpu_us().filter(|_| price.gpu_hour.is_some());
+            let cost = price.cost(&Usage { gpu_us, ..Usage::default() }, Cached::Within)?;
+            Some((gpu_us?, cost))
+        });
+        worked.reduce(|(one, cost), (other, more)| (one + other, cost.plus(more)))
     }
 
     fn models(&self) -> Models<'_> {
-        let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
-        let used = self.attempts.last().and_then(|attempt| {
-            let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
-        });
-        Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
+        let route = self.route.as_ref().map(|route| route.model.name.as_str());
+        let used = self.attempts.last().and_then(|attempt| self.model_of(attempt));
+        Models { asked: self.asked.as_deref(), route, used }
+    }
+
+    /// The model that an attempt asked for, as its upstream knows it.
+    fn model_of<'a>(&'a self, attempt: &'a Attempt) -> Option<&'a str> {
+        let route = self.route.as_ref()?;
+        let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
+        stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
     }
 }
 

@@ -187,6 +187,17 @@ impl Guard {
         Ok(splice(&body, &mut edits))
     }
 
+    /// What the rules that read here would change in texts of an answer that they have yet to read. Nothing is noted.
+    pub fn foreseen(&self, texts: &Texts, document: &[u8]) -> Result<Vec<Edit>, Blocked> {
+        let mut edits = Vec::new();
+        Self::new(self.rails.clone()).judge(texts, &[], document, &mut edits).map(|()| edits)
+    }
+
+    /// Notes what the rules find in texts of an answer of which nothing leaves.
+    pub fn note(&mut self, texts: &Texts, document: &[u8]) {
+        let _known = self.judge(texts, &[], document, &mut Vec::new());
+    }
+
     /// Brings originals back into an answer that is here as a whole.
     pub fn restored(&mut self, operation: Operation, body: Bytes) -> Bytes {
         if self.placeholders.is_empty() {

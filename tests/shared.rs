@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use infergate::house::House;
+use infergate::limits::effort::Work;
 use infergate::limits::shared::{self, Parameters};
 use infergate::limits::{Costs, Counted, Limit, Outcome, Reservation, Used, millis};
 use infergate::money::Cached;
@@ -513,7 +514,7 @@ impl Replica {
 
     /// Reserves `amount` tokens; `None`: too little is left.
     async fn reserve(&self, amount: u64) -> Option<Box<Reservation>> {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         let counted = Counted {
             tenant: None,
             key: None,

@@ -239,11 +239,12 @@ impl<'a> Record<'a> {
     /// What was used and what it cost.
     fn usage(self) -> Option<String> {
         let (input, output) = (self.number("usage.input_tokens"), self.number("usage.output_tokens"));
-        input.or(output)?;
         let mut line = match (input, output) {
             (Some(input), Some(output)) => format!("{} tokens in, {} out", grouped(input), grouped(output)),
             (Some(input), None) => format!("{} tokens in", grouped(input)),
-            (None, output) => format!("{} tokens out", grouped(output.unwrap_or(0))),
+            (None, Some(output)) => format!("{} tokens out", grouped(output)),
+            // Servers that are paid by the hour worked for nothing.
+            (None, None) => format!("{} ms of servers' work", grouped(self.number("usage.gpu_us")? / 1_000)),
         };
         let also =
             [("usage.cached_tokens", "of the input cached"), ("usage.reasoning_tokens", "of the output reasoning")];

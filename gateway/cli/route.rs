@@ -16,6 +16,7 @@ use infergate_plugins::router::{Answer, Router};
 use infergate_plugins::semantic::Embedding;
 use serde_json::{Value, json};
 
+use super::counted;
 use crate::policy::{Policy, World, load};
 use crate::routers::conversations::Conversations;
 use crate::routers::words::Words;
@@ -281,12 +282,14 @@ fn measured(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) 
 fn report(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) -> String {
     let (in_scope, out_of_scope) = (found.in_scope, found.out_of_scope);
     let mut told = format!(
-        "accuracy {:.1} % of {in_scope} prompts, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
+        "accuracy {:.1} % of {}, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
         100.0 * found.accuracy,
+        counted(in_scope as u64, "prompt"),
         100.0 * found.mean_accuracy
     );
     if let Some(auroc) = found.auroc {
-        told += &format!("out of scope: AUROC {:.1} % over {out_of_scope} prompts\n", 100.0 * auroc);
+        told +=
+            &format!("out of scope: AUROC {:.1} % over {}\n", 100.0 * auroc, counted(out_of_scope as u64, "prompt"));
     }
     told += &format!(
         "taken by a route: {:.1} % in scope, {:.1} % out of scope, at least_likeness {:.3}; {:.3} would keep 95 % in scope\n",

@@ -14,7 +14,7 @@ use tokio::time::sleep_until;
 use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::hide::Hide;
-use super::waiting::HEARTBEAT;
+use super::waiting::{HEARTBEAT, Interrupted, Waiting};
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
 use crate::ending;
@@ -386,15 +386,19 @@ pub enum WholeFault {
     TooLong,
 }
 
-/// Reads an answer that is no stream to its end, `most` bytes of it, and keeps it.
-pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, most: usize) -> Result<(), WholeFault> {
+/// Reads an answer to its end, `most` bytes of it, and keeps it. Between two pieces it waits no longer than `between`.
+pub async fn whole(
+    waiting: &mut Waiting<'_>,
+    answer: &mut Rest,
+    between: Duration,
+    most: usize,
+) -> Result<(), WholeFault> {
     let mut read = BytesMut::from(&*answer.first);
     while !answer.body.ended {
-        let limit = pace.total.min(Instant::now() + pace.between);
-        tokio::select! {
-            next = answer.body.next(&mut read) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
-            _ = downstream.departed() => return Err(WholeFault::Gone),
-            () = sleep_until(limit.into()) => {
+        match waiting.until(Instant::now() + between, answer.body.next(&mut read)).await {
+            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
+            Err(Interrupted::Gone) => return Err(WholeFault::Gone),
+            Err(_) => {
                 let why = "the next piece of the answer did not come in time".to_owned();
                 return Err(WholeFault::Broken(Code::BetweenTokensTimeout, why));
             }

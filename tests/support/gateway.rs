@@ -70,6 +70,12 @@ impl Gateway {
         Next(command.spawn().unwrap())
     }
 
+    /// Starts it again where it was, after it has ended.
+    pub fn again(&mut self) {
+        let mut command = base_command(Command::new(PROGRAM), &self.directory, self.address, self.admin);
+        self.child = command.arg("--policy").arg(self.policy_path()).spawn().unwrap();
+    }
+
     /// Waits until it is ready.
     pub async fn ready(&self) {
         let start = Instant::now();

@@ -17,6 +17,7 @@ pub mod prometheus;
 pub mod redis;
 pub mod requests;
 pub mod signer;
+pub mod socket;
 pub mod wire;
 
 pub use gateway::Gateway;
