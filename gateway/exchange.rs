@@ -19,7 +19,7 @@ use crate::house::House;
 use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
-use crate::limits::{Used, millis};
+use crate::limits::{Reservation, Used, millis};
 use crate::money::NanoUsd;
 use crate::money::bill::{self, Bill, Cost, End as Whole};
 use crate::policy::file::{CaptureText, Durable, OnError};
@@ -72,6 +72,8 @@ pub struct Exchange {
     pub tally: Tally,
     /// What it comes to, where the policy has prices and a model has begun to answer.
     pub bill: Option<Bill>,
+    /// What answers used and cost that were read and not passed on.
+    aside: Option<Box<Aside>>,
     caller: Caller,
     decisions: Decisions,
     ending: End,
@@ -81,6 +83,23 @@ pub struct Exchange {
     telemetry: Arc<Telemetry>,
     tracer: Arc<Tracer>,
     _in_flight: InFlight,
+}
+
+/// How much of an answer was heard.
+#[derive(Clone, Copy, Debug)]
+pub struct Heard {
+    /// Whether it came to its end.
+    pub whole: bool,
+    /// Bytes of it.
+    pub bytes: u64,
+}
+
+/// What answers used and cost that were read and not passed on, all together.
+#[derive(Debug, Default)]
+struct Aside {
+    usage: Usage,
+    nanousd: u64,
+    unpriced: bool,
 }
 
 /// Whom it came from.
@@ -151,6 +170,7 @@ impl Exchange {
             short: None,
             tally: Tally::default(),
             bill: None,
+            aside: None,
             caller: Caller {
                 peer: downstream.peer(),
                 protocol: downstream.protocol(),
@@ -320,19 +340,55 @@ impl Exchange {
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
     pub fn settle(&mut self) {
         let Some(mut reservation) = self.tally.reservation.take() else { return };
-        let (usage, cost, _) = self.spent();
-        let cached = bill::cached(self.surface.operation);
+        let used = self.used(&reservation, self.passed_on());
+        reservation.settle(&used, millis(SystemTime::now()));
+        self.tally.reservation = Some(reservation);
+    }
+
+    /// The answer that was read is not passed on as things are: what it used is settled, before anything is reserved for
+    /// another model.
+    pub fn settle_work(&mut self, heard: Heard) {
+        let Some(mut reservation) = self.tally.reservation.take() else { return };
+        let used = self.used(&reservation, heard);
+        reservation.settle_work(&used, millis(SystemTime::now()));
+        self.tally.reservation = Some(reservation);
+    }
+
+    /// What the answer used of limits.
+    fn used(&self, reservation: &Reservation, heard: Heard) -> Used {
+        let (usage, cost, _) = self.answer_spent(heard);
         let used = Used {
             asked: !self.attempts.is_empty(),
-            input: prompt_tokens(&usage, cached),
+            input: prompt_tokens(&usage, bill::cached(self.surface.operation)),
             output: usage.output_tokens.unwrap_or_default(),
             nanousd: cost.map_or(0, |cost| cost.nanousd.0),
         };
         if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
             route.density.learn(reservation.text_bytes, used.input);
         }
-        reservation.settle(&used, millis(SystemTime::now()));
-        self.tally.reservation = Some(reservation);
+        used
+    }
+
+    /// The answer that was read is not passed on: the running attempt has what it used, and the next model begins anew.
+    pub fn set_aside(&mut self, route: &Route, result: Ending, why: Text, heard: Heard) {
+        let (usage, cost, unpriced) = self.answer_spent(heard);
+        let nanousd = cost.map(|cost| cost.nanousd.0);
+        let model = Some(route.model.name.as_str().into());
+        if let Some(attempt) = self.attempts.last_mut() {
+            (attempt.metered, attempt.model) = (Metered::of(&usage, nanousd), model);
+        }
+        let aside = self.aside.get_or_insert_default();
+        aside.usage = aside.usage.and(usage);
+        aside.nanousd = aside.nanousd.saturating_add(nanousd.unwrap_or_default());
+        aside.unpriced |= unpriced;
+        self.attempt_ends(result, Some(why));
+        self.unread();
+    }
+
+    /// What was read of the answer is forgotten: it is read again when it is passed on, or nobody gets it.
+    pub fn unread(&mut self) {
+        self.tally.forget();
+        self.bill = None;
     }
 
     /// The answer was given to its end.
@@ -384,7 +440,8 @@ impl Exchange {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
-        let metered = Metered::of(&usage, cost.as_ref().map(|cost| cost.nanousd.0));
+        let (of_answer, its_cost, _) = self.answer_spent(self.passed_on());
+        let metered = Metered::of(&of_answer, its_cost.map(|cost| cost.nanousd.0));
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -436,12 +493,9 @@ impl Exchange {
             meter = meter.with_service_tier();
         }
         meter.push(body);
-        bill.settle(
-            meter.usage(),
-            Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() },
-        )
-        .1
-        .flatten()
+        let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
+        let cost = bill.settle(meter.usage(), whole).1.flatten()?;
+        Some(NanoUsd(cost.0.saturating_add(self.aside.as_ref().map_or(0, |aside| aside.nanousd))))
     }
 
     /// What it cost, once it is over.
@@ -453,13 +507,26 @@ impl Exchange {
         self.attempts.last()?.gpu_us()
     }
 
-    /// What it used, what that cost, and whether something of it has no price.
+    /// What it used, what that cost, and whether something of it has no price: all its answers together.
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
-        let whole = self.ending.outcome == Outcome::Ok;
+        let (usage, cost, unpriced) = self.answer_spent(self.passed_on());
+        let Some(aside) = &self.aside else { return (usage, cost, unpriced) };
+        let nanousd = cost.map_or(0, |cost| cost.nanousd.0).saturating_add(aside.nanousd);
+        let book = self.policy.prices.as_ref().filter(|_| cost.is_some() || aside.nanousd > 0);
+        let cost = book.map(|book| Cost { nanousd: NanoUsd(nanousd), prices: &book.version });
+        (aside.usage.and(usage), cost, unpriced || aside.unpriced)
+    }
+
+    /// How much of the answer its client has.
+    fn passed_on(&self) -> Heard {
+        Heard { whole: self.ending.outcome == Outcome::Ok, bytes: self.tally.bytes }
+    }
+
+    /// The same of the answer alone that was read last.
+    fn answer_spent(&self, Heard { whole, bytes }: Heard) -> (Usage, Option<Cost<'_>>, bool) {
         let told = self.tally.usage(whole);
         let Some(bill) = &self.bill else { return (told, None, false) };
-        let (usage, cost) =
-            bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
+        let (usage, cost) = bill.settle(told, Whole { bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
         let Some(book) = &self.policy.prices else { return (usage, None, false) };
         let priced = |nanousd| Cost { nanousd, prices: &book.version };
         (usage, cost.flatten().map(priced), cost == Some(None))

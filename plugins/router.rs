@@ -39,6 +39,7 @@
 //! assert!(matches!(ask(&[said(0), said(2)]), Answer::Route(choice) if &*choice.model == "patient"));
 //! ```
 
+pub mod cascade;
 pub mod difficulty;
 pub mod evaluation;
 pub mod semantic;

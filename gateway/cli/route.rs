@@ -152,6 +152,7 @@ fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Val
         "model": &*decided.model,
         "rule": decided.rule.as_str(),
         "why": decided.why.as_str(),
+    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
         "in_tool_loop": words.in_loop(&prompt),
         "microseconds": micros,
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
@@ -160,6 +161,7 @@ fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Val
     }))
 }
 
+        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
 fn said(router: &dyn Router, prompt: &Prompt<'_>) -> Value {
     let mut said = match router.ask(prompt) {
         Answer::Route(choice) => json!({
@@ -235,6 +237,10 @@ fn story(found: &Value) -> String {
 }
 
 impl Eval {
+    let steps: Vec<String> = found["escalates_to"].as_array().into_iter().flatten().map(text).collect();
+    if !steps.is_empty() {
+        told += &format!("  cascade     {} if the answer is not good enough\n", steps.join(", then "));
+    }
     fn run(self) -> Result<ExitCode, String> {
         let routers = self.of.routers()?;
         let semantic = routers.ask.iter().find_map(|router| router.semantic());

@@ -51,7 +51,10 @@ impl Compiler<'_> {
         let asked = asked.flat_map(|(at, config)| {
             config.models().into_iter().map(move |(key, model)| (format!("{path}.ask[{at}]{key}"), model))
         });
-        let all = std::iter::once((format!("{path}.default"), written.default.as_str())).chain(asked);
+        let cascade = written.cascade.iter().flat_map(|cascade| cascade.models.iter().enumerate());
+        let cascade = cascade.map(|(at, model)| (format!("{path}.cascade.models[{at}]"), model.as_str()));
+        let default = std::iter::once((format!("{path}.default"), written.default.as_str()));
+        let all = default.chain(asked).chain(cascade);
         let mut known = Some(HashMap::new());
         for (place, name) in all {
             match self.candidate(&place, name, file, models) {
@@ -101,7 +104,15 @@ impl Compiler<'_> {
                 self.wrong(&format!("{path}.ask{key}"), message);
             }
         });
-        let built = built.ok()?;
+        let cascade = written.cascade.as_ref().map(router::cascade::build).transpose().map_err(|wrongs| {
+            for (key, message) in wrongs {
+                self.wrong(&format!("{path}.cascade{key}"), message);
+            }
+        });
+        if written.ask.is_empty() && written.cascade.is_none() {
+            self.wrong(path, "nothing decides: give it `ask`, or `cascade`");
+        }
+        let (built, cascade) = (built.ok()?, cascade.ok()?);
         for (key, message) in built.iter().flat_map(|built| &built.warnings) {
             let warning = self.document.problem(&format!("{path}.ask{key}"), message);
             self.warnings.push(warning);
@@ -127,6 +138,7 @@ impl Compiler<'_> {
             if !stages.iter().any(|known| Arc::ptr_eq(&known.pool, &stage.pool)) {
                 stages.push(Stage { pool: stage.pool.clone(), naming: Naming::AsAsked, on: Vec::new() });
             }
+            cascade: cascade.map(Arc::new),
         }
         let model = file::Model {
             name: name.to_owned(),
