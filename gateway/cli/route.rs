@@ -1,5 +1,7 @@
 //! `infergate route`: which model a prompt gets and why; how well routes do on labelled prompts.
 
+mod train;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,6 +46,9 @@ enum Command {
     Explain(Explain),
     /// Try the routes told by examples on labelled prompts, one JSON object a line: {"text": ..., "label": ROUTE}
     Eval(Eval),
+    /// Learn from labelled prompts which are difficult, one JSON object a line: {"text": ..., "weak_ok": BOOL,
+    /// "strong_ok": BOOL}, and tell what that is worth
+    Train(train::Train),
 }
 
 #[derive(Args)]
@@ -86,6 +91,7 @@ impl Route {
         match self.command {
             Command::Explain(explain) => explain.run(),
             Command::Eval(eval) => eval.run(),
+            Command::Train(train) => train.run(),
         }
     }
 }
@@ -146,22 +152,22 @@ fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Val
     for _ in 0..ROUNDS {
         std::hint::black_box(routers.decide(operation, body, &fresh, &Whose::default()));
     }
+    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
     Ok(json!({
         "asked": &*routers.name,
         "model": &*decided.model,
         "rule": decided.rule.as_str(),
         "why": decided.why.as_str(),
-    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
         "in_tool_loop": words.in_loop(&prompt),
         "microseconds": micros,
+        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
         "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
         "signals": signals(&prompt),
     }))
 }
 
-        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
 fn said(router: &dyn Router, prompt: &Prompt<'_>) -> Value {
     let mut said = match router.ask(prompt) {
         Answer::Route(choice) => json!({
@@ -231,16 +237,16 @@ fn story(found: &Value) -> String {
             told += &format!("    {:<20} {}\n", text(&route["route"]), route["score"]);
         }
     }
+    let steps: Vec<String> = found["escalates_to"].as_array().into_iter().flatten().map(text).collect();
+    if !steps.is_empty() {
+        told += &format!("  cascade     {} if the answer is not good enough\n", steps.join(", then "));
+    }
     let signals = found["signals"].as_object().into_iter().flatten();
     let signals: Vec<String> = signals.map(|(name, value)| format!("{name} {}", text(value))).collect();
     told + &format!("  signals     {}\n", signals.join(", "))
 }
 
 impl Eval {
-    let steps: Vec<String> = found["escalates_to"].as_array().into_iter().flatten().map(text).collect();
-    if !steps.is_empty() {
-        told += &format!("  cascade     {} if the answer is not good enough\n", steps.join(", then "));
-    }
     fn run(self) -> Result<ExitCode, String> {
         let routers = self.of.routers()?;
         let semantic = routers.ask.iter().find_map(|router| router.semantic());

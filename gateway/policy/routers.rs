@@ -2,11 +2,14 @@
 //! requests.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use http::HeaderName;
 use infergate_plugins::router;
+use sha2::Digest;
 
+use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::routers::Routers;
@@ -99,7 +102,18 @@ impl Compiler<'_> {
         if let (Some(Err(_)), Some(header)) = (&session_header, &written.session_header) {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
-        let built = router::build(&written.ask).map_err(|wrongs| {
+        let (mut read, directory) = (Vec::new(), self.directory.clone());
+        let mut open = |path: &Path| {
+            let (path, text) = beside(directory.as_deref(), path)?;
+            read.push((path, text.clone()));
+            Ok(text)
+        };
+        let built = router::build(&written.ask, &mut open);
+        for (path, text) in read {
+            self.secrets.update(&text);
+            self.secret_files.push(path);
+        }
+        let built = built.map_err(|wrongs| {
             for (key, message) in wrongs {
                 self.wrong(&format!("{path}.ask{key}"), message);
             }
@@ -124,6 +138,7 @@ impl Compiler<'_> {
             ask,
             default: written.default.as_str().into(),
             models: known?,
+            cascade: cascade.map(Arc::new),
             keep: written.keep,
             session_header: session_header.and_then(Result::ok),
         })
@@ -138,7 +153,6 @@ impl Compiler<'_> {
             if !stages.iter().any(|known| Arc::ptr_eq(&known.pool, &stage.pool)) {
                 stages.push(Stage { pool: stage.pool.clone(), naming: Naming::AsAsked, on: Vec::new() });
             }
-            cascade: cascade.map(Arc::new),
         }
         let model = file::Model {
             name: name.to_owned(),
