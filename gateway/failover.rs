@@ -197,7 +197,7 @@ async fn enter(
 }
 
 /// What becomes of a request whose prompt turned out not to pass; whoever found it says more.
-fn stopped() -> Refusal {
+pub fn stopped() -> Refusal {
     Refusal::new(Code::ContentFilter, "the prompt does not pass the guardrails")
 }
 

@@ -140,6 +140,8 @@ pub struct Counted<'a> {
     pub output: u64,
     /// What it costs at most. None: nobody knows.
     pub cost: Costs<'a>,
+    /// What it has already, where another model is asked after one that was: a request is one request all the same.
+    pub held: Option<&'a Reservation>,
     /// Now, in milliseconds since 1970.
     pub now: u64,
 }
@@ -412,6 +414,9 @@ impl Levels {
         let mut holds = Holds::new();
         for limit in limits.filter(|limit| limit.holds_for(request)) {
             let level = self.of(limit, request);
+            if request.held.is_some_and(|held| held.counts(&level)) {
+                continue;
+            }
             if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
                 return Err(limit.clone());
             }
@@ -472,6 +477,11 @@ impl Unit {
     /// Whether a longer prompt needs more of it.
     fn reads(self) -> bool {
         matches!(self, Self::InputTokens | Self::Tokens | Self::Nanousd)
+    }
+
+    /// Whether it counts what is done, and not that somebody asks.
+    fn works(self) -> bool {
+        !matches!(self, Self::Requests | Self::Concurrency)
     }
 
     /// Whether a longer answer needs more of it.
@@ -686,7 +696,8 @@ impl Reservation {
         let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work: self.work };
         let input = self.input;
         let counted = Counted::of_tokens(input, wanted, costs, now);
-        let grows = |hold: &Hold| hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
+        let grows =
+            |hold: &Hold| hold.settled.is_none() && hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
         let mut holds: SmallVec<[&mut Hold; 4]> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
         let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
         // They are in their one order since they were reserved.
@@ -720,7 +731,29 @@ impl Reservation {
 
     /// The request is over: what it did not use is given back, what it used beyond is taken.
     pub fn settle(&mut self, used: &Used, now: u64) {
-        for hold in self.holds.iter_mut().filter(|hold| hold.settled.is_none()) {
+        self.settle_some(used, now, |_| true);
+    }
+
+    /// A model has done its work, and another one may be asked after it: that work is settled, and the request is not
+    /// over.
+    pub fn settle_work(&mut self, used: &Used, now: u64) {
+        self.settle_some(used, now, Unit::works);
+    }
+
+    /// What was reserved for another model before belongs to the same request.
+    pub fn absorb(&mut self, mut before: Self) {
+        self.holds.append(&mut before.holds);
+    }
+
+    /// Whether it has its place on a level that counts requests, and not their work.
+    fn counts(&self, level: &Arc<Level>) -> bool {
+        let is_it = |hold: &&Hold| !hold.limit.unit.works() && Arc::ptr_eq(&hold.level, level);
+        self.holds.iter().any(|hold| is_it(&hold))
+    }
+
+    fn settle_some(&mut self, used: &Used, now: u64, is_over: impl Fn(Unit) -> bool) {
+        let open = |hold: &&mut Hold| hold.settled.is_none() && is_over(hold.limit.unit);
+        for hold in self.holds.iter_mut().filter(open) {
             let amount = hold.limit.used(used);
             hold.settled = Some(amount);
             hold.limit.meters.overshot.inc_by(amount.saturating_sub(hold.reserved));
@@ -747,7 +780,8 @@ impl Drop for Reservation {
 impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
-        Self { tenant: None, key: None, plans: &[], model: "", surface: "", user: None, input, output, cost, now }
+        let (tenant, key, user, held) = (None, None, None, None);
+        Self { tenant, key, plans: &[], model: "", surface: "", user, input, output, cost, held, now }
     }
 
     /// One that says only whom it belongs to.

@@ -15,6 +15,7 @@ use infergate_plugins::operation::Operation;
 
 use crate::answering;
 use crate::audit::record::clip;
+use crate::cascade::Ladder;
 use crate::compatible;
 use crate::exchange::Exchange;
 use crate::failover::{self};
@@ -107,6 +108,8 @@ pub struct Planned {
     pub output_max: Option<u64>,
     /// The pools to ask.
     pub route: Arc<Route>,
+    /// The models to ask one after another, where that is left to their answers.
+    pub ladder: Option<Box<Ladder>>,
     /// The class of urgency.
     pub priority: Option<Priority>,
     /// When all must be over.
@@ -146,7 +149,11 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
         return Box::pin(failover::tunnel(house, exchange, downstream, &planned)).await;
     }
     let route = planned.route.clone();
-    let asked = failover::ask(house, exchange, downstream, &planned, &route).await;
+    let ladder = planned.ladder.take().filter(|ladder| ladder.begins_with(&route));
+    let asked = match &ladder {
+        None => failover::ask(house, exchange, downstream, &planned, &route).await,
+        Some(ladder) => Box::pin(ladder.ask(house, exchange, downstream, &mut planned)).await,
+    };
     if asked.is_err() {
         // Why it does not pass says more than that nobody went on.
         heard_beside(exchange, &mut planned, None).await?;
@@ -322,6 +329,7 @@ fn admit(
         beside: None,
         output_max: None,
         route,
+        ladder: None,
         priority,
         total,
         received,

@@ -15,11 +15,13 @@ use std::time::Instant;
 use http::{HeaderMap, HeaderName};
 use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::{Prompt, Role};
+use infergate_plugins::router::cascade::Cascade;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
 
 use self::conversations::Conversations;
 use self::words::Words;
 use crate::audit::record::Text;
+use crate::cascade::Ladder;
 use crate::exchange::Exchange;
 use crate::guard::BESIDE;
 use crate::house::House;
@@ -45,6 +47,8 @@ pub struct Routers {
     pub keep: Keep,
     /// The header that names a conversation.
     pub session_header: Option<HeaderName>,
+    /// The models that are asked one after another, where answers decide.
+    pub cascade: Option<Arc<Cascade>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
 }
@@ -67,6 +71,10 @@ pub struct Decided {
     pub rule: Text,
     /// How it came to that.
     pub why: Text,
+    /// The conversation that it was made for, if that is remembered.
+    pub key: Option<u64>,
+    /// Whether it was made before, and is kept.
+    pub kept: bool,
 }
 
 /// Decides which model answers a request that leaves it open.
@@ -94,15 +102,16 @@ pub async fn choose(
         let (name, path) = (&decided.model, planned.identified.surface.path);
         return Err(Refusal::new(Code::NotFound, format!("no upstream of the model `{name}` can do {path}")));
     };
-    let Decided { model, rule, why } = decided;
-    exchange.decide("route", rule, &model, why);
-    exchange.chosen = Some(Chosen { by: routers.name.clone(), model: model.clone() });
-    exchange.serve_instead(route.clone(), model);
+    exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
+    exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
+    exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
+    planned.ladder = Ladder::of(&routers, &decided, exchange, planned);
     Ok(())
 }
 
-fn serves(route: &Route, operation: Operation) -> bool {
+/// Whether somebody who serves a model can do this.
+pub fn serves(route: &Route, operation: Operation) -> bool {
     route.stages.iter().any(|stage| stage.pool.serves(operation))
 }
 
@@ -144,9 +153,10 @@ impl Routers {
         if let Some(model) = key.filter(|_| holds).and_then(|key| kept.get(key, now))
             && self.can(&model, operation)
         {
-            return Decided { model, rule: "conversation".into(), why: "it was chosen before, and is kept".into() };
+            let why = "it was chosen before, and is kept".into();
+            return Decided { model, rule: "conversation".into(), why, key, kept: true };
         }
-        let decided = self.asked(operation, &prompt);
+        let decided = Decided { key, ..self.asked(operation, &prompt) };
         if let Some(key) = key {
             kept.put(key, decided.model.clone(), now);
         }
@@ -167,7 +177,7 @@ impl Routers {
     }
 
     fn by_default(&self, why: Text) -> Decided {
-        Decided { model: self.default.clone(), rule: "default".into(), why }
+        Decided { model: self.default.clone(), rule: "default".into(), why, key: None, kept: false }
     }
 
     fn can(&self, model: &str, operation: Operation) -> bool {
@@ -191,7 +201,7 @@ impl Routers {
 
 fn decided(kind: &'static str, choice: Choice) -> Decided {
     let why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
-    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into() }
+    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into(), key: None, kept: false }
 }
 
 fn note(passed: &mut String, kind: &str, why: &str) {

@@ -525,6 +525,7 @@ impl Replica {
             input: amount,
             output: 0,
             cost,
+            held: None,
             now: 0,
         };
         let limits = std::iter::once(&self.limit);

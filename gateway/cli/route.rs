@@ -1,5 +1,7 @@
 //! `infergate route`: which model a prompt gets and why; how well routes do on labelled prompts.
 
+mod train;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -46,6 +48,9 @@ enum Command {
     Explain(Explain),
     /// Try the routes told by examples on labelled prompts, one JSON object a line: {"text": ..., "label": ROUTE}
     Eval(Eval),
+    /// Learn from labelled prompts which are difficult, one JSON object a line: {"text": ..., "weak_ok": BOOL,
+    /// "strong_ok": BOOL}, and tell what that is worth
+    Train(train::Train),
 }
 
 #[derive(Args)]
@@ -88,6 +93,7 @@ impl Route {
         match self.command {
             Command::Explain(explain) => explain.run(),
             Command::Eval(eval) => eval.run(),
+            Command::Train(train) => train.run(),
         }
     }
 }
@@ -149,6 +155,7 @@ fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<V
         let unread = Reading::of(operation, request.body.clone());
         std::hint::black_box(routers.decide(&unread, &fresh, &Whose::default()));
     }
+    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
     Ok(json!({
         "asked": &*routers.name,
@@ -157,6 +164,7 @@ fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<V
         "why": decided.why.as_str(),
         "in_tool_loop": words.in_loop(&prompt),
         "microseconds": micros,
+        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
         "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
         "signals": signals(&prompt),
@@ -231,6 +239,10 @@ fn story(found: &Value) -> String {
         for route in router["routes"].as_array().into_iter().flatten().take(5) {
             told += &format!("    {:<20} {}\n", text(&route["route"]), route["score"]);
         }
+    }
+    let steps: Vec<String> = found["escalates_to"].as_array().into_iter().flatten().map(text).collect();
+    if !steps.is_empty() {
+        told += &format!("  cascade     {} if the answer is not good enough\n", steps.join(", then "));
     }
     let signals = found["signals"].as_object().into_iter().flatten();
     let signals: Vec<String> = signals.map(|(name, value)| format!("{name} {}", text(value))).collect();

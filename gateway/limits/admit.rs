@@ -191,6 +191,7 @@ async fn attempt<'a>(
             besides: asked.besides,
             work: work_of(&planned.route),
         },
+        held: exchange.tally.reservation.as_deref(),
         now: millis(SystemTime::now()),
     };
     let levels = &house.state.limits;
@@ -280,6 +281,10 @@ fn unavailable(exchange: &mut Exchange) -> Refusal {
 /// Another model answers, where the limit that is short names one that has not been tried.
 fn goes_elsewhere(exchange: &mut Exchange, planned: &mut Planned, policy: &Policy, short: &Short) -> bool {
     let Some(instead) = &short.limit.exhausted.instead else { return false };
+    if !exchange.attempts.is_empty() {
+        // A model has answered already: that answer stands.
+        return false;
+    }
     if *planned.route.model.name == **instead {
         return false;
     }

@@ -334,11 +334,14 @@ pub struct Model {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VirtualModel {
-    /// The routers. They are asked in order, and the first answer wins.
-    #[schemars(length(min = 1))]
+    /// The routers. They are asked in order, and the first answer wins. May be absent where there is a `cascade`.
+    #[serde(default)]
     pub ask: Vec<router::Config>,
     /// The model for what no router has an answer to, and for requests without text.
     pub default: String,
+    /// Models that are asked one after another until one gives a good answer.
+    #[serde(default)]
+    pub cascade: Option<router::cascade::Config>,
     /// How long a choice holds.
     #[serde(default)]
     pub keep: Keep,

@@ -2,11 +2,14 @@
 //! requests.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use http::HeaderName;
 use infergate_plugins::router;
+use sha2::Digest;
 
+use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::routers::Routers;
@@ -51,7 +54,10 @@ impl Compiler<'_> {
         let asked = asked.flat_map(|(at, config)| {
             config.models().into_iter().map(move |(key, model)| (format!("{path}.ask[{at}]{key}"), model))
         });
-        let all = std::iter::once((format!("{path}.default"), written.default.as_str())).chain(asked);
+        let cascade = written.cascade.iter().flat_map(|cascade| cascade.models.iter().enumerate());
+        let cascade = cascade.map(|(at, model)| (format!("{path}.cascade.models[{at}]"), model.as_str()));
+        let default = std::iter::once((format!("{path}.default"), written.default.as_str()));
+        let all = default.chain(asked).chain(cascade);
         let mut known = Some(HashMap::new());
         for (place, name) in all {
             match self.candidate(&place, name, file, models) {
@@ -96,12 +102,31 @@ impl Compiler<'_> {
         if let (Some(Err(_)), Some(header)) = (&session_header, &written.session_header) {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
-        let built = router::build(&written.ask).map_err(|wrongs| {
+        let (mut read, directory) = (Vec::new(), self.directory.clone());
+        let mut open = |path: &Path| {
+            let (path, text) = beside(directory.as_deref(), path)?;
+            read.push((path, text.clone()));
+            Ok(text)
+        };
+        let built = router::build(&written.ask, &mut open);
+        for (path, text) in read {
+            self.secrets.update(&text);
+            self.secret_files.push(path);
+        }
+        let built = built.map_err(|wrongs| {
             for (key, message) in wrongs {
                 self.wrong(&format!("{path}.ask{key}"), message);
             }
         });
-        let built = built.ok()?;
+        let cascade = written.cascade.as_ref().map(router::cascade::build).transpose().map_err(|wrongs| {
+            for (key, message) in wrongs {
+                self.wrong(&format!("{path}.cascade{key}"), message);
+            }
+        });
+        if written.ask.is_empty() && written.cascade.is_none() {
+            self.wrong(path, "nothing decides: give it `ask`, or `cascade`");
+        }
+        let (built, cascade) = (built.ok()?, cascade.ok()?);
         for (key, message) in built.iter().flat_map(|built| &built.warnings) {
             let warning = self.document.problem(&format!("{path}.ask{key}"), message);
             self.warnings.push(warning);
@@ -113,6 +138,7 @@ impl Compiler<'_> {
             ask,
             default: written.default.as_str().into(),
             models: known?,
+            cascade: cascade.map(Arc::new),
             keep: written.keep,
             session_header: session_header.and_then(Result::ok),
         })
