@@ -10,7 +10,7 @@ use crate::pipeline::{Planned, Stop, waiting};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Downstream, Interrupted};
 use crate::scan::Edit;
-use crate::text::{self, Text};
+use crate::text::{self, Text, Texts};
 
 /// Judges an answer in one piece; returns it as it may leave.
 pub async fn whole(
@@ -45,8 +45,9 @@ pub async fn held(
         return unread.map_or(Ok(()), |blocked| Err(refused(exchange, &blocked).into()));
     };
     let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
+    let texts = Texts::from(texts);
     match guard.foreseen(&texts, &document) {
-        Ok(edits) => asked(house, exchange, downstream, planned, (&document, texts, edits)).await,
+        Ok(edits) => asked(house, exchange, downstream, planned, (&document, texts.all, edits)).await,
         Err(blocked) => {
             guard.note(&texts, &document);
             Err(refused(exchange, &blocked).into())

@@ -24,6 +24,7 @@ use crate::routers::{Routers, Whose, told};
 use crate::state::State;
 use crate::surface;
 use crate::telemetry::Telemetry;
+use crate::text::Reading;
 
 /// The longest request that is read.
 const LONGEST: u64 = 64 << 20;
@@ -123,7 +124,7 @@ impl Explain {
         let mut body = Vec::new();
         let read = std::io::stdin().take(LONGEST).read_to_end(&mut body);
         read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
-        let found = explained(&routers, operation, &body)?;
+        let found = explained(&routers, operation, body)?;
         if self.json {
             println!("{found}");
         } else {
@@ -134,18 +135,19 @@ impl Explain {
 }
 
 /// What a request gets, and what everybody says of it.
-fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Value, String> {
+fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<Value, String> {
     let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
-    let words = Words::of(operation, body, true).map_err(|_| unreadable)?;
-    let spans = words.spans();
-    let prompt = words.prompt(&spans);
+    let request = Reading::of(operation, body);
+    let words = Words::of(&request, true).map_err(|_| unreadable)?;
+    let prompt = words.prompt();
     let kept = Conversations::default();
     // The first time the tables are cold.
-    let decided = routers.decide(operation, body, &kept, &Whose::default());
+    let decided = routers.decide(&request, &kept, &Whose::default());
     let fresh = Conversations::default();
     let began = Instant::now();
     for _ in 0..ROUNDS {
-        std::hint::black_box(routers.decide(operation, body, &fresh, &Whose::default()));
+        let unread = Reading::of(operation, request.body.clone());
+        std::hint::black_box(routers.decide(&unread, &fresh, &Whose::default()));
     }
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
     Ok(json!({
