@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::audit::story::grouped;
+use crate::audit::story::counted;
 use crate::logging::{self, Levels};
 
 /// An inference gateway: one process between your applications and your model servers.
@@ -106,9 +106,4 @@ impl Logging {
         let json = self.log_json || !std::io::stderr().is_terminal();
         logging::start(&self.log, json).map_err(|error| format!("--log {}: {error}; try --log info", self.log))
     }
-}
-
-/// `1 line`, `2,000 lines`.
-fn counted(number: u64, what: &str) -> String {
-    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
 }

@@ -532,13 +532,13 @@ impl Exchange {
     }
 
     /// How long servers that are paid by the hour worked for attempts that gave no answer, in microseconds, and what
-    /// that cost. An attempt that reached nobody was no work.
+    /// that cost. An attempt that reached nobody was no work, and one that was metered is counted with that.
     fn worked_in_vain(&self) -> Option<(u64, NanoUsd)> {
         let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
         let answered = usize::from(self.bill.is_some());
         let in_vain = &self.attempts[..self.attempts.len().saturating_sub(answered)];
-        let in_vain = in_vain.iter().filter(|attempt| attempt.result != Ending::Connect && attempt.metered.is_none());
-        let worked = in_vain.filter_map(|attempt| {
+        let counts = |attempt: &&Attempt| attempt.result != Ending::Connect && attempt.metered.is_none();
+        let worked = in_vain.iter().filter(counts).filter_map(|attempt| {
             let provider = attempt.upstream()?.provider.kind();
             let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
             let gpu_us = attempt.gpu_us().filter(|_| price.gpu_hour.is_some());

@@ -470,6 +470,9 @@ impl Unit {
     pub fn spelt(self, amount: u64) -> String {
         match self {
             Self::Nanousd => format!("${}", crate::money::NanoUsd(amount)),
+            _ if amount == 1 => {
+                format!("1 {}", self.name().replacen("requests", "request", 1).replacen("tokens", "token", 1))
+            }
             _ => format!("{amount} {}", self.name()),
         }
     }
@@ -764,7 +767,12 @@ impl Reservation {
             }
             let terms = hold.limit.terms(now);
             count.roll(&terms);
-            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
+            // Where levels are shared, the store says which replica tells it.
+            let asks = self.shared.as_ref().is_some_and(|shared| shared.answers());
+            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at)
+                && !asks
+                && count.announces(passed)
+            {
                 hold.limit.warned(&hold.level.whose, passed);
             }
         }
