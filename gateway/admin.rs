@@ -322,6 +322,7 @@ impl Admin {
                     healthy: endpoint.healthy(),
                     breaker: breaker_level(endpoint, now),
                     work: pool.balance.weighs().then(|| endpoint.load.levels(now)),
+                    cache: endpoint.load.told.cache(),
                 }));
             }
         }
@@ -335,6 +336,7 @@ impl Admin {
                 "pool": level.pool, "upstream": level.upstream, "address": level.address,
                 "in_flight": level.in_flight, "healthy": level.healthy,
                 "breaker": words.get(usize::try_from(level.breaker).unwrap_or(0)),
+                "kv_cache": level.cache.map(|cache| json!({"tokens": cache.tokens, "block_tokens": cache.block})),
             })
         };
         json!({"endpoints": self.levels().into_iter().map(entry).collect::<Vec<_>>()})

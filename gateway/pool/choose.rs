@@ -158,7 +158,7 @@ impl<'a> Prompt<'a> {
     fn held_by(&self, endpoint: &Endpoint, prompt: u32) -> u32 {
         let Some((chain, held)) = self.held.as_ref().filter(|(_, held)| held.deepest > 0) else { return 0 };
         let depth = endpoint.seated().map_or(0, |seat| held.by(seat));
-        (chain.share(depth) * f64::from(prompt)) as u32
+        endpoint.load.told.whole_blocks((chain.share(depth) * f64::from(prompt)) as u32)
     }
 }
 

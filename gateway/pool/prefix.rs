@@ -175,6 +175,11 @@ impl Seat {
         self.prefixes.seats.holds(self.number, blocks);
     }
 
+    /// How many blocks it is taken to hold.
+    pub fn room(&self) -> u32 {
+        self.prefixes.seats.room(self.number)
+    }
+
     /// See [`Prefixes::forget`].
     pub fn forget(&self) {
         self.prefixes.forget(self);

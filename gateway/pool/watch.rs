@@ -13,7 +13,7 @@ use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use tokio::task::JoinSet;
 
 use super::origin::{Address, Endpoint, Host, Origin, OriginState};
-use super::told::Scanner;
+use super::told::{Scanner, Wants};
 use super::{Pool, Upstream};
 use crate::house::House;
 use crate::policy::Policy;
@@ -331,13 +331,22 @@ async fn probe(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpo
 
 /// Reads an engine's page of metrics as far as is needed. Returns whether it told anything.
 async fn look_at(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpoint) -> bool {
-    let mut scanner = Scanner::new(pool.load.adapters);
+    let at = endpoint.load.millis(Instant::now());
+    let wants = Wants {
+        adapters: pool.load.adapters,
+        cache: pool.balance.matches_prefixes() && endpoint.load.told.wants_cache(at),
+    };
+    let mut scanner = Scanner::new(wants);
     let path = format!("{}/metrics", upstream.path);
     let timeout = Duration::from_millis(pool.health.timeout_ms);
     let read = relay::fetch_until(&house.connections, &endpoint.target, upstream, &path, |piece| scanner.push(piece));
     let status = tokio::time::timeout(timeout, read).await;
     let report = scanner.finish().filter(|_| matches!(status, Ok(Ok(200))));
     let heard = report.is_some();
+    if heard && wants.cache {
+        // Most of its page is read for this: one that does not tell is not asked every time.
+        endpoint.load.told.cache_asked(Some(at));
+    }
     match report {
         Some(report) => endpoint.hears(report, Instant::now()),
         None => tracing::debug!(address = %endpoint.address, ?status, "the page of metrics told nothing"),

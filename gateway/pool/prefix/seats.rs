@@ -139,6 +139,10 @@ impl Seats {
         self.level(seat).room.store(blocks.max(2), Ordering::Relaxed);
     }
 
+    pub(super) fn room(&self, seat: u8) -> u32 {
+        self.level(seat).room.load(Ordering::Relaxed)
+    }
+
     pub(super) fn learned(&self, seat: u8, blocks: u32) {
         let level = self.level(seat);
         let new = level.new.fetch_add(blocks, Ordering::Relaxed).saturating_add(blocks);
