@@ -263,6 +263,13 @@ impl Exchange {
         }
     }
 
+    /// The attempt that is over last used this, and its answer was not passed on. It is part of what the request used.
+    pub fn attempt_used(&mut self, usage: &Usage, cost: Option<NanoUsd>) {
+        if let Some(attempt) = self.attempts.last_mut() {
+            attempt.metered = Metered::of(usage, cost.map(|cost| cost.0));
+        }
+    }
+
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
     pub fn other_attempt(&mut self) {
         if let Some(at) = self.attempts.len().checked_sub(2) {
@@ -328,8 +335,9 @@ impl Exchange {
             output: usage.output_tokens.unwrap_or_default(),
             nanousd: cost.map_or(0, |cost| cost.nanousd.0),
         };
-        if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
-            route.density.learn(reservation.text_bytes, used.input);
+        let own = self.answered().0;
+        if let Some(route) = self.route.as_ref().filter(|_| own.source == Source::Upstream) {
+            route.density.learn(reservation.text_bytes, prompt_tokens(&own, cached));
         }
         reservation.settle(&used, millis(SystemTime::now()));
         self.tally.reservation = Some(reservation);
@@ -384,7 +392,8 @@ impl Exchange {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
-        let metered = Metered::of(&usage, cost.as_ref().map(|cost| cost.nanousd.0));
+        let (own, own_cost, _) = self.answered();
+        let metered = Metered::of(&own, own_cost.map(|cost| cost.nanousd.0));
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -436,12 +445,12 @@ impl Exchange {
             meter = meter.with_service_tier();
         }
         meter.push(body);
-        bill.settle(
+        let (_, cost) = bill.settle(
             meter.usage(),
             Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() },
-        )
-        .1
-        .flatten()
+        );
+        let beside = self.beside().filter_map(|other| other.cost_nanousd).sum();
+        cost.flatten().map(|NanoUsd(own)| NanoUsd(own.saturating_add(beside)))
     }
 
     /// What it cost, once it is over.
@@ -453,8 +462,28 @@ impl Exchange {
         self.attempts.last()?.gpu_us()
     }
 
-    /// What it used, what that cost, and whether something of it has no price.
+    /// What it used with all attempts that were metered, what that cost, and whether something of it has no price.
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
+        let (mut usage, mut cost, mut unpriced) = self.answered();
+        let prices = self.policy.prices.as_ref().map(|book| &*book.version);
+        for other in self.beside() {
+            usage.add(other);
+            match (other.cost_nanousd, &mut cost) {
+                (Some(more), Some(cost)) => cost.nanousd = NanoUsd(cost.nanousd.0.saturating_add(more)),
+                (Some(more), none) => *none = prices.map(|prices| Cost { nanousd: NanoUsd(more), prices }),
+                (None, _) => unpriced |= prices.is_some(),
+            }
+        }
+        (usage, cost, unpriced)
+    }
+
+    /// What the attempts used whose answers were not passed on.
+    fn beside(&self) -> impl Iterator<Item = &Metered> {
+        self.attempts.iter().filter_map(|attempt| attempt.metered.as_ref())
+    }
+
+    /// The same of the answer that was passed on alone.
+    fn answered(&self) -> (Usage, Option<Cost<'_>>, bool) {
         let whole = self.ending.outcome == Outcome::Ok;
         let told = self.tally.usage(whole);
         let Some(bill) = &self.bill else { return (told, None, false) };

@@ -131,7 +131,7 @@ async fn ask_stage<'a>(
         pool.state.hedges.request(exchange.times.queued);
     }
     let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
-    let weight = Weight::of(exchange, planned, stage);
+    let weight = Weight::of(exchange, planned, stage, &downstream.head().headers);
     loop {
         let Some(mut picked) = weight.pick(exchange, planned, stage, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));

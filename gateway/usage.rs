@@ -25,6 +25,8 @@ use service::Service;
 use tally::Tally;
 use walk::Walk;
 
+use crate::audit::record::Metered;
+
 /// Tokens of one answer, as far as they are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
@@ -78,6 +80,22 @@ impl Usage {
     /// Whether nothing is known.
     pub fn is_unknown(&self) -> bool {
         self.source == Source::None
+    }
+
+    /// Adds what another attempt at the same request used. Of the sum, not all was told.
+    pub fn add(&mut self, other: &Metered) {
+        let sum = |one: Option<u64>, more: Option<u64>| match (one, more) {
+            (Some(one), Some(more)) => Some(one.saturating_add(more)),
+            (one, more) => one.or(more),
+        };
+        self.input_tokens = sum(self.input_tokens, other.input_tokens);
+        self.output_tokens = sum(self.output_tokens, other.output_tokens);
+        self.source = match (self.source, other.source) {
+            (Source::None, source) | (source, Source::None) => source,
+            (Source::Upstream, Source::Upstream) => Source::Upstream,
+            (Source::Partial, _) => Source::Partial,
+            _ => Source::Estimated,
+        };
     }
 
     /// Whether any number of tokens is known.

@@ -300,6 +300,44 @@ async fn a_replica_that_has_the_adapter_loaded_is_asked() {
 }
 
 #[tokio::test]
+async fn an_engine_says_itself_how_much_it_can_hold() {
+    let options = Options { models: vec!["m".to_owned()], kv_tokens: 48_000, ..Options::default() };
+    let server = Simulated::start(options).await.unwrap();
+    let gateway = Gateway::start(&policy(&[&server.url()], "balance: expected_time\nload: {metrics_ms: 1000}")).await;
+    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_cache"].clone();
+    assert_eq!(told().await, serde_json::Value::Null, "nobody has asked it");
+    assert_eq!(Client::h1().post(gateway.address, CHAT, chat(true, 2)).await.status, 200);
+    eventually("it has told", SOON, async || told().await["tokens"] == 48_000).await;
+    assert_eq!(told().await["block_tokens"], 16);
+    let address = server.address();
+    let gauge = format!(r#"infergate_endpoint_kv_tokens{{pool="p",upstream="{address}",address="{address}"}}"#);
+    assert_eq!(gateway.metric(&gauge).await, 48_000.0);
+}
+
+#[tokio::test]
+async fn a_user_stays_with_their_replica_whoever_names_them() {
+    let servers = [paced(0).await, paced(0).await, paced(0).await];
+    let urls = servers.each_ref().map(Simulated::url);
+    let text = policy(&urls.each_ref().map(|url| &**url), "balance: hash");
+    let gateway = Gateway::start(&format!("{text}requests: {{user_header: x-user}}\n")).await;
+    let mut used = std::collections::BTreeSet::new();
+    for user in 0..12 {
+        let before = servers.each_ref().map(posts);
+        for question in 0..3 {
+            let body = prompt(&format!("{question}"));
+            let named = format!("u{user}");
+            assert_eq!(Client::h1().post_with(gateway.address, CHAT, &[("x-user", &named)], body).await.status, 200);
+        }
+        let body = prompt("else").replacen('{', &format!(r#"{{"user":"u{user}","#), 1);
+        assert_eq!(Client::h1().post(gateway.address, CHAT, body).await.status, 200);
+        let homes: Vec<usize> = (0..3).filter(|n| posts(&servers[*n]) > before[*n]).collect();
+        assert_eq!(homes.len(), 1, "user {user}");
+        used.extend(homes);
+    }
+    assert!(used.len() > 1);
+}
+
+#[tokio::test]
 async fn a_key_stays_with_its_replica() {
     let servers = [paced(0).await, paced(0).await, paced(0).await];
     let urls = servers.each_ref().map(Simulated::url);
@@ -324,10 +362,15 @@ async fn a_key_stays_with_its_replica() {
 
 /// A gateway with two servers that take turns and hedge; forty answers have told how long first tokens take.
 async fn hedging(budget_percent: u32) -> (Gateway, [Simulated; 2]) {
+    hedging_with(budget_percent, "").await
+}
+
+async fn hedging_with(budget_percent: u32, more: &str) -> (Gateway, [Simulated; 2]) {
     let servers = [paced(5).await, paced(5).await];
     let urls = servers.each_ref().map(Simulated::url);
     let extra = format!("balance: round_robin\nhedge: {{budget_percent: {budget_percent}}}");
-    let gateway = Gateway::start(&policy(&urls.each_ref().map(|url| &**url), &extra)).await;
+    let text = policy(&urls.each_ref().map(|url| &**url), &extra) + more;
+    let gateway = Gateway::start(&text).await;
     let all = one_by_one(&gateway, &[&servers[0], &servers[1]], 40).await;
     assert!(all.iter().sum::<usize>() >= 40);
     (gateway, servers)
@@ -400,6 +443,69 @@ async fn what_is_stored_is_not_asked_twice() {
     assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "1"));
     let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
     assert_eq!(answer.header("x-infergate-attempts"), "2", "and anything else is");
+}
+
+#[tokio::test]
+async fn what_a_hedges_loser_was_given_is_used_and_paid_for() {
+    let prices = "prices: {list: [{models: [m], input: 2.5, output: 10}]}\n";
+    let (gateway, [_one, two]) = hedging_with(50, prices).await;
+    slow(&two, 30_000);
+    let mut hedged = None;
+    for _ in 0..6 {
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        assert_eq!(answer.status, 200);
+        hedged = hedged.or((answer.header("x-infergate-attempts") == "2").then_some(answer));
+    }
+    let record = Journal::settled(&gateway).await.record(hedged.unwrap().header("x-request-id"));
+    let [lost, won] = [0, 1].map(|n| record["attempts"][n]["metered"].clone());
+    let tokens = |of: &serde_json::Value| of["input_tokens"].as_u64().unwrap();
+    assert_eq!((lost["source"].as_str(), won["source"].as_str()), (Some("partial"), Some("upstream")), "{record}");
+    assert!(tokens(&lost) > 400, "{lost}");
+    assert_eq!(tokens(&record["usage"]), tokens(&lost) + tokens(&won));
+    assert_eq!((record["usage"]["output_tokens"].as_u64(), record["usage"]["source"].as_str()), (Some(2), Some("estimated")));
+    assert_eq!(lost["cost_nanousd"].as_u64(), Some(tokens(&lost) * 2_500));
+    let cost = tokens(&record["usage"]) * 2_500 + 2 * 10_000;
+    assert_eq!(record["cost"]["nanousd"].as_u64(), Some(cost));
+    let counted = gateway.metric(r#"infergate_hedge_tokens_total{pool="p"}"#).await;
+    assert!(counted >= tokens(&lost) as f64, "{counted}");
+}
+
+#[tokio::test]
+async fn a_limit_counts_what_a_hedges_loser_was_given() {
+    let (gateway, [_one, two]) = hedging_with(50, "limits: [{name: l, tokens: 100000, per: 1h}]\n").await;
+    slow(&two, 30_000);
+    let left = async || gateway.metric(r#"infergate_limit_left{limit="l"}"#).await;
+    let mut grew = 0.0_f64;
+    for _ in 0..6 {
+        let before = left().await;
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        if answer.header("x-infergate-attempts") == "2" {
+            grew = grew.max(before - left().await);
+        }
+    }
+    assert!(grew > 1_200.0, "{grew}: its own seven hundred and the loser's");
+}
+
+#[tokio::test]
+async fn a_response_is_asked_twice_only_where_nothing_is_left_of_it() {
+    let (gateway, [one, two]) = hedging(50).await;
+    // So many that the slow ones stay fewer than one in twenty.
+    one_by_one(&gateway, &[&one, &two], 160).await;
+    for server in [&one, &two] {
+        server.set_faults(vec!["slow-first=200,path=/v1/responses".parse().unwrap()]);
+    }
+    for (more, attempts) in [
+        ("", "1"),
+        (r#","store":true"#, "1"),
+        (r#","store":false,"conversation":"c""#, "1"),
+        (r#","store":false,"tools":[{"type":"mcp","server_label":"x"}]"#, "1"),
+        (r#","store":false,"tools":[{"type":"function","name":"f","parameters":{}}]"#, "2"),
+        (r#","store":false"#, "2"),
+    ] {
+        let body = format!(r#"{{"model":"m","input":"Hello","stream":true,"max_output_tokens":2{more}}}"#);
+        let answer = Client::h1().post(gateway.address, "/v1/responses", body).await;
+        assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, attempts), "{more}");
+    }
 }
 
 #[tokio::test]
