@@ -35,7 +35,7 @@ const DELAY_MIN: Duration = Duration::from_millis(5);
 pub fn delay(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Option<Duration> {
     let pool = &stage.pool;
     pool.hedge?;
-    if exchange.attempt_count() >= planned.attempts_max() || !is_repeatable(planned) {
+    if exchange.attempt_count() >= planned.attempts_max() || planned.is_batch() || !is_repeatable(planned) {
         return None;
     }
     let seen = if planned.streaming { &pool.state.first_tokens } else { &pool.state.whole_answers };

@@ -481,6 +481,7 @@ impl<'a> Compiler<'a> {
                 queue: pool.concurrency.queue,
                 wait: Duration::from_millis(pool.concurrency.queue_ms),
             },
+            headroom: pool.batch,
             slow_start: Duration::from_millis(pool.slow_start_ms),
             balance: pool.balance,
             load: pool.load,

@@ -56,6 +56,7 @@ impl Weight {
             operation: planned.identified.surface.operation,
             asked: self.asked,
             whole: !planned.streaming,
+            batch: planned.is_batch(),
             model: stage.renamed(exchange.named()).or(exchange.named()).unwrap_or_default(),
             chain: Some(&self.chain),
             cost: if stage.pool.balance == Balance::LeastCost { Some(&cost) } else { None },
@@ -113,13 +114,14 @@ pub fn ends(exchange: &Exchange, stage: &Stage, picked: &mut Picked<'_>) {
 
 /// What it claims of a pool's places; weighed only where those are counted.
 pub fn claim(exchange: &Exchange, planned: &Planned, stage: &Stage, level: i32) -> Claim {
-    if stage.pool.concurrency.max.is_none() {
+    let batch = planned.is_batch();
+    if stage.pool.concurrency.max.is_none() && !batch {
         return Claim::from(level);
     }
     let (prompt, output) = tokens(exchange, planned, stage);
     let (tenant, share) =
         exchange.who.as_ref().map_or((0, 1), |who| (fnv(who.tenant.name.as_bytes()), who.tenant.share));
-    Claim { level, tenant, tokens: prompt.saturating_add(output), share }
+    Claim { level, tenant, tokens: prompt.saturating_add(output), share, batch }
 }
 
 /// Tokens to be read, and to be written as far as can be expected.

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::limits::Each;
 use crate::money::file::Prices;
 use crate::money::usd::Usd;
+use crate::pool::headroom::Headroom;
 use crate::pool::score::Balance;
 use crate::secret::SecretSource;
 use crate::tokens::Tokenizer;
@@ -427,6 +428,9 @@ pub struct Pool {
     /// How many requests run at once, and how many may wait.
     #[serde(default)]
     pub concurrency: Concurrency,
+    /// When an endpoint has room for requests of a class that is `batch`.
+    #[serde(default)]
+    pub batch: Headroom,
     /// How one of its endpoints is chosen. Absent: `p2c`.
     #[serde(default)]
     pub balance: Balance,
@@ -1000,4 +1004,8 @@ pub struct Priority {
     /// How long a request of this class may wait in a queue, in milliseconds. Absent: the pool's own limit.
     #[serde(default)]
     pub queue_ms: Option<u64>,
+    /// Nobody waits for its requests: they go only where a pool has room (its `batch`), and wait behind all others
+    /// until then, whatever their levels.
+    #[serde(default)]
+    pub batch: bool,
 }

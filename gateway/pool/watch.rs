@@ -86,6 +86,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
         due.finish(&mut jobs);
         let policy = house.policy.get();
         let now = Instant::now();
+        due.batch_waits = false;
         let current = origins(&policy);
         due.lookups.retain(|key, _| current.contains_key(key));
         for (key, origin) in current {
@@ -99,6 +100,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
         for pool in policy.pools.values() {
             due.check(&house, pool, now, &mut jobs);
             due.ask_load(&house, pool, now, &mut jobs);
+            due.let_batch_in(pool, now);
         }
         due.tidy(&house, &policy, now, &mut jobs);
     }
@@ -115,6 +117,8 @@ struct Due {
     /// By pool: how many requests it has placed, and when that last changed.
     uses: HashMap<Arc<str>, (u64, Instant)>,
     swept: Option<Instant>,
+    /// Whether batch waits for room somewhere.
+    batch_waits: bool,
 }
 
 struct Check {
@@ -209,6 +213,14 @@ impl Due {
         }
     }
 
+    /// Measures the pool's room where batch waits for it.
+    fn let_batch_in(&mut self, pool: &Pool, now: Instant) {
+        if pool.state.queue.batch_waits() {
+            pool.lets_batch_in(now);
+            self.batch_waits = true;
+        }
+    }
+
     /// Whether somebody has asked something of the pool lately.
     fn is_in_use(&mut self, pool: &Pool, now: Instant) -> bool {
         let turns = pool.state.turns.load(Ordering::Relaxed);
@@ -226,7 +238,7 @@ impl Due {
         let next = checks.chain(looks).chain(self.lookups.values().copied()).min();
         let sleep = next.map_or(*SLEEP.end(), |next| next.saturating_duration_since(now));
         let running = self.checks.values().any(|check| check.running) || self.looks.values().any(|look| look.running);
-        sleep.clamp(*SLEEP.start(), if running { Duration::from_millis(50) } else { *SLEEP.end() })
+        sleep.clamp(*SLEEP.start(), if running || self.batch_waits { Duration::from_millis(50) } else { *SLEEP.end() })
     }
 
     /// Takes the results that have come.
