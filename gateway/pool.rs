@@ -2,6 +2,7 @@
 
 pub mod breaker;
 pub mod choose;
+pub mod feed;
 pub mod headroom;
 pub mod load;
 pub mod origin;
@@ -86,6 +87,8 @@ pub struct Upstream {
     pub near: bool,
     /// The name it knows the model by.
     pub model: Option<String>,
+    /// The port at which its engine tells of its KV cache.
+    pub kv_events: Option<u16>,
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.

@@ -43,6 +43,7 @@ use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
 use crate::policy::file::OnStoreError;
 use crate::policy::{Route, Tenant};
+use crate::pool::feed::Heard;
 use crate::pool::told::Cache;
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
@@ -219,6 +220,8 @@ pub struct EndpointLevel {
     pub work: Option<(u32, u32, f32)>,
     /// Its KV cache, where its engine told.
     pub cache: Option<Cache>,
+    /// What its engine told of its cache in events, and whether they are believed.
+    pub events: Option<(Heard, bool)>,
 }
 
 fn histogram() -> Histogram {

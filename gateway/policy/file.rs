@@ -478,6 +478,11 @@ pub struct Upstream {
     /// HTTP/2 to it: `never`, `tls` (where TLS negotiates it), `always` (without TLS too). Absent: `tls`.
     #[serde(default)]
     pub http2: Http2,
+    /// The port at which its engine publishes KV events over ZeroMQ (vLLM and SGLang: `--kv-events-config`), at the same
+    /// address. For balances that look at prefixes. Absent: nobody listens.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub kv_events: Option<u16>,
 }
 
 fn one() -> u32 {

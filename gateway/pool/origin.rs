@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::feed::Feed;
 use super::load::Load;
 use super::prefix::{Blocks, CAPACITY, Prefixes, Seat};
 use super::told::Report;
@@ -182,6 +183,8 @@ pub struct Endpoint {
     pub worked: Worked,
     /// What runs on it, in tokens, and how fast it is.
     pub load: Load,
+    /// What its engine tells of its KV cache while it works, where anybody listens.
+    pub feed: Feed,
     /// Tells it from other endpoints, in every process.
     pub seed: u64,
     seat: OnceLock<Seat>,
@@ -199,6 +202,7 @@ impl Endpoint {
             spelt: address.to_string().into(),
             seed: fnv(address.to_string().as_bytes()),
             load: Load::new(now),
+            feed: Feed::default(),
             address,
             breaker: Breaker::new(now),
             worked: Worked::default(),

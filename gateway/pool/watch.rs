@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::origin::{Address, Endpoint, Host, Origin, OriginState};
 use super::told::{Scanner, Wants};
-use super::{Pool, Upstream};
+use super::{Pool, Upstream, feed};
 use crate::house::House;
 use crate::policy::Policy;
 use crate::relay;
@@ -101,7 +101,9 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
             due.check(&house, pool, now, &mut jobs);
             due.ask_load(&house, pool, now, &mut jobs);
             due.let_batch_in(pool, now);
+            due.listen(pool, now);
         }
+        due.feeds.retain(|_, (_, wanted)| *wanted == now);
         due.tidy(&house, &policy, now, &mut jobs);
     }
 }
@@ -119,6 +121,17 @@ struct Due {
     swept: Option<Instant>,
     /// Whether batch waits for room somewhere.
     batch_waits: bool,
+    /// By endpoint and port: who listens to what its engine tells of its cache, and when that was last wanted.
+    feeds: HashMap<(usize, u16), (Listener, Instant)>,
+}
+
+/// Somebody who listens until nobody wants it any more.
+struct Listener(JoinHandle<()>);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 struct Check {
@@ -209,6 +222,18 @@ impl Due {
                     let heard = look_at(&house, &pool, &pool.upstreams[index], &endpoint).await;
                     Job::Looked { key, took: now.elapsed(), heard, interval }
                 });
+            }
+        }
+    }
+
+    /// Listens to what engines tell of their caches.
+    fn listen(&mut self, pool: &Pool, now: Instant) {
+        for upstream in &pool.upstreams {
+            let Some(port) = upstream.kv_events else { continue };
+            for endpoint in upstream.origin.endpoints().iter() {
+                let key = (Arc::as_ptr(endpoint) as usize, port);
+                let listens = || Listener(tokio::spawn(feed::follow(Arc::downgrade(endpoint), port)));
+                self.feeds.entry(key).or_insert_with(|| (listens(), now)).1 = now;
             }
         }
     }
