@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,7 @@ async fn decision(gateway: &Gateway, id: &str) -> serde_json::Value {
 /// A model server behind a page of metrics that says what it is told to say.
 struct Liar {
     address: SocketAddr,
+    page: Arc<Mutex<&'static str>>,
     /// How often the page was read.
     asked: Arc<AtomicUsize>,
     task: JoinHandle<()>,
@@ -61,20 +62,32 @@ struct Liar {
 impl Liar {
     async fn start(server: &Simulated, page: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (address, behind, asked) =
-            (listener.local_addr().unwrap(), server.address(), Arc::new(AtomicUsize::new(0)));
-        let counted = asked.clone();
+        let (address, behind) = (listener.local_addr().unwrap(), server.address());
+        let (page, asked) = (Arc::new(Mutex::new(page)), Arc::new(AtomicUsize::new(0)));
+        let (says, counted) = (page.clone(), asked.clone());
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                let page = *says.lock().unwrap();
                 connections.spawn(lie(stream, behind, page, counted.clone()));
             }
         });
-        Self { address, asked, task }
+        Self { address, page, asked, task }
     }
 
     fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Says something else from now on, which has been read when this returns.
+    async fn says(&self, page: &'static str, meanwhile: impl AsyncFn()) {
+        *self.page.lock().unwrap() = page;
+        let before = self.asked.load(Relaxed);
+        let read = async || {
+            meanwhile().await;
+            self.asked.load(Relaxed) >= before + 2
+        };
+        eventually("the page is read twice", SOON, read).await;
     }
 }
 
@@ -232,6 +245,72 @@ async fn a_prompt_goes_where_its_beginning_has_been_read() {
     assert_eq!(homes.len(), 12, "every conversation has one home: {homes:?}");
     let used: std::collections::BTreeSet<_> = homes.keys().map(|(_, home)| home).collect();
     assert!(used.len() > 1, "and they do not all have the same: {homes:?}");
+}
+
+/// The n-th conversation: two thousand tokens or so.
+fn conversation(n: usize) -> String {
+    prompt(&format!("conversation {n:03}: be brief. ").repeat(270))
+}
+
+/// Asks on in these conversations, one after the other; returns which server each of them went to.
+async fn homes(gateway: &Gateway, servers: &[&Simulated], conversations: &[usize]) -> Vec<usize> {
+    let mut homes = Vec::new();
+    for n in conversations {
+        let before: Vec<usize> = servers.iter().map(|server| posts(server)).collect();
+        assert_eq!(Client::h1().post(gateway.address, CHAT, conversation(*n)).await.status, 200);
+        homes.push((0..servers.len()).find(|at| posts(servers[*at]) > before[*at]).unwrap());
+    }
+    homes
+}
+
+#[tokio::test]
+async fn whatever_one_does_the_others_keep_what_they_have() {
+    let options = || Options { models: vec!["m".to_owned()], prefill_per_second: 20_000.0, max_model_len: 1 << 20, ..Options::default() };
+    let mut servers = Vec::new();
+    for _ in 0..5 {
+        servers.push(Simulated::start(options()).await.unwrap());
+    }
+    let liar = Liar::start(&servers[3], IDLE).await;
+    let servers: Vec<&Simulated> = servers.iter().collect();
+    let urls = [servers[0].url(), servers[1].url(), servers[2].url(), liar.url(), servers[4].url()];
+    let of = |those: &[usize]| {
+        let urls: Vec<&str> = those.iter().map(|at| &*urls[*at]).collect();
+        policy(&urls, "balance: expected_time\nload: {metrics_ms: 1000}\ntimeouts: {first_token_ms: 60000}")
+    };
+    let gateway = Gateway::start(&of(&[0, 1, 2, 3])).await;
+    let all: Vec<usize> = (0..24).collect();
+    homes(&gateway, &servers, &all).await;
+    let first = homes(&gateway, &servers, &all).await;
+    let at = |server: usize| all.iter().copied().filter(|n| first[*n] == server).collect::<Vec<_>>();
+    let others = |but: usize| all.iter().copied().filter(|n| first[*n] != but).collect::<Vec<_>>();
+    let as_first = |those: &[usize]| those.iter().map(|n| first[*n]).collect::<Vec<_>>();
+    assert!((0..4).all(|server| !at(server).is_empty()), "everybody has some: {first:?}");
+
+    // One lies.
+    for page in [HUGE, NONSENSE, IDLE] {
+        liar.says(page, async || drop(homes(&gateway, &servers, &at(0)[..1]).await)).await;
+        assert_eq!(homes(&gateway, &servers, &others(3)).await, as_first(&others(3)), "{page}");
+    }
+    // One freezes: what it has stays there, and nothing else goes there.
+    servers[2].set_faults(vec![format!("hang,path={CHAT}").parse().unwrap()]);
+    let (before, address) = (posts(servers[2]), gateway.address);
+    let stuck = at(2)[0];
+    let asking = tokio::spawn(async move { Client::h1().post(address, CHAT, conversation(stuck)).await.status });
+    eventually("it is stuck", SOON, async || posts(servers[2]) > before).await;
+    let alive: Vec<usize> = others(2).into_iter().filter(|n| first[*n] != 3).collect();
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert_eq!(posts(servers[2]), before + 1);
+    // It leaves.
+    assert_eq!(gateway.reload(&of(&[0, 1, 3])).await.status, 200);
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert!(homes(&gateway, &servers, &at(2)).await.iter().all(|home| *home != 2), "what it had is answered by others");
+    asking.abort();
+    // Another one joins.
+    assert_eq!(gateway.reload(&of(&[0, 1, 3, 4])).await.status, 200);
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert_eq!(posts(servers[4]), 0, "it takes nothing from anybody");
+    let new: Vec<usize> = (100..112).collect();
+    assert!(homes(&gateway, &servers, &new).await.contains(&4), "and has its share of what is new");
 }
 
 #[tokio::test]
