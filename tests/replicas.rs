@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
+use zeromq::{Socket, SocketSend};
 
 use crate::support::journal::Journal;
 use crate::support::keys;
@@ -391,6 +392,39 @@ async fn an_engine_says_itself_how_much_it_can_hold() {
     let address = server.address();
     let gauge = format!(r#"infergate_endpoint_kv_tokens{{pool="p",upstream="{address}",address="{address}"}}"#);
     assert_eq!(gateway.metric(&gauge).await, 48_000.0);
+}
+
+/// Publishes an empty batch with this number, or one that says that all was cleared.
+async fn publish(engine: &mut zeromq::PubSocket, number: u64, cleared: bool) {
+    let batch = if cleared { &b"\x92\xcb\0\0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared"[..] } else { b"\x92\xc0\x90" };
+    let frames = [b"kv".to_vec(), number.to_be_bytes().to_vec(), batch.to_vec()].map(bytes::Bytes::from);
+    engine.send(zeromq::ZmqMessage::try_from(frames.to_vec()).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_engine_that_clears_its_cache_says_so_itself() {
+    let mut engine = zeromq::PubSocket::new();
+    let zeromq::Endpoint::Tcp(_, port) = engine.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
+    let server = paced(2).await;
+    let upstream = format!("{}\n        kv_events: {port}", server.url());
+    let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
+    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
+    let mut number = 0;
+    while told().await.is_null() {
+        publish(&mut engine, number, false).await;
+        number += 1;
+    }
+    let has_read = async || {
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        let decision = decision(&gateway, answer.header("x-request-id")).await;
+        decision["why"].as_str().unwrap().contains("has read")
+    };
+    eventually("it has read it", SOON, has_read).await;
+    let before = told().await["batches"].as_u64().unwrap();
+    publish(&mut engine, number, true).await;
+    let cleared = async || told().await["batches"].as_u64().unwrap() > before && told().await["followed"] == true;
+    eventually("it has told so", SOON, cleared).await;
+    assert!(!has_read().await, "what it had read is gone");
 }
 
 #[tokio::test]
