@@ -27,6 +27,7 @@ use crate::logging::Levels;
 use crate::policy::reload::{Reloaded, reload};
 use crate::pool::breaker::State as BreakerState;
 use crate::pool::origin::Endpoint;
+use crate::pool::prefix::Seat;
 use crate::relay::server::Certificates;
 use crate::settings::Role;
 use crate::telemetry::EndpointLevel;
@@ -322,6 +323,9 @@ impl Admin {
                     healthy: endpoint.healthy(),
                     breaker: breaker_level(endpoint, now),
                     work: pool.balance.weighs().then(|| endpoint.load.levels(now)),
+                    cache: endpoint.load.told.cache(),
+                    events:
+                        endpoint.feed.heard().map(|heard| (heard, endpoint.seated().is_some_and(Seat::is_followed))),
                 }));
             }
         }
@@ -335,6 +339,11 @@ impl Admin {
                 "pool": level.pool, "upstream": level.upstream, "address": level.address,
                 "in_flight": level.in_flight, "healthy": level.healthy,
                 "breaker": words.get(usize::try_from(level.breaker).unwrap_or(0)),
+                "kv_cache": level.cache.map(|cache| json!({"tokens": cache.tokens, "block_tokens": cache.block})),
+                "kv_events": level.events.map(|(heard, followed)| json!({
+                    "followed": followed, "batches": heard.batches, "gaps": heard.gaps,
+                    "stored_blocks": heard.stored, "removed_blocks": heard.removed,
+                })),
             })
         };
         json!({"endpoints": self.levels().into_iter().map(entry).collect::<Vec<_>>()})

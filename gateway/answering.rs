@@ -271,7 +271,7 @@ fn early(exchange: &Exchange, (choices, tells_usage): (u64, bool), why: ending::
 }
 
 /// Opens the bill for an answer that begins, where the policy has prices or limits.
-fn bill(
+pub fn bill(
     exchange: &Exchange,
     planned: &Planned,
     stage: &Stage,

@@ -72,8 +72,10 @@ pub struct Exchange {
     pub tally: Tally,
     /// What it comes to, where the policy has prices and a model has begun to answer.
     pub bill: Option<Bill>,
-    /// What answers used and cost that were read and not passed on.
-    aside: Option<Box<Aside>>,
+    /// What answers used and cost that were read and not passed on. Limits know of it.
+    aside: Option<Box<Spent>>,
+    /// The same of attempts that were let go before they answered; limits hear of it with the answer.
+    let_go: Option<Box<Spent>>,
     caller: Caller,
     decisions: Decisions,
     ending: End,
@@ -94,12 +96,22 @@ pub struct Heard {
     pub bytes: u64,
 }
 
-/// What answers used and cost that were read and not passed on, all together.
+/// What several answers or attempts used and cost, all together.
 #[derive(Clone, Copy, Debug, Default)]
-struct Aside {
+struct Spent {
     usage: Usage,
     nanousd: NanoUsd,
     unpriced: bool,
+}
+
+impl Spent {
+    fn and(self, other: Self) -> Self {
+        Self {
+            usage: self.usage.and(other.usage),
+            nanousd: self.nanousd.plus(other.nanousd),
+            unpriced: self.unpriced || other.unpriced,
+        }
+    }
 }
 
 /// Whom it came from.
@@ -171,6 +183,7 @@ impl Exchange {
             tally: Tally::default(),
             bill: None,
             aside: None,
+            let_go: None,
             caller: Caller {
                 peer: downstream.peer(),
                 protocol: downstream.protocol(),
@@ -283,6 +296,16 @@ impl Exchange {
         }
     }
 
+    /// The attempt that is over last used this, and its answer was not passed on.
+    pub fn attempt_used(&mut self, usage: Usage, cost: Option<NanoUsd>) {
+        if let Some(attempt) = self.attempts.last_mut() {
+            attempt.metered = Metered::of(&usage, cost.map(|cost| cost.0));
+        }
+        let unpriced = cost.is_none() && self.policy.prices.is_some();
+        let let_go = self.let_go.get_or_insert_default();
+        **let_go = let_go.and(Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
+    }
+
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
     pub fn other_attempt(&mut self) {
         if let Some(at) = self.attempts.len().checked_sub(2) {
@@ -342,6 +365,11 @@ impl Exchange {
         let Some(mut reservation) = self.tally.reservation.take() else { return };
         let mut used = self.used(&reservation, self.passed_on());
         used.nanousd = used.nanousd.saturating_add(self.worked_in_vain().map_or(0, |(_, nanousd)| nanousd.0));
+        if let Some(let_go) = &self.let_go {
+            used.input += prompt_tokens(&let_go.usage, bill::cached(self.surface.operation));
+            used.output += let_go.usage.output_tokens.unwrap_or_default();
+            used.nanousd = used.nanousd.saturating_add(let_go.nanousd.0);
+        }
         reservation.settle(&used, millis(SystemTime::now()));
         self.tally.reservation = Some(reservation);
     }
@@ -381,10 +409,9 @@ impl Exchange {
         if let Some(attempt) = self.attempts.last_mut() {
             (attempt.metered, attempt.model) = (Metered::of(&usage, nanousd), model);
         }
+        let spent = Spent { usage, nanousd: NanoUsd(nanousd.unwrap_or_default()), unpriced };
         let aside = self.aside.get_or_insert_default();
-        aside.usage = aside.usage.and(usage);
-        aside.nanousd = aside.nanousd.plus(NanoUsd(nanousd.unwrap_or_default()));
-        aside.unpriced |= unpriced;
+        **aside = aside.and(spent);
         self.attempt_ends(result, Some(why));
         self.unread();
     }
@@ -521,9 +548,10 @@ impl Exchange {
         (besides.usage.and(usage), cost, unpriced || besides.unpriced)
     }
 
-    /// What was used besides the answer: by answers that were set aside, and by attempts that gave none.
-    fn besides(&self) -> Aside {
-        let mut besides = self.aside.as_deref().copied().unwrap_or_default();
+    /// What was used besides the answer: by answers that were set aside, by attempts that were let go, and by those that gave none.
+    fn besides(&self) -> Spent {
+        let [aside, let_go] = [&self.aside, &self.let_go].map(|spent| spent.as_deref().copied().unwrap_or_default());
+        let mut besides = aside.and(let_go);
         if let Some((gpu_us, nanousd)) = self.worked_in_vain() {
             besides.usage.gpu_us = Some(besides.usage.gpu_us.unwrap_or(0).saturating_add(gpu_us));
             besides.nanousd = besides.nanousd.plus(nanousd);

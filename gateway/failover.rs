@@ -106,6 +106,11 @@ impl Planned {
         self.route.stages[0].pool.retry.attempts
     }
 
+    /// Whether nobody waits for it: it takes what room others leave.
+    pub fn is_batch(&self) -> bool {
+        self.priority.is_some_and(|priority| priority.batch)
+    }
+
     /// The edits with which this upstream is asked for the usage of its stream; none where it is not.
     pub fn asks_for_usage(&self, upstream: &Upstream) -> Option<&[Edit]> {
         self.usage_edits.as_deref().filter(|_| upstream.provider.takes_stream_options())
@@ -122,21 +127,22 @@ async fn ask_stage<'a>(
     rest: &[&Stage],
 ) -> Result<Outcome<'a>, Stop> {
     let pool = &*stage.pool;
-    let permit = match enter(exchange, downstream, planned, stage).await? {
+    let mut permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Ok(Outcome::Missed(miss)),
     };
-    queued(exchange, pool);
+    queued(exchange, planned, pool);
     pool.state.retries.request(exchange.times.queued);
     if pool.hedge.is_some() {
         pool.state.hedges.request(exchange.times.queued);
     }
     let (mut tried, mut now): (Vec<Arc<Endpoint>>, Instant) = (Vec::new(), exchange.times.queued);
-    let weight = Weight::of(exchange, planned, stage);
+    let weight = Weight::of(exchange, planned, stage, &downstream.head().headers);
     loop {
         let Some(mut picked) = weight.pick(exchange, planned, stage, &tried, now) else {
             return Ok(Outcome::Missed(nobody(pool)));
         };
+        permit.placed();
         back_off(exchange, downstream, planned, pool, &tried, &picked.endpoint).await?;
         tried.push(picked.endpoint.clone());
         let hedge = (&weight, &mut tried);
@@ -155,10 +161,10 @@ async fn ask_stage<'a>(
 }
 
 /// The request has its place in the pool.
-fn queued(exchange: &mut Exchange, pool: &Pool) {
+fn queued(exchange: &mut Exchange, planned: &Planned, pool: &Pool) {
     let before = exchange.attempts.last().and_then(|attempt| attempt.ended).unwrap_or(exchange.times.admitted);
     exchange.times.queued = before;
-    if pool.concurrency.max.is_none() {
+    if pool.concurrency.max.is_none() && !planned.is_batch() {
         return;
     }
     exchange.times.queued = Instant::now();
@@ -180,6 +186,9 @@ async fn enter(
     if let Some(ms) = planned.priority.and_then(|priority| priority.queue_ms) {
         parameters.wait = Duration::from_millis(ms);
     }
+    if planned.is_batch() {
+        pool.lets_batch_in(Instant::now());
+    }
     let entering = pool.state.queue.enter(parameters, weighing::claim(exchange, planned, stage, level));
     let entered = waiting(downstream, exchange, planned).until(planned.total, entering).await;
     let (code, message, after) = match entered {
@@ -187,7 +196,8 @@ async fn enter(
         Ok(Err(Full::Queue(after))) => (Code::QueueFull, format!("the queue of pool {} is full", pool.name), after),
         Ok(Err(Full::Wait(after))) => {
             let waited = parameters.wait.as_millis();
-            (Code::QueueTimeout, format!("no place in pool {} came free within {waited} ms", pool.name), after)
+            let what = if planned.is_batch() { "room for batch" } else { "place" };
+            (Code::QueueTimeout, format!("no {what} in pool {} came free within {waited} ms", pool.name), after)
         }
         Err(Interrupted::Gone) => return Err(Stop::Gone),
         Err(Interrupted::Stopped) => return Err(stopped().into()),
@@ -595,7 +605,7 @@ pub async fn tunnel(
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
-    queued(exchange, pool);
+    queued(exchange, planned, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
     loop {
         let operation = planned.identified.surface.operation;

@@ -8,19 +8,25 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::StatusCode;
 use infergate_plugins::operation::Operation;
 use memchr::memmem;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
-use crate::audit::record::Ending;
+use crate::answering;
+use crate::audit::record::{Attempt, Ending};
 use crate::exchange::Exchange;
 use crate::failover::{begin, failed};
 use crate::house::House;
+use crate::money::bill::End;
 use crate::pipeline::{Planned, Stop, drain, waiting};
 use crate::policy::Stage;
 use crate::pool::Picked;
 use crate::pool::origin::Endpoint;
 use crate::relay::{self, Answer, Downstream, Failure, Interrupted, Order, Waiting};
-use crate::weighing::Weight;
+use crate::usage::{Source, Usage};
+use crate::weighing::{self, Weight};
 
 /// Fewer seconds than this are no delay worth asking twice for.
 const DELAY_MIN: Duration = Duration::from_millis(5);
@@ -29,7 +35,7 @@ const DELAY_MIN: Duration = Duration::from_millis(5);
 pub fn delay(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Option<Duration> {
     let pool = &stage.pool;
     pool.hedge?;
-    if exchange.attempt_count() >= planned.attempts_max() || !is_repeatable(planned) {
+    if exchange.attempt_count() >= planned.attempts_max() || planned.is_batch() || !is_repeatable(planned) {
         return None;
     }
     let seen = if planned.streaming { &pool.state.first_tokens } else { &pool.state.whole_answers };
@@ -38,12 +44,48 @@ pub fn delay(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Option<Du
 
 /// Whether it does no harm to ask twice: nothing is kept of the answer but the answer.
 fn is_repeatable(planned: &Planned) -> bool {
-    let stored = || memmem::find(&planned.received.body, b"\"store\"").is_some();
+    let body = &planned.received.body;
+    let says = |key: &str| memmem::find(body, key.as_bytes()).is_some();
     match planned.identified.surface.operation {
-        Operation::Chat | Operation::Completions | Operation::Messages | Operation::Generate => !stored(),
+        Operation::Chat | Operation::Completions | Operation::Generate => !says("\"store\""),
+        Operation::Messages => !says("\"store\"") && !says("\"mcp_servers\"") && !says("\"container\""),
+        Operation::Responses => says("\"store\"") && leaves_nothing(body),
         Operation::Embeddings | Operation::Rerank | Operation::Score | Operation::Pooling => true,
         _ => false,
     }
+}
+
+/// Of a request of the Responses API: what would be left of its answer. Unless it says otherwise, that is the answer.
+#[derive(Deserialize)]
+struct Leaves<'a> {
+    store: bool,
+    #[serde(default)]
+    background: Option<bool>,
+    #[serde(default, borrow)]
+    conversation: Option<&'a RawValue>,
+    #[serde(default)]
+    tools: Option<Vec<Tool>>,
+}
+
+/// A tool that the client calls itself, or one that the server would: maybe twice.
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Tool {
+    Function,
+    Custom,
+    #[serde(other)]
+    Servers,
+}
+
+/// Whether nothing at all is left. What cannot be read might leave something.
+fn leaves_nothing(body: &[u8]) -> bool {
+    serde_json::from_slice::<Leaves<'_>>(body).is_ok_and(|leaves| {
+        let tools = leaves.tools.unwrap_or_default();
+        !leaves.store
+            && leaves.background != Some(true)
+            && leaves.conversation.is_none()
+            && !tools.iter().any(|tool| matches!(tool, Tool::Servers))
+    })
 }
 
 /// One request that may be asked twice.
@@ -140,7 +182,9 @@ impl<'a> Race<'_, 'a> {
         let came = match waits.until(total, either(first.as_mut(), second.as_mut())).await {
             Ok(came) => came,
             Err(interrupted) => {
-                self.let_go(exchange, earlier, true);
+                exchange.other_attempt();
+                self.cancel(exchange, earlier, "the other one ended with it");
+                exchange.other_attempt();
                 return (Err(ended(interrupted)), true);
             }
         };
@@ -172,20 +216,35 @@ impl<'a> Race<'_, 'a> {
         }
     }
 
-    /// The one that lost is ended; the `earlier` one is not the last on the record.
+    /// The one that lost is ended, and what it was given is used; the `earlier` one is not the last on the record.
     fn let_go(&self, exchange: &mut Exchange, loser: &Picked<'_>, earlier: bool) {
         if earlier {
             exchange.other_attempt();
         }
-        loser.upstream.attempts.cancelled.inc();
-        loser.endpoint.breaker.released();
-        let tokens = self.weight.prompt();
-        self.stage.pool.state.hedged.tokens.inc_by(u64::from(tokens));
-        let why = format!("another endpoint began first; this one was given a prompt of about {tokens} tokens");
-        exchange.attempt_ends(Ending::Cancelled, Some(why.into()));
+        let prompt = u64::from(weighing::tokens(exchange, self.planned, self.stage).0);
+        self.stage.pool.state.hedged.tokens.inc_by(prompt);
+        self.cancel(exchange, loser, "another endpoint began first");
+        self.meter(exchange, loser, prompt);
         if earlier {
             exchange.other_attempt();
         }
+    }
+
+    fn cancel(&self, exchange: &mut Exchange, loser: &Picked<'_>, why: &'static str) {
+        loser.upstream.attempts.cancelled.inc();
+        loser.endpoint.breaker.released();
+        exchange.attempt_ends(Ending::Cancelled, Some(why.into()));
+    }
+
+    /// Nobody says how far an endpoint came that was let go before its answer began: its whole prompt counts, as for
+    /// any answer that is cut.
+    fn meter(&self, exchange: &mut Exchange, loser: &Picked<'_>, prompt: u64) {
+        let told = Usage { input_tokens: Some(prompt), source: Source::Partial, ..Usage::default() };
+        let gpu_us = exchange.attempts.last().and_then(Attempt::gpu_us);
+        let bill = answering::bill(exchange, self.planned, self.stage, loser.upstream, StatusCode::OK);
+        let end = End { bytes: 0, events: true, whole: false, gpu_us };
+        let (usage, cost) = bill.map_or((told, None), |bill| bill.settle(told, end));
+        exchange.attempt_used(usage, cost.flatten());
     }
 
     /// One of two fails while the other one runs: that is the last on the record from now on.
@@ -212,5 +271,33 @@ fn ended(interrupted: Interrupted) -> Failure {
         Interrupted::Gone => Failure::Gone,
         Interrupted::Stopped => Failure::Stopped,
         _ => Failure::TotalTimeout,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_response_nothing_is_left_only_where_all_of_it_says_so() {
+        for (body, leaves) in [
+            (r#"{"store":false}"#, false),
+            (
+                r#"{"store":false,"tools":[{"type":"function","name":"f"},{"type":"custom"}],"conversation":null}"#,
+                false,
+            ),
+            (r#"{}"#, true),
+            (r#"{"store":null}"#, true),
+            (r#"{"store":true}"#, true),
+            (r#"{"store":false,"store":true}"#, true),
+            (r#"{"input":{"store":false}}"#, true),
+            (r#"{"store":false,"background":true}"#, true),
+            (r#"{"store":false,"conversation":"c"}"#, true),
+            (r#"{"store":false,"tools":[{"type":"code_interpreter"}]}"#, true),
+            (r#"{"store":false,"tools":[{"name":"f"}]}"#, true),
+            (r#"{"store":false"#, true),
+        ] {
+            assert_eq!(leaves_nothing(body.as_bytes()), !leaves, "{body}");
+        }
     }
 }

@@ -463,6 +463,12 @@ impl<'a> Compiler<'a> {
             let message = format!("the balance {} does not ask for it: choose expected_time", pool.balance.name());
             self.wrong(&format!("{path}.load"), message);
         }
+        if let Some(index) = pool.upstreams.iter().position(|upstream| upstream.kv_events.is_some())
+            && !pool.balance.matches_prefixes()
+        {
+            let message = format!("the balance {} does not ask for it: choose expected_time", pool.balance.name());
+            self.wrong(&format!("{path}.upstreams[{index}].kv_events"), message);
+        }
         Pool {
             name: name.into(),
             upstreams,
@@ -482,6 +488,7 @@ impl<'a> Compiler<'a> {
                 queue: pool.concurrency.queue,
                 wait: Duration::from_millis(pool.concurrency.queue_ms),
             },
+            headroom: pool.batch,
             slow_start: Duration::from_millis(pool.slow_start_ms),
             balance: pool.balance,
             load: pool.load,
@@ -521,6 +528,7 @@ impl<'a> Compiler<'a> {
             provider,
             headers,
             weight: upstream.weight,
+            kv_events: upstream.kv_events,
             near: upstream.zone.is_none() || self.world.zone.is_none() || upstream.zone.as_deref() == self.world.zone,
             model: upstream.model.clone(),
             origin: self.world.state.origin(&origin, self.world.now),

@@ -2,6 +2,8 @@
 
 pub mod breaker;
 pub mod choose;
+pub mod feed;
+pub mod headroom;
 pub mod load;
 pub mod origin;
 pub mod prefix;
@@ -23,6 +25,7 @@ use prometheus_client::metrics::counter::Counter;
 
 use self::breaker::State as BreakerState;
 pub use self::choose::{Choice, Wanted};
+use self::headroom::Headroom;
 use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
 use self::prefix::Prefixes;
@@ -48,6 +51,8 @@ pub struct Pool {
     pub health: file::Health,
     /// How many requests run and wait.
     pub concurrency: queue::Parameters,
+    /// When an endpoint has room for batch.
+    pub headroom: Headroom,
     /// How long a joining endpoint takes to get its full share.
     pub slow_start: Duration,
     /// How one of its endpoints is chosen.
@@ -83,6 +88,8 @@ pub struct Upstream {
     pub near: bool,
     /// The name it knows the model by.
     pub model: Option<String>,
+    /// The port at which its engine tells of its KV cache.
+    pub kv_events: Option<u16>,
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.
@@ -140,13 +147,26 @@ pub struct Picked<'a> {
 
 impl Pool {
     /// Picks an endpoint that can do what is wanted, as the pool's balance says: near ones first, none of `tried` as
-    /// long as there is another.
+    /// long as there is another; for batch, one with room as long as there is any.
     pub fn pick(&self, wanted: &Wanted<'_>, tried: &[Arc<Endpoint>], now: Instant) -> Option<Picked<'_>> {
-        let fresh = |endpoint: &Arc<Endpoint>| !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
+        let roomy = if wanted.batch { self.among(wanted, tried, now, |one| self.has_room(one, now)) } else { None };
+        roomy.or_else(|| self.among(wanted, tried, now, |_| true))
+    }
+
+    fn among(
+        &self,
+        wanted: &Wanted<'_>,
+        tried: &[Arc<Endpoint>],
+        now: Instant,
+        may: impl Fn(&Endpoint) -> bool,
+    ) -> Option<Picked<'_>> {
+        let fresh = |endpoint: &Arc<Endpoint>| may(endpoint) && !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
         let can = |upstream: &Upstream| upstream.provider.serves(wanted.operation);
         self.one(wanted, now, |upstream, endpoint| upstream.near && can(upstream) && fresh(endpoint))
             .or_else(|| self.one(wanted, now, |upstream, endpoint| !upstream.near && can(upstream) && fresh(endpoint)))
-            .or_else(|| if tried.is_empty() { None } else { self.one(wanted, now, |upstream, _| can(upstream)) })
+            .or_else(|| {
+                if tried.is_empty() { None } else { self.one(wanted, now, |upstream, one| can(upstream) && may(one)) }
+            })
     }
 
     fn one(

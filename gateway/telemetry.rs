@@ -44,6 +44,8 @@ use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
 use crate::policy::file::OnStoreError;
 use crate::policy::{Route, Tenant};
+use crate::pool::feed::Heard;
+use crate::pool::told::Cache;
 use crate::refusal::{CODES, Code};
 use crate::surface::{ROWS, Surface, TABLE};
 
@@ -172,6 +174,7 @@ pub struct Telemetry {
     endpoint_in_flight: Family<EndpointLabels, Gauge>,
     endpoint_healthy: Family<EndpointLabels, Gauge>,
     endpoint_breaker: Family<EndpointLabels, Gauge>,
+    endpoint_kv: Family<EndpointLabels, Gauge>,
     endpoint_prefill: Family<EndpointLabels, Gauge>,
     endpoint_streams: Family<EndpointLabels, Gauge>,
     endpoint_prefill_rate: Family<EndpointLabels, Gauge<f64, AtomicU64>>,
@@ -216,6 +219,10 @@ pub struct EndpointLevel {
     /// Prompt tokens that it has to read, answers that it writes, prompt tokens that it reads a second; where its pool
     /// weighs them.
     pub work: Option<(u32, u32, f32)>,
+    /// Its KV cache, where its engine told.
+    pub cache: Option<Cache>,
+    /// What its engine told of its cache in events, and whether they are believed.
+    pub events: Option<(Heard, bool)>,
 }
 
 fn histogram() -> Histogram {
@@ -276,6 +283,7 @@ impl Telemetry {
             endpoint_in_flight: Family::default(),
             endpoint_healthy: Family::default(),
             endpoint_breaker: Family::default(),
+            endpoint_kv: Family::default(),
             endpoint_prefill: Family::default(),
             endpoint_streams: Family::default(),
             endpoint_prefill_rate: Family::default(),
@@ -320,6 +328,7 @@ impl Telemetry {
         registry.register("endpoint_in_flight", "Requests on an endpoint", t.endpoint_in_flight.clone());
         registry.register("endpoint_healthy", "1 if the health checks are good", t.endpoint_healthy.clone());
         registry.register("endpoint_breaker", "0 closed, 1 half open, 2 open", t.endpoint_breaker.clone());
+        registry.register("endpoint_kv_tokens", "Tokens of its KV cache, as it told", t.endpoint_kv.clone());
         registry.register("endpoint_prefill_tokens", "Prompt tokens to be read", t.endpoint_prefill.clone());
         registry.register("endpoint_streams", "Answers that are being written", t.endpoint_streams.clone());
         let learned = t.endpoint_prefill_rate.clone();
@@ -511,7 +520,8 @@ impl Telemetry {
             self.pool_waiting.get_or_create(&labels).set(*waiting as i64);
         }
         let families = [&self.endpoint_in_flight, &self.endpoint_healthy, &self.endpoint_breaker];
-        families.into_iter().chain([&self.endpoint_prefill, &self.endpoint_streams]).for_each(Family::clear);
+        let work = [&self.endpoint_prefill, &self.endpoint_streams, &self.endpoint_kv];
+        families.into_iter().chain(work).for_each(Family::clear);
         self.endpoint_prefill_rate.clear();
         for level in endpoints {
             let labels = EndpointLabels {
@@ -526,6 +536,9 @@ impl Telemetry {
                 self.endpoint_prefill.get_or_create(&labels).set(i64::from(prefill));
                 self.endpoint_streams.get_or_create(&labels).set(i64::from(streams));
                 self.endpoint_prefill_rate.get_or_create(&labels).set(f64::from(rate));
+            }
+            if let Some(cache) = level.cache {
+                self.endpoint_kv.get_or_create(&labels).set(i64::from(cache.tokens));
             }
         }
         self.forget_upstreams();

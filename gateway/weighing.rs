@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 
 use crate::exchange::Exchange;
 use crate::failover::model_at;
-use crate::limits::admit::prompt_tokens;
+use crate::limits::admit::{end_user, prompt_tokens};
 use crate::money::bill;
 use crate::pipeline::Planned;
 use crate::policy::Stage;
@@ -18,7 +18,6 @@ use crate::pool::queue::Claim;
 use crate::pool::score::{Asked, Balance};
 use crate::pool::{Picked, Upstream, Wanted, told};
 use crate::relay::Answer;
-use crate::scan::Field;
 use crate::usage::{Source, Usage};
 
 /// What one request is to the endpoints of one pool.
@@ -28,14 +27,14 @@ pub struct Weight {
     chain: Chain,
 }
 
-/// Of a prompt that names no user, so many bytes decide where `hash` puts it: what its conversation begins with.
+/// Of a user's name, or of a prompt that names none, so many bytes decide where `hash` puts it: what its conversation begins with.
 const KEY_BYTES: usize = 256;
 
 impl Weight {
-    /// Weighs it, as far as the pool's balance asks for that.
-    pub fn of(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Self {
+    /// Weighs it, as far as the pool's balance asks for that. `head` is the client's.
+    pub fn of(exchange: &Exchange, planned: &Planned, stage: &Stage, head: &HeaderMap) -> Self {
         let balance = stage.pool.balance;
-        let key = if balance == Balance::Hash { key(exchange, planned) } else { 0 };
+        let key = if balance == Balance::Hash { key(exchange, planned, head) } else { 0 };
         if !balance.weighs() {
             return Self { asked: Asked { key, ..Asked::default() }, chain: Chain::default() };
         }
@@ -57,16 +56,12 @@ impl Weight {
             operation: planned.identified.surface.operation,
             asked: self.asked,
             whole: !planned.streaming,
+            batch: planned.is_batch(),
             model: stage.renamed(exchange.named()).or(exchange.named()).unwrap_or_default(),
             chain: Some(&self.chain),
             cost: if stage.pool.balance == Balance::LeastCost { Some(&cost) } else { None },
         };
         stage.pool.pick(&wanted, tried, now)
-    }
-
-    /// Tokens of its prompt, as far as they were counted.
-    pub fn prompt(&self) -> u32 {
-        self.asked.prompt
     }
 
     /// An answer to it has begun: its prompt has been read.
@@ -119,17 +114,18 @@ pub fn ends(exchange: &Exchange, stage: &Stage, picked: &mut Picked<'_>) {
 
 /// What it claims of a pool's places; weighed only where those are counted.
 pub fn claim(exchange: &Exchange, planned: &Planned, stage: &Stage, level: i32) -> Claim {
-    if stage.pool.concurrency.max.is_none() {
+    let batch = planned.is_batch();
+    if stage.pool.concurrency.max.is_none() && !batch {
         return Claim::from(level);
     }
     let (prompt, output) = tokens(exchange, planned, stage);
     let (tenant, share) =
         exchange.who.as_ref().map_or((0, 1), |who| (fnv(who.tenant.name.as_bytes()), who.tenant.share));
-    Claim { level, tenant, tokens: prompt.saturating_add(output), share }
+    Claim { level, tenant, tokens: prompt.saturating_add(output), share, batch }
 }
 
 /// Tokens to be read, and to be written as far as can be expected.
-fn tokens(exchange: &Exchange, planned: &Planned, stage: &Stage) -> (u32, u32) {
+pub fn tokens(exchange: &Exchange, planned: &Planned, stage: &Stage) -> (u32, u32) {
     let (operation, body) = (planned.identified.surface.operation, &planned.received.body);
     let (reads, writes) = bill::work(operation);
     let bytes = exchange.tally.reservation.as_ref().map_or_else(|| bill::text_bytes(body), |held| held.text_bytes);
@@ -152,14 +148,14 @@ fn chain(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Chain {
     prefixes.chain(Blocks::default(), &planned.route.model.name, parts)
 }
 
-/// What stays the same for requests that belong together: the end user whom the body names, or else how the prompt
+/// What stays the same for requests that belong together: the end user, as limits know them, or else how the prompt
 /// begins.
-fn key(exchange: &Exchange, planned: &Planned) -> u64 {
+fn key(exchange: &Exchange, planned: &Planned, head: &HeaderMap) -> u64 {
     let body = &planned.received.body;
     let tenant = exchange.who.as_ref().map_or("", |who| &*who.tenant.name);
-    let user = planned.scan.span(Field::User).and_then(|span| body.get(span));
+    let user = end_user(exchange, planned, head);
     let begins = || planned.scan.template(body).map(|(_, value)| value).next().unwrap_or_default();
-    let told = user.unwrap_or_else(begins);
+    let told = user.as_ref().map_or_else(begins, |user| user.as_bytes());
     fnv(tenant.as_bytes()) ^ fnv(&told[..told.len().min(KEY_BYTES)]).rotate_left(32)
 }
 

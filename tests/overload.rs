@@ -1,6 +1,7 @@
 //! More requests than there is room for: who waits, who goes first, who is told to come back, and when.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::support::{
-    Answer, Client, Gateway, Options, Simulated, chat, eventually, faulty_server, model_server, policy, raw,
+    Answer, Client, Gateway, Journal, Options, Simulated, chat, eventually, faulty_server, model_server, policy, raw,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -314,6 +315,76 @@ async fn a_class_has_its_own_patience() {
     let answer = client.post_with(gateway.address, CHAT, &[("x-priority", "hasty")], chat(false, 1)).await;
     assert_eq!((answer.status, answer.code().as_str()), (503, "queue_timeout"));
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+// Batch.
+
+/// A pool without a limit of its own that takes batch as long as fewer than two requests run on its one endpoint.
+async fn with_batch(server: &Simulated, extra: &str) -> Gateway {
+    let classes = "priorities: {batch: {level: 50, batch: true, queue_ms: 60000}, hasty: {level: 0, batch: true, queue_ms: 200}}\n\
+                   requests: {priority_header: x-priority}\n";
+    Gateway::start(&(policy(&[&server.url()], &format!("batch: {{in_flight: 2}}\n{extra}")) + classes)).await
+}
+
+#[tokio::test]
+async fn batch_waits_for_room_that_others_leave_and_keeps_nobody_waiting() {
+    for extra in ["", "balance: expected_time", "concurrency: {max: 10, queue: 1}"] {
+        let server = faulty_server(&["hang,times=2"]).await;
+        let gateway = with_batch(&server, extra).await;
+        let client = Client::h1();
+        let busy = [spawn(&client, &gateway, &[], chat(true, 1)), spawn(&client, &gateway, &[], chat(true, 1))];
+        eventually("they run", SOON, async || server.in_flight() == 2).await;
+        let batch = spawn(&client, &gateway, &[("x-priority", "batch"), ("x-who", "batch")], chat(false, 1));
+        queued(&gateway, 1.0).await;
+        for _ in 0..5 {
+            let other = client.post_with(gateway.address, CHAT, &[("x-who", "other")], chat(false, 1)).await;
+            assert_eq!(other.status, 200, "{extra}");
+        }
+        assert!(!batch.is_finished());
+        busy.into_iter().for_each(|one| one.abort());
+        let answer = batch.await.unwrap();
+        assert_eq!(answer.status, 200);
+        assert_eq!(order(&server, "x-who"), ["other", "other", "other", "other", "other", "batch"]);
+        let record = Journal::settled(&gateway).await.record(answer.header("x-request-id"));
+        assert!(record["decisions"].to_string().contains("waited"), "{}", record["decisions"]);
+    }
+}
+
+#[tokio::test]
+async fn a_heap_of_batch_never_takes_more_than_its_room_and_all_of_it_is_done() {
+    let server = Arc::new(faulty_server(&["slow-first=60"]).await);
+    let gateway = with_batch(&server, "").await;
+    let client = Client::h1();
+    let most = tokio::spawn({
+        let server = server.clone();
+        async move {
+            let (mut most, mut seen) = (0, 0);
+            while seen < 30 {
+                (most, seen) = (most.max(server.in_flight()), order(&server, "x-who").len());
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            most
+        }
+    });
+    let headers = [("x-priority", "batch"), ("x-who", "batch")];
+    let heap: Vec<_> = (0..30).map(|_| spawn(&client, &gateway, &headers, chat(false, 1))).collect();
+    for answer in heap {
+        assert_eq!(answer.await.unwrap().status, 200);
+    }
+    assert!((1..=2).contains(&most.await.unwrap()));
+}
+
+#[tokio::test]
+async fn batch_for_which_no_room_comes_is_told_so_in_time() {
+    let server = faulty_server(&["hang"]).await;
+    let gateway = with_batch(&server, "").await;
+    let client = Client::h1();
+    let _busy = [spawn(&client, &gateway, &[], chat(true, 1)), spawn(&client, &gateway, &[], chat(true, 1))];
+    eventually("they run", SOON, async || server.in_flight() == 2).await;
+    let answer = client.post_with(gateway.address, CHAT, &[("x-priority", "hasty")], chat(false, 1)).await;
+    assert_eq!((answer.status, answer.code().as_str()), (503, "queue_timeout"));
+    assert!(answer.text().contains("no room for batch in pool p"), "{}", answer.text());
+    assert_eq!(server.in_flight(), 2);
 }
 
 // Bursts.

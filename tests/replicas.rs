@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
+use zeromq::{Socket, SocketSend};
 
 use crate::support::journal::Journal;
 use crate::support::keys;
@@ -53,6 +54,7 @@ async fn decision(gateway: &Gateway, id: &str) -> serde_json::Value {
 /// A model server behind a page of metrics that says what it is told to say.
 struct Liar {
     address: SocketAddr,
+    page: Arc<Mutex<&'static str>>,
     /// How often the page was read.
     asked: Arc<AtomicUsize>,
     task: JoinHandle<()>,
@@ -61,20 +63,32 @@ struct Liar {
 impl Liar {
     async fn start(server: &Simulated, page: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (address, behind, asked) =
-            (listener.local_addr().unwrap(), server.address(), Arc::new(AtomicUsize::new(0)));
-        let counted = asked.clone();
+        let (address, behind) = (listener.local_addr().unwrap(), server.address());
+        let (page, asked) = (Arc::new(Mutex::new(page)), Arc::new(AtomicUsize::new(0)));
+        let (says, counted) = (page.clone(), asked.clone());
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                let page = *says.lock().unwrap();
                 connections.spawn(lie(stream, behind, page, counted.clone()));
             }
         });
-        Self { address, asked, task }
+        Self { address, page, asked, task }
     }
 
     fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Says something else from now on, which has been read when this returns.
+    async fn says(&self, page: &'static str, meanwhile: impl AsyncFn()) {
+        *self.page.lock().unwrap() = page;
+        let before = self.asked.load(Relaxed);
+        let read = async || {
+            meanwhile().await;
+            self.asked.load(Relaxed) >= before + 2
+        };
+        eventually("the page is read twice", SOON, read).await;
     }
 }
 
@@ -234,6 +248,77 @@ async fn a_prompt_goes_where_its_beginning_has_been_read() {
     assert!(used.len() > 1, "and they do not all have the same: {homes:?}");
 }
 
+/// The n-th conversation: two thousand tokens or so.
+fn conversation(n: usize) -> String {
+    prompt(&format!("conversation {n:03}: be brief. ").repeat(270))
+}
+
+/// Asks on in these conversations, one after the other; returns which server each of them went to.
+async fn homes(gateway: &Gateway, servers: &[&Simulated], conversations: &[usize]) -> Vec<usize> {
+    let mut homes = Vec::new();
+    for n in conversations {
+        let before: Vec<usize> = servers.iter().map(|server| posts(server)).collect();
+        assert_eq!(Client::h1().post(gateway.address, CHAT, conversation(*n)).await.status, 200);
+        homes.push((0..servers.len()).find(|at| posts(servers[*at]) > before[*at]).unwrap());
+    }
+    homes
+}
+
+#[tokio::test]
+async fn whatever_one_does_the_others_keep_what_they_have() {
+    let options = || Options {
+        models: vec!["m".to_owned()],
+        prefill_per_second: 20_000.0,
+        max_model_len: 1 << 20,
+        ..Options::default()
+    };
+    let mut servers = Vec::new();
+    for _ in 0..5 {
+        servers.push(Simulated::start(options()).await.unwrap());
+    }
+    let liar = Liar::start(&servers[3], IDLE).await;
+    let servers: Vec<&Simulated> = servers.iter().collect();
+    let urls = [servers[0].url(), servers[1].url(), servers[2].url(), liar.url(), servers[4].url()];
+    let of = |those: &[usize]| {
+        let urls: Vec<&str> = those.iter().map(|at| &*urls[*at]).collect();
+        policy(&urls, "balance: expected_time\nload: {metrics_ms: 1000}\ntimeouts: {first_token_ms: 60000}")
+    };
+    let gateway = Gateway::start(&of(&[0, 1, 2, 3])).await;
+    let all: Vec<usize> = (0..24).collect();
+    homes(&gateway, &servers, &all).await;
+    let first = homes(&gateway, &servers, &all).await;
+    let at = |server: usize| all.iter().copied().filter(|n| first[*n] == server).collect::<Vec<_>>();
+    let others = |but: usize| all.iter().copied().filter(|n| first[*n] != but).collect::<Vec<_>>();
+    let as_first = |those: &[usize]| those.iter().map(|n| first[*n]).collect::<Vec<_>>();
+    assert!((0..4).all(|server| !at(server).is_empty()), "everybody has some: {first:?}");
+
+    // One lies.
+    for page in [HUGE, NONSENSE, IDLE] {
+        liar.says(page, async || drop(homes(&gateway, &servers, &at(0)[..1]).await)).await;
+        assert_eq!(homes(&gateway, &servers, &others(3)).await, as_first(&others(3)), "{page}");
+    }
+    // One freezes: what it has stays there, and nothing else goes there.
+    servers[2].set_faults(vec![format!("hang,path={CHAT}").parse().unwrap()]);
+    let (before, address) = (posts(servers[2]), gateway.address);
+    let stuck = at(2)[0];
+    let asking = tokio::spawn(async move { Client::h1().post(address, CHAT, conversation(stuck)).await.status });
+    eventually("it is stuck", SOON, async || posts(servers[2]) > before).await;
+    let alive: Vec<usize> = others(2).into_iter().filter(|n| first[*n] != 3).collect();
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert_eq!(posts(servers[2]), before + 1);
+    // It leaves.
+    assert_eq!(gateway.reload(&of(&[0, 1, 3])).await.status, 200);
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert!(homes(&gateway, &servers, &at(2)).await.iter().all(|home| *home != 2), "what it had is answered by others");
+    asking.abort();
+    // Another one joins.
+    assert_eq!(gateway.reload(&of(&[0, 1, 3, 4])).await.status, 200);
+    assert_eq!(homes(&gateway, &servers, &alive).await, as_first(&alive));
+    assert_eq!(posts(servers[4]), 0, "it takes nothing from anybody");
+    let new: Vec<usize> = (100..112).collect();
+    assert!(homes(&gateway, &servers, &new).await.contains(&4), "and has its share of what is new");
+}
+
 #[tokio::test]
 async fn one_that_was_started_anew_is_known_by_what_it_has_read_since() {
     let server = paced(2).await;
@@ -300,6 +385,77 @@ async fn a_replica_that_has_the_adapter_loaded_is_asked() {
 }
 
 #[tokio::test]
+async fn an_engine_says_itself_how_much_it_can_hold() {
+    let options = Options { models: vec!["m".to_owned()], kv_tokens: 48_000, ..Options::default() };
+    let server = Simulated::start(options).await.unwrap();
+    let gateway = Gateway::start(&policy(&[&server.url()], "balance: expected_time\nload: {metrics_ms: 1000}")).await;
+    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_cache"].clone();
+    assert_eq!(told().await, serde_json::Value::Null, "nobody has asked it");
+    assert_eq!(Client::h1().post(gateway.address, CHAT, chat(true, 2)).await.status, 200);
+    eventually("it has told", SOON, async || told().await["tokens"] == 48_000).await;
+    assert_eq!(told().await["block_tokens"], 16);
+    let address = server.address();
+    let gauge = format!(r#"infergate_endpoint_kv_tokens{{pool="p",upstream="{address}",address="{address}"}}"#);
+    assert_eq!(gateway.metric(&gauge).await, 48_000.0);
+}
+
+/// Publishes an empty batch with this number, or one that says that all was cleared.
+async fn publish(engine: &mut zeromq::PubSocket, number: u64, cleared: bool) {
+    let batch = if cleared { &b"\x92\xcb\0\0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared"[..] } else { b"\x92\xc0\x90" };
+    let frames = [b"kv".to_vec(), number.to_be_bytes().to_vec(), batch.to_vec()].map(bytes::Bytes::from);
+    engine.send(zeromq::ZmqMessage::try_from(frames.to_vec()).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_engine_that_clears_its_cache_says_so_itself() {
+    let mut engine = zeromq::PubSocket::new();
+    let zeromq::Endpoint::Tcp(_, port) = engine.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
+    let server = paced(2).await;
+    let upstream = format!("{}\n        kv_events: {port}", server.url());
+    let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
+    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
+    let mut number = 0;
+    while told().await.is_null() {
+        publish(&mut engine, number, false).await;
+        number += 1;
+    }
+    let has_read = async || {
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        let decision = decision(&gateway, answer.header("x-request-id")).await;
+        decision["why"].as_str().unwrap().contains("has read")
+    };
+    eventually("it has read it", SOON, has_read).await;
+    let before = told().await["batches"].as_u64().unwrap();
+    publish(&mut engine, number, true).await;
+    let cleared = async || told().await["batches"].as_u64().unwrap() > before && told().await["followed"] == true;
+    eventually("it has told so", SOON, cleared).await;
+    assert!(!has_read().await, "what it had read is gone");
+}
+
+#[tokio::test]
+async fn a_user_stays_with_their_replica_whoever_names_them() {
+    let servers = [paced(0).await, paced(0).await, paced(0).await];
+    let urls = servers.each_ref().map(Simulated::url);
+    let text = policy(&urls.each_ref().map(|url| &**url), "balance: hash");
+    let gateway = Gateway::start(&format!("{text}requests: {{user_header: x-user}}\n")).await;
+    let mut used = std::collections::BTreeSet::new();
+    for user in 0..12 {
+        let before = servers.each_ref().map(posts);
+        for question in 0..3 {
+            let body = prompt(&format!("{question}"));
+            let named = format!("u{user}");
+            assert_eq!(Client::h1().post_with(gateway.address, CHAT, &[("x-user", &named)], body).await.status, 200);
+        }
+        let body = prompt("else").replacen('{', &format!(r#"{{"user":"u{user}","#), 1);
+        assert_eq!(Client::h1().post(gateway.address, CHAT, body).await.status, 200);
+        let homes: Vec<usize> = (0..3).filter(|n| posts(&servers[*n]) > before[*n]).collect();
+        assert_eq!(homes.len(), 1, "user {user}");
+        used.extend(homes);
+    }
+    assert!(used.len() > 1);
+}
+
+#[tokio::test]
 async fn a_key_stays_with_its_replica() {
     let servers = [paced(0).await, paced(0).await, paced(0).await];
     let urls = servers.each_ref().map(Simulated::url);
@@ -324,10 +480,15 @@ async fn a_key_stays_with_its_replica() {
 
 /// A gateway with two servers that take turns and hedge; forty answers have told how long first tokens take.
 async fn hedging(budget_percent: u32) -> (Gateway, [Simulated; 2]) {
+    hedging_with(budget_percent, "").await
+}
+
+async fn hedging_with(budget_percent: u32, more: &str) -> (Gateway, [Simulated; 2]) {
     let servers = [paced(5).await, paced(5).await];
     let urls = servers.each_ref().map(Simulated::url);
     let extra = format!("balance: round_robin\nhedge: {{budget_percent: {budget_percent}}}");
-    let gateway = Gateway::start(&policy(&urls.each_ref().map(|url| &**url), &extra)).await;
+    let text = policy(&urls.each_ref().map(|url| &**url), &extra) + more;
+    let gateway = Gateway::start(&text).await;
     let all = one_by_one(&gateway, &[&servers[0], &servers[1]], 40).await;
     assert!(all.iter().sum::<usize>() >= 40);
     (gateway, servers)
@@ -400,6 +561,72 @@ async fn what_is_stored_is_not_asked_twice() {
     assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, "1"));
     let answer = Client::h1().post(gateway.address, CHAT, chat(true, 2)).await;
     assert_eq!(answer.header("x-infergate-attempts"), "2", "and anything else is");
+}
+
+#[tokio::test]
+async fn what_a_hedges_loser_was_given_is_used_and_paid_for() {
+    let prices = "prices: {list: [{models: [m], input: 2.5, output: 10}]}\n";
+    let (gateway, [_one, two]) = hedging_with(50, prices).await;
+    slow(&two, 30_000);
+    let mut hedged = None;
+    for _ in 0..6 {
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        assert_eq!(answer.status, 200);
+        hedged = hedged.or((answer.header("x-infergate-attempts") == "2").then_some(answer));
+    }
+    let record = Journal::settled(&gateway).await.record(hedged.unwrap().header("x-request-id"));
+    let [lost, won] = [0, 1].map(|n| record["attempts"][n]["metered"].clone());
+    let tokens = |of: &serde_json::Value| of["input_tokens"].as_u64().unwrap();
+    assert_eq!((lost["source"].as_str(), won["source"].as_str()), (Some("partial"), Some("upstream")), "{record}");
+    assert!(tokens(&lost) > 400, "{lost}");
+    assert_eq!(tokens(&record["usage"]), tokens(&lost) + tokens(&won));
+    assert_eq!(
+        (record["usage"]["output_tokens"].as_u64(), record["usage"]["source"].as_str()),
+        (Some(2), Some("estimated"))
+    );
+    assert_eq!(lost["cost_nanousd"].as_u64(), Some(tokens(&lost) * 2_500));
+    let cost = tokens(&record["usage"]) * 2_500 + 2 * 10_000;
+    assert_eq!(record["cost"]["nanousd"].as_u64(), Some(cost));
+    let counted = gateway.metric(r#"infergate_hedge_tokens_total{pool="p"}"#).await;
+    assert!(counted >= tokens(&lost) as f64, "{counted}");
+}
+
+#[tokio::test]
+async fn a_limit_counts_what_a_hedges_loser_was_given() {
+    let (gateway, [_one, two]) = hedging_with(50, "limits: [{name: l, tokens: 100000, per: 1h}]\n").await;
+    slow(&two, 30_000);
+    let left = async || gateway.metric(r#"infergate_limit_left{limit="l"}"#).await;
+    let mut grew = 0.0_f64;
+    for _ in 0..6 {
+        let before = left().await;
+        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
+        if answer.header("x-infergate-attempts") == "2" {
+            grew = grew.max(before - left().await);
+        }
+    }
+    assert!(grew > 1_200.0, "{grew}: its own seven hundred and the loser's");
+}
+
+#[tokio::test]
+async fn a_response_is_asked_twice_only_where_nothing_is_left_of_it() {
+    let (gateway, [one, two]) = hedging(50).await;
+    // So many that the slow ones stay fewer than one in twenty.
+    one_by_one(&gateway, &[&one, &two], 160).await;
+    for server in [&one, &two] {
+        server.set_faults(vec!["slow-first=200,path=/v1/responses".parse().unwrap()]);
+    }
+    for (more, attempts) in [
+        ("", "1"),
+        (r#","store":true"#, "1"),
+        (r#","store":false,"conversation":"c""#, "1"),
+        (r#","store":false,"tools":[{"type":"mcp","server_label":"x"}]"#, "1"),
+        (r#","store":false,"tools":[{"type":"function","name":"f","parameters":{}}]"#, "2"),
+        (r#","store":false"#, "2"),
+    ] {
+        let body = format!(r#"{{"model":"m","input":"Hello","stream":true,"max_output_tokens":2{more}}}"#);
+        let answer = Client::h1().post(gateway.address, "/v1/responses", body).await;
+        assert_eq!((answer.status, answer.header("x-infergate-attempts")), (200, attempts), "{more}");
+    }
 }
 
 #[tokio::test]

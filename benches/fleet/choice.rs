@@ -228,7 +228,7 @@ impl Choice for Ours {
         }
         self.looked[engine] = now;
         let (waiting, running) = (Some(told.waiting as f32), Some(told.running as f32));
-        let report = Report { waiting, running, kv: Some(told.kv as f32), adapters: None };
+        let report = Report { waiting, running, kv: Some(told.kv as f32), ..Report::default() };
         self.endpoints[engine].hears(report, self.at(now));
         if let Some(prefixes) = self.prefixes.as_ref().filter(|prefixes| prefixes.is_untidy()) {
             prefixes.tidy();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 use tokio::sync::Semaphore;
@@ -50,8 +50,8 @@ pub async fn reserve(
         planned.output_max = cap.filter(|_| writes(planned));
         return Ok(());
     }
-    let user_header = policy.user_header.as_ref().and_then(|name| downstream.head().headers.get(name)).cloned();
-    let mut asked = asked(exchange, planned, user_header.as_ref(), cap)?;
+    let user = end_user(exchange, planned, &downstream.head().headers);
+    let mut asked = asked(exchange, planned, user, cap)?;
     let began = Instant::now();
     loop {
         let short = match attempt(house, exchange, planned, &asked, limits()).await {
@@ -80,12 +80,7 @@ fn writes(planned: &Planned) -> bool {
 }
 
 /// What the request asks for.
-fn asked(
-    exchange: &Exchange,
-    planned: &Planned,
-    user_header: Option<&HeaderValue>,
-    cap: Option<u64>,
-) -> Result<Asked, Refusal> {
+fn asked(exchange: &Exchange, planned: &Planned, user: Option<Box<str>>, cap: Option<u64>) -> Result<Asked, Refusal> {
     let (operation, body) = (planned.identified.surface.operation, &planned.received.body);
     let (reads, writes) = work(operation);
     let text_bytes = if reads { text_bytes(body) } else { 0 };
@@ -98,7 +93,7 @@ fn asked(
     let output = asked.unwrap_or(usual).min(cap.unwrap_or(u64::MAX));
     let choices = planned.scan.choices(body).map_err(invalid)?;
     Ok(Asked {
-        user: forced_user(exchange).or_else(|| user(planned, user_header)),
+        user,
         input: if reads { planned.route.density.estimate(text_bytes) } else { 0 },
         estimated: reads,
         text_bytes,
@@ -106,6 +101,12 @@ fn asked(
         choices,
         besides: besides(operation, choices, body.len()),
     })
+}
+
+/// The end user: whom the tenant's parameters name, or the policy's header in the client's `head`, or the body.
+pub fn end_user(exchange: &Exchange, planned: &Planned, head: &HeaderMap) -> Option<Box<str>> {
+    let header = exchange.policy.user_header.as_ref().and_then(|name| head.get(name));
+    forced_user(exchange).or_else(|| user(planned, header))
 }
 
 /// The end user that the tenant's parameters put into all its requests: what a request itself says is replaced.

@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::limits::Each;
 use crate::money::file::Prices;
 use crate::money::usd::Usd;
+use crate::pool::headroom::Headroom;
 use crate::pool::score::Balance;
 use crate::secret::SecretSource;
 use crate::tokens::Tokenizer;
@@ -447,6 +448,9 @@ pub struct Pool {
     /// How many requests run at once, and how many may wait.
     #[serde(default)]
     pub concurrency: Concurrency,
+    /// When an endpoint has room for requests of a class that is `batch`.
+    #[serde(default)]
+    pub batch: Headroom,
     /// How one of its endpoints is chosen. Absent: `p2c`.
     #[serde(default)]
     pub balance: Balance,
@@ -494,6 +498,11 @@ pub struct Upstream {
     /// HTTP/2 to it: `never`, `tls` (where TLS negotiates it), `always` (without TLS too). Absent: `tls`.
     #[serde(default)]
     pub http2: Http2,
+    /// The port at which its engine publishes KV events over ZeroMQ (vLLM and SGLang: `--kv-events-config`), at the same
+    /// address. For balances that look at prefixes. Absent: nobody listens.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub kv_events: Option<u16>,
 }
 
 fn one() -> u32 {
@@ -1022,4 +1031,8 @@ pub struct Priority {
     /// How long a request of this class may wait in a queue, in milliseconds. Absent: the pool's own limit.
     #[serde(default)]
     pub queue_ms: Option<u64>,
+    /// Nobody waits for its requests: they go only where a pool has room (its `batch`), and wait behind all others
+    /// until then, whatever their levels.
+    #[serde(default)]
+    pub batch: bool,
 }

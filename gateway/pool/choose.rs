@@ -22,6 +22,8 @@ pub struct Wanted<'a> {
     pub asked: Asked,
     /// Whether the answer comes as a whole.
     pub whole: bool,
+    /// Whether it is to go where there is room.
+    pub batch: bool,
     /// The model's name, but for upstreams that know it by another.
     pub model: &'a str,
     /// The prompt's blocks, where the pool's balance asks who has read them.
@@ -33,7 +35,7 @@ pub struct Wanted<'a> {
 impl Wanted<'_> {
     /// Something of which no more is known.
     pub fn of(operation: Operation) -> Self {
-        Self { operation, asked: Asked::default(), whole: true, model: "", chain: None, cost: None }
+        Self { operation, asked: Asked::default(), whole: true, batch: false, model: "", chain: None, cost: None }
     }
 }
 
@@ -158,7 +160,7 @@ impl<'a> Prompt<'a> {
     fn held_by(&self, endpoint: &Endpoint, prompt: u32) -> u32 {
         let Some((chain, held)) = self.held.as_ref().filter(|(_, held)| held.deepest > 0) else { return 0 };
         let depth = endpoint.seated().map_or(0, |seat| held.by(seat));
-        (chain.share(depth) * f64::from(prompt)) as u32
+        endpoint.load.told.whole_blocks((chain.share(depth) * f64::from(prompt)) as u32)
     }
 }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::breaker::Breaker;
+use super::feed::Feed;
 use super::load::Load;
-use super::prefix::{Prefixes, Seat};
+use super::prefix::{Blocks, CAPACITY, Prefixes, Seat};
 use super::told::Report;
 use super::worked::Worked;
 use crate::policy::file::Http2;
@@ -182,6 +183,8 @@ pub struct Endpoint {
     pub worked: Worked,
     /// What runs on it, in tokens, and how fast it is.
     pub load: Load,
+    /// What its engine tells of its KV cache while it works, where anybody listens.
+    pub feed: Feed,
     /// Tells it from other endpoints, in every process.
     pub seed: u64,
     seat: OnceLock<Seat>,
@@ -199,6 +202,7 @@ impl Endpoint {
             spelt: address.to_string().into(),
             seed: fnv(address.to_string().as_bytes()),
             load: Load::new(now),
+            feed: Feed::default(),
             address,
             breaker: Breaker::new(now),
             worked: Worked::default(),
@@ -221,8 +225,19 @@ impl Endpoint {
         if self.seat.get().is_none() {
             // Of two at once one keeps its seat, and the other's is given back.
             let _lost = self.seat.set(prefixes.seat()?);
+            self.sizes_seat();
         }
         self.seat.get()
+    }
+
+    /// Its seat remembers as much as its engine does, once that has been told: more than nothing, and no more than a
+    /// whole index has room for.
+    fn sizes_seat(&self) {
+        const TOKENS_MIN: u64 = 4096;
+        if let Some((seat, cache)) = self.seat.get().zip(self.load.told.cache()) {
+            let blocks = Blocks::default().in_tokens(u64::from(cache.tokens).max(TOKENS_MIN));
+            seat.holds(blocks.min(CAPACITY as u32));
+        }
     }
 
     /// The place that it has taken, if it has.
@@ -232,11 +247,16 @@ impl Endpoint {
 
     /// It told of its load.
     pub fn hears(&self, told: Report, now: Instant) {
+        let tells_cache = told.cache.is_some();
         self.load.told.take(told, self.in_flight(), self.load.may_wait(), self.load.millis(now));
+        if tells_cache {
+            self.sizes_seat();
+        }
     }
 
-    /// It has nothing any more of what it has read.
+    /// It has nothing any more of what it has read: it was started anew, maybe with another cache.
     pub fn forget_prompts(&self) {
+        self.load.told.cache_asked(None);
         if let Some(seat) = self.seat.get() {
             seat.forget();
         }
@@ -300,6 +320,7 @@ impl Drop for InFlight {
 
 #[cfg(test)]
 mod tests {
+    use super::super::told::Cache;
     use super::*;
 
     fn parse(url: &str) -> Result<(Origin, String), String> {
@@ -360,6 +381,21 @@ mod tests {
         state.resolved(vec![address(3), address(2)], now);
         assert_eq!([number(0), number(1)], [Some(2), Some(1)]);
         assert!(prefixes.is_untidy(), "what the one that went had read is to be forgotten");
+    }
+
+    #[test]
+    fn a_seat_remembers_as_much_as_its_engine_does_whenever_that_is_told() {
+        let (now, prefixes) = (Instant::now(), Arc::new(Prefixes::new(1 << 10, 0)));
+        let tells = |tokens| Report { cache: Some(Cache { block: 16, tokens }), ..Report::default() };
+        let endpoint = || Endpoint::new(&parse("http://127.0.0.1:1").unwrap().0, Address::Unix("/x".into()), now);
+        let (before, after) = (endpoint(), endpoint());
+        before.hears(tells(128_000), now);
+        assert_eq!(before.seat(&prefixes).map(Seat::room), Some(2_000));
+        assert_eq!(after.seat(&prefixes).map(Seat::room), Some(31_250), "before anything was told");
+        for (tokens, blocks) in [(64_000, 1_000), (1 << 10, 64), (1 << 30, CAPACITY as u32)] {
+            after.hears(tells(tokens), now);
+            assert_eq!(after.seated().map(Seat::room), Some(blocks), "{tokens}");
+        }
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! many blocks, counted from the first, it has.
 //!
 //! It is a memory of what was sent, not of what engines hold: two generations for each endpoint approximate what an
-//! engine of its size forgets. A wrong guess costs time, never a wrong answer.
+//! engine of its size forgets, by what it learns or, where it tells that ([`feed`](super::feed)), by what it evicts. A
+//! wrong guess costs time, never a wrong answer.
 //!
 //! Bounded: [`SEATS`] endpoints; 82 bytes for each block of the capacity that it is made with, taken when it is made,
 //! plus 3 KiB. Nothing is allocated and nothing is locked in a look-up.
@@ -173,6 +174,32 @@ impl Seat {
     /// How many blocks the endpoint's engine holds, as far as that is known: its KV cache, in blocks of this index.
     pub fn holds(&self, blocks: u32) {
         self.prefixes.seats.holds(self.number, blocks);
+    }
+
+    /// How many blocks it is taken to hold.
+    pub fn room(&self) -> u32 {
+        self.prefixes.seats.room(self.number)
+    }
+
+    /// Whether its engine tells what it evicts from now on. Where it does, that makes blocks old, and not what it learns;
+    /// until so much is learned without a word from it that it cannot be so any more.
+    pub fn follow(&self, followed: bool) {
+        self.prefixes.seats.follow(self.number, followed);
+    }
+
+    /// See [`Seat::follow`].
+    pub fn is_followed(&self) -> bool {
+        self.prefixes.seats.is_followed(self.number)
+    }
+
+    /// Its engine told that it has evicted so many blocks of this index's size.
+    pub fn evicted(&self, blocks: u32) {
+        self.prefixes.seats.evicted(self.number, blocks);
+    }
+
+    /// What its engine told did not all come: it may have evicted anything.
+    pub fn missed(&self) {
+        self.prefixes.seats.missed(self.number);
     }
 
     /// See [`Prefixes::forget`].

@@ -31,16 +31,28 @@ pub struct Queue(Mutex<Inner>);
 struct Inner {
     in_flight: u32,
     arrivals: u64,
-    /// By urgency, then by where they begin on their tenant's line, then by arrival.
+    /// Batch last, then by urgency, then by where they begin on their tenant's line, then by arrival.
     waiting: BTreeMap<Key, oneshot::Sender<Permit>>,
     lines: Lines,
+    room: Room,
     /// Seconds between two releases, smoothed: how fast the queue drains.
     release_s: Option<f64>,
     released_at: Option<Instant>,
 }
 
-/// Urgency, beginning, arrival.
-type Key = (Reverse<i32>, u64, u64);
+/// Room for batch, as it was measured last.
+#[derive(Debug, Default)]
+struct Room {
+    /// Requests of batch that it is for.
+    left: u32,
+    /// No batch is let in where as many requests run; `None`: any number.
+    below: Option<u32>,
+    /// Those that were let in and are not on an endpoint yet, so that no measure can see them.
+    on_their_way: u32,
+}
+
+/// Whether it is batch, urgency, beginning, arrival.
+type Key = (bool, Reverse<i32>, u64, u64);
 
 /// What one request claims.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,11 +65,13 @@ pub struct Claim {
     pub tokens: u32,
     /// Its tenant's share beside others.
     pub share: u32,
+    /// Whether it goes only where there is room, and behind all others.
+    pub batch: bool,
 }
 
 impl From<i32> for Claim {
     fn from(level: i32) -> Self {
-        Self { level, tenant: 0, tokens: 1, share: 1 }
+        Self { level, tenant: 0, tokens: 1, share: 1, batch: false }
     }
 }
 
@@ -102,7 +116,11 @@ pub enum Full {
 
 /// The right to run one request; given back when dropped.
 #[derive(Debug)]
-pub struct Permit(Option<Arc<Queue>>);
+pub struct Permit {
+    queue: Option<Arc<Queue>>,
+    /// Whether it is batch that is not on an endpoint yet.
+    on_its_way: bool,
+}
 
 impl Queue {
     /// Waits for a place. A caller that stops waiting loses nothing but its turn.
@@ -115,8 +133,8 @@ impl Queue {
         let key = turn.key;
         match tokio::time::timeout(parameters.wait, turn.wait()).await {
             Ok(Some(permit)) => Ok(permit),
-            Ok(None) => Err(Full::Queue(self.0.lock().expected_wait(key.0))),
-            Err(_) => Err(Full::Wait(self.0.lock().expected_wait(key.0))),
+            Ok(None) => Err(Full::Queue(self.0.lock().expected_wait(key))),
+            Err(_) => Err(Full::Wait(self.0.lock().expected_wait(key))),
         }
     }
 
@@ -133,17 +151,16 @@ impl Queue {
     fn arrive(self: &Arc<Self>, parameters: Parameters, claim: Claim) -> Arrival {
         let mut inner = self.0.lock();
         let free = parameters.max.is_none_or(|max| inner.in_flight < max);
-        if free && inner.waiting.is_empty() {
-            inner.in_flight += 1;
+        if free && inner.is_next(claim.batch) {
             if parameters.max.is_some() {
                 let begins = inner.lines.add(claim);
                 inner.lines.goes(begins);
             }
-            return Arrival::Admitted(Permit(Some(self.clone())));
+            return Arrival::Admitted(inner.admit(self, claim.batch));
         }
         let key = inner.key(claim);
         if inner.waiting.len() >= parameters.queue as usize && !inner.makes_room(key) {
-            return Arrival::Full(Full::Queue(inner.expected_wait(key.0)));
+            return Arrival::Full(Full::Queue(inner.expected_wait(key)));
         }
         inner.arrivals += 1;
         inner.lines.add(claim);
@@ -161,25 +178,38 @@ impl Queue {
             if parameters.max.is_some_and(|max| inner.in_flight >= max) {
                 return;
             }
-            let Some(next) = inner.next() else { return };
-            inner.in_flight += 1;
+            let Some((batch, next)) = inner.next() else { return };
+            let permit = inner.admit(self, batch);
             drop(inner);
             // A permit that nobody takes any more comes back by its own drop.
-            drop(next.send(Permit(Some(self.clone()))));
+            drop(next.send(permit));
         }
+    }
+
+    /// Takes the measure of how much batch there is room for, while nobody is let in; those for whom there is are.
+    /// `below`: no batch goes where as many requests run.
+    pub fn measure(self: &Arc<Self>, parameters: Parameters, below: Option<u32>, room: impl FnOnce() -> u32) {
+        let mut inner = self.0.lock();
+        let left = room().saturating_sub(inner.room.on_their_way);
+        inner.room = Room { left, below, ..inner.room };
+        drop(inner);
+        self.widen(parameters);
+    }
+
+    /// Whether batch waits.
+    pub fn batch_waits(&self) -> bool {
+        self.0.lock().waiting.last_key_value().is_some_and(|((batch, ..), _)| *batch)
     }
 
     /// A place is free: the next in line gets it.
     fn release(self: Arc<Self>) {
         let mut inner = self.0.lock();
         inner.note_release(Instant::now());
-        let next = inner.next();
-        if next.is_none() {
-            inner.in_flight -= 1;
-        }
+        inner.in_flight -= 1;
+        let next = inner.next().map(|(batch, next)| (inner.admit(&self, batch), next));
         drop(inner);
-        if let Some(next) = next {
-            drop(next.send(Permit(Some(self))));
+        if let Some((permit, next)) = next {
+            drop(next.send(permit));
         }
     }
 }
@@ -188,22 +218,44 @@ impl Inner {
     /// Where a claim would stand.
     fn key(&self, claim: Claim) -> Key {
         let begins = self.lines.now.max(self.lines.ends.get(&claim.tenant).copied().unwrap_or(0));
-        (Reverse(claim.level), begins, self.arrivals + 1)
+        (claim.batch, Reverse(claim.level), begins, self.arrivals + 1)
+    }
+
+    /// Whether one that comes now may go before all that wait: before batch, unless it is batch itself.
+    fn is_next(&self, batch: bool) -> bool {
+        match self.waiting.first_key_value() {
+            None => !batch || self.has_room(),
+            Some(((first, ..), _)) => *first && !batch,
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.room.left > 0 && self.room.below.is_none_or(|below| self.in_flight < below)
+    }
+
+    fn admit(&mut self, queue: &Arc<Queue>, batch: bool) -> Permit {
+        self.in_flight += 1;
+        if batch {
+            self.room.left = self.room.left.saturating_sub(1);
+            self.room.on_their_way += 1;
+        }
+        Permit { queue: Some(queue.clone()), on_its_way: batch }
     }
 
     /// The queue is full: the last one, whose tenant has the longest line, gives way to an equally urgent one that
-    /// would stand before it. Its sender is dropped, which tells it.
-    fn makes_room(&mut self, newcomer: Key) -> bool {
-        let gives_way =
-            self.waiting.last_key_value().is_some_and(|(last, _)| last.0 == newcomer.0 && last.1 > newcomer.1);
-        gives_way && self.waiting.pop_last().is_some()
+    /// would stand before it, and batch to whatever is none. Its sender is dropped, which tells it.
+    fn makes_room(&mut self, (batch, level, begins, _): Key) -> bool {
+        let gives_way = |last: &Key| last.0 && !batch || (last.0, last.1) == (batch, level) && last.2 > begins;
+        self.waiting.last_key_value().is_some_and(|(last, _)| gives_way(last)) && self.waiting.pop_last().is_some()
     }
 
-    /// The next in line.
-    fn next(&mut self) -> Option<oneshot::Sender<Permit>> {
-        let ((_, begins, _), next) = self.waiting.pop_first()?;
+    /// The next in line, and whether it is batch; that is not next where there is no room.
+    fn next(&mut self) -> Option<(bool, oneshot::Sender<Permit>)> {
+        let has_room = self.has_room();
+        let first = self.waiting.first_entry().filter(|first| !first.key().0 || has_room)?;
+        let ((batch, _, begins, _), next) = first.remove_entry();
         self.lines.goes(begins);
-        Some(next)
+        Some((batch, next))
     }
 
     fn note_release(&mut self, now: Instant) {
@@ -214,8 +266,8 @@ impl Inner {
     }
 
     /// How long one that came now would wait: those before it, times the time that one place takes to come free.
-    fn expected_wait(&self, level: Reverse<i32>) -> Duration {
-        let ahead = self.waiting.range(..=(level, u64::MAX, u64::MAX)).count() as f64 + 1.0;
+    fn expected_wait(&self, (batch, level, ..): Key) -> Duration {
+        let ahead = self.waiting.range(..=(batch, level, u64::MAX, u64::MAX)).count() as f64 + 1.0;
         Duration::from_secs_f64((ahead * self.release_s.unwrap_or(1.0)).clamp(1.0, 60.0))
     }
 }
@@ -245,9 +297,20 @@ impl Drop for Turn {
     }
 }
 
+impl Permit {
+    /// Its request is on an endpoint, where a measure sees it.
+    pub fn placed(&mut self) {
+        if let Some(queue) = self.queue.as_ref().filter(|_| self.on_its_way) {
+            self.on_its_way = false;
+            queue.0.lock().room.on_their_way -= 1;
+        }
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
-        if let Some(queue) = self.0.take() {
+        self.placed();
+        if let Some(queue) = self.queue.take() {
             queue.release();
         }
     }
@@ -345,6 +408,86 @@ mod tests {
         assert!(!first.is_finished() && !newcomer.is_finished());
         assert_eq!(queue.waiting(), 2);
         assert!(matches!(queue.enter(NARROW, 0).await, Err(Full::Queue(_))), "and not the other way round");
+    }
+
+    const BATCH: Claim = Claim { level: 100, tenant: 0, tokens: 1, share: 1, batch: true };
+    const WIDE: Parameters = Parameters { max: None, queue: 3, wait: Duration::from_secs(60) };
+
+    /// One of batch that has come and waits.
+    async fn batch_waits(queue: &Arc<Queue>) -> tokio::task::JoinHandle<Result<Permit, Full>> {
+        let (before, queue) = (queue.waiting(), queue.clone());
+        let task = tokio::spawn({
+            let queue = queue.clone();
+            async move { queue.enter(WIDE, BATCH).await }
+        });
+        while queue.waiting() == before {
+            tokio::task::yield_now().await;
+        }
+        task
+    }
+
+    #[tokio::test]
+    async fn batch_goes_only_where_room_was_measured_and_never_more_than_that() {
+        let queue = Arc::new(Queue::default());
+        let (first, second) = (batch_waits(&queue).await, batch_waits(&queue).await);
+        let other = queue.enter(WIDE, 0).await.unwrap();
+        assert_eq!((queue.in_flight(), queue.waiting()), (1, 2), "others pass it by");
+        drop(other);
+        assert_eq!(queue.waiting(), 2, "a place that comes free is no room");
+        queue.measure(WIDE, None, || 1);
+        let mut first = first.await.unwrap().unwrap();
+        assert!(!second.is_finished());
+        queue.measure(WIDE, None, || 1);
+        assert_eq!(queue.waiting(), 1, "that room was given away, though nothing is to be seen of it yet");
+        first.placed();
+        queue.measure(WIDE, None, || 1);
+        drop(second.await.unwrap().unwrap());
+        drop(first);
+        assert_eq!(queue.in_flight(), 0);
+        queue.measure(WIDE, None, || 2);
+        let all = [queue.enter(WIDE, BATCH).await.unwrap(), queue.enter(WIDE, BATCH).await.unwrap()];
+        let _third = batch_waits(&queue).await;
+        drop(all);
+    }
+
+    #[tokio::test]
+    async fn batch_leaves_places_free_and_waits_behind_others_however_urgent_it_calls_itself() {
+        let queue = Arc::new(Queue::default());
+        let parameters = Parameters { max: Some(2), ..WIDE };
+        queue.measure(parameters, Some(1), || 9);
+        let first = queue.enter(parameters, BATCH).await.unwrap();
+        let batch = batch_waits(&queue).await;
+        let other = queue.enter(parameters, -100).await.unwrap();
+        drop(first);
+        assert!(!batch.is_finished() && queue.waiting() == 1, "one place of two stays free of it");
+        drop(other);
+        assert!(batch.await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_queue_full_of_batch_has_room_for_whatever_is_none() {
+        let queue = Arc::new(Queue::default());
+        let held = queue.enter(NARROW, 0).await.unwrap();
+        let (first, second) = (batch_waits(&queue).await, batch_waits(&queue).await);
+        let other = tokio::spawn({
+            let queue = queue.clone();
+            async move { queue.enter(NARROW, -100).await }
+        });
+        assert!(matches!(second.await.unwrap(), Err(Full::Queue(_))));
+        assert!(!first.is_finished() && !other.is_finished());
+        drop(held);
+        assert!(other.await.unwrap().is_ok());
+        assert!(
+            matches!(queue.enter(NARROW, BATCH).await, Err(Full::Wait(_) | Full::Queue(_))) || !first.is_finished()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batch_keeps_its_deadline() {
+        let queue = Arc::new(Queue::default());
+        let began = tokio::time::Instant::now();
+        assert!(matches!(queue.enter(WIDE, BATCH).await, Err(Full::Wait(_))));
+        assert_eq!((began.elapsed(), queue.waiting(), queue.batch_waits()), (WIDE.wait, 0, false));
     }
 
     #[test]

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::origin::{Address, Endpoint, Host, Origin, OriginState};
-use super::told::Scanner;
-use super::{Pool, Upstream};
+use super::told::{Scanner, Wants};
+use super::{Pool, Upstream, feed};
 use crate::house::House;
 use crate::policy::Policy;
 use crate::relay;
@@ -86,6 +86,7 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
         due.finish(&mut jobs);
         let policy = house.policy.get();
         let now = Instant::now();
+        due.batch_waits = false;
         let current = origins(&policy);
         due.lookups.retain(|key, _| current.contains_key(key));
         for (key, origin) in current {
@@ -99,7 +100,10 @@ pub async fn run(house: Arc<House>, names: Arc<Names>) {
         for pool in policy.pools.values() {
             due.check(&house, pool, now, &mut jobs);
             due.ask_load(&house, pool, now, &mut jobs);
+            due.let_batch_in(pool, now);
+            due.listen(pool, now);
         }
+        due.feeds.retain(|_, (_, wanted)| *wanted == now);
         due.tidy(&house, &policy, now, &mut jobs);
     }
 }
@@ -115,6 +119,19 @@ struct Due {
     /// By pool: how many requests it has placed, and when that last changed.
     uses: HashMap<Arc<str>, (u64, Instant)>,
     swept: Option<Instant>,
+    /// Whether batch waits for room somewhere.
+    batch_waits: bool,
+    /// By endpoint and port: who listens to what its engine tells of its cache, and when that was last wanted.
+    feeds: HashMap<(usize, u16), (Listener, Instant)>,
+}
+
+/// Somebody who listens until nobody wants it any more.
+struct Listener(JoinHandle<()>);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 struct Check {
@@ -209,6 +226,26 @@ impl Due {
         }
     }
 
+    /// Listens to what engines tell of their caches.
+    fn listen(&mut self, pool: &Pool, now: Instant) {
+        for upstream in &pool.upstreams {
+            let Some(port) = upstream.kv_events else { continue };
+            for endpoint in upstream.origin.endpoints().iter() {
+                let key = (Arc::as_ptr(endpoint) as usize, port);
+                let listens = || Listener(tokio::spawn(feed::follow(Arc::downgrade(endpoint), port)));
+                self.feeds.entry(key).or_insert_with(|| (listens(), now)).1 = now;
+            }
+        }
+    }
+
+    /// Measures the pool's room where batch waits for it.
+    fn let_batch_in(&mut self, pool: &Pool, now: Instant) {
+        if pool.state.queue.batch_waits() {
+            pool.lets_batch_in(now);
+            self.batch_waits = true;
+        }
+    }
+
     /// Whether somebody has asked something of the pool lately.
     fn is_in_use(&mut self, pool: &Pool, now: Instant) -> bool {
         let turns = pool.state.turns.load(Ordering::Relaxed);
@@ -226,7 +263,7 @@ impl Due {
         let next = checks.chain(looks).chain(self.lookups.values().copied()).min();
         let sleep = next.map_or(*SLEEP.end(), |next| next.saturating_duration_since(now));
         let running = self.checks.values().any(|check| check.running) || self.looks.values().any(|look| look.running);
-        sleep.clamp(*SLEEP.start(), if running { Duration::from_millis(50) } else { *SLEEP.end() })
+        sleep.clamp(*SLEEP.start(), if running || self.batch_waits { Duration::from_millis(50) } else { *SLEEP.end() })
     }
 
     /// Takes the results that have come.
@@ -331,13 +368,22 @@ async fn probe(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpo
 
 /// Reads an engine's page of metrics as far as is needed. Returns whether it told anything.
 async fn look_at(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpoint) -> bool {
-    let mut scanner = Scanner::new(pool.load.adapters);
+    let at = endpoint.load.millis(Instant::now());
+    let wants = Wants {
+        adapters: pool.load.adapters,
+        cache: pool.balance.matches_prefixes() && endpoint.load.told.wants_cache(at),
+    };
+    let mut scanner = Scanner::new(wants);
     let path = format!("{}/metrics", upstream.path);
     let timeout = Duration::from_millis(pool.health.timeout_ms);
     let read = relay::fetch_until(&house.connections, &endpoint.target, upstream, &path, |piece| scanner.push(piece));
     let status = tokio::time::timeout(timeout, read).await;
     let report = scanner.finish().filter(|_| matches!(status, Ok(Ok(200))));
     let heard = report.is_some();
+    if heard && wants.cache {
+        // Most of its page is read for this: one that does not tell is not asked every time.
+        endpoint.load.told.cache_asked(Some(at));
+    }
     match report {
         Some(report) => endpoint.hears(report, Instant::now()),
         None => tracing::debug!(address = %endpoint.address, ?status, "the page of metrics told nothing"),

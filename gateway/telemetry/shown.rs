@@ -2,6 +2,8 @@
 
 use super::{EndpointLevel, Telemetry};
 use crate::policy::file::OnStoreError;
+use crate::pool::feed::Heard;
+use crate::pool::told::Cache;
 
 impl Telemetry {
     /// The page of a process in which everything has been counted once. Its numbers mean nothing.
@@ -11,9 +13,17 @@ impl Telemetry {
         let _on = runtime.as_ref().map(|runtime| runtime.enter());
         all.runtimes.add("");
         all.policy_loaded(1, "");
-        let (pool, upstream, address) = (String::new(), String::new(), String::new());
-        let work = Some((0, 0, 0.0));
-        let endpoint = EndpointLevel { pool, upstream, address, in_flight: 0, healthy: true, breaker: 0, work };
+        let endpoint = EndpointLevel {
+            pool: String::new(),
+            upstream: String::new(),
+            address: String::new(),
+            in_flight: 0,
+            healthy: true,
+            breaker: 0,
+            work: Some((0, 0, 0.0)),
+            cache: Some(Cache::default()),
+            events: Some((Heard::default(), true)),
+        };
         all.levels(&[(String::new(), 0, 0)], &[endpoint], 0);
         all.limit_levels([("", 0, 0)].into_iter(), 0, 0);
         all.lease_held([("", 0)].into_iter());

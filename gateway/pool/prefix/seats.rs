@@ -1,7 +1,7 @@
 //! The seats of an index: who sits where, how much each may hold, and who is due for the next generation.
 
 use std::ops::{BitAnd, Not};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -96,11 +96,23 @@ struct Level {
     new: AtomicU32,
     /// Blocks that the engine holds.
     room: AtomicU32,
+    /// Whether the engine tells what it evicts: then that makes blocks old, and not what it learns.
+    followed: AtomicBool,
+    /// Blocks learned since it last told anything.
+    unheard: AtomicU32,
 }
+
+/// An engine that has learned so many blocks and told nothing of it does not tell.
+const UNHEARD_MAX: u32 = 256;
 
 impl Default for Seats {
     fn default() -> Self {
-        let level = || Level { new: AtomicU32::new(0), room: AtomicU32::new(ROOM) };
+        let level = || Level {
+            new: AtomicU32::new(0),
+            room: AtomicU32::new(ROOM),
+            followed: AtomicBool::new(false),
+            unheard: AtomicU32::new(0),
+        };
         Self {
             places: Mutex::new(Places { free: !Bits::default(), left: Bits::default() }),
             dirty: Default::default(),
@@ -117,6 +129,7 @@ impl Seats {
         places.free = places.free & !Bits::of(seat);
         self.level(seat).new.store(0, Ordering::Relaxed);
         self.level(seat).room.store(ROOM, Ordering::Relaxed);
+        self.follow(seat, false);
         Some(seat)
     }
 
@@ -139,7 +152,45 @@ impl Seats {
         self.level(seat).room.store(blocks.max(2), Ordering::Relaxed);
     }
 
+    pub(super) fn room(&self, seat: u8) -> u32 {
+        self.level(seat).room.load(Ordering::Relaxed)
+    }
+
     pub(super) fn learned(&self, seat: u8, blocks: u32) {
+        let level = self.level(seat);
+        if !level.followed.load(Ordering::Relaxed) {
+            return self.ages(seat, blocks);
+        }
+        let unheard = level.unheard.fetch_add(blocks, Ordering::Relaxed).saturating_add(blocks);
+        if unheard > UNHEARD_MAX {
+            self.follow(seat, false);
+        }
+    }
+
+    /// Whether the engine on `seat` tells what it evicts, as it just has.
+    pub(super) fn follow(&self, seat: u8, followed: bool) {
+        let level = self.level(seat);
+        level.unheard.store(0, Ordering::Relaxed);
+        level.followed.store(followed, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_followed(&self, seat: u8) -> bool {
+        self.level(seat).followed.load(Ordering::Relaxed)
+    }
+
+    /// The engine told that it has evicted so many blocks.
+    pub(super) fn evicted(&self, seat: u8, blocks: u32) {
+        if self.is_followed(seat) {
+            self.ages(seat, blocks);
+        }
+    }
+
+    /// The engine may have evicted anything: what is not read again soon counts as forgotten.
+    pub(super) fn missed(&self, seat: u8) {
+        self.ages(seat, self.room(seat) / 2);
+    }
+
+    fn ages(&self, seat: u8, blocks: u32) {
         let level = self.level(seat);
         let new = level.new.fetch_add(blocks, Ordering::Relaxed).saturating_add(blocks);
         if new >= level.room.load(Ordering::Relaxed) / 2 {
