@@ -47,7 +47,7 @@ impl<'a> Words<'a> {
 
     /// The prompt with these spans.
     pub fn prompt<'s>(&self, spans: &'s [Span<'s>]) -> Prompt<'s> {
-        Prompt { spans, images: self.images, tools: self.tools, structured: self.structured }
+        Prompt { spans, images: self.images, tools: self.tools, structured: self.structured, ..Prompt::default() }
     }
 
     /// Whether the model is to go on from what a tool gave back. Documents are no tool's.
