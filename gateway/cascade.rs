@@ -198,7 +198,8 @@ impl Ladder {
         exchange.serve_instead(step.route.clone(), step.model.clone());
         planned.goes_to(exchange, step.route.clone());
         (planned.priority, planned.total) = before;
-        (exchange.short, _) = (None, exchange.unread());
+        exchange.short = None;
+        exchange.unread();
         let why = format!("{}; {}", short.why.as_str(), refusal.message);
         exchange.decide("cascade", &self.name, "stay", why);
         Ok(false)

@@ -11,6 +11,7 @@ use crate::guard::remote::Remotes;
 use crate::ledger::Ledger;
 use crate::policy::reload::InForce;
 use crate::relay::Connections;
+use crate::routers::second::Seconds;
 use crate::settings::Settings;
 use crate::state::State;
 use crate::telemetry::Telemetry;
@@ -42,6 +43,8 @@ pub struct House {
     pub connections: Connections,
     /// The way to services that guardrails ask.
     pub remotes: Remotes,
+    /// The way to services that routers ask.
+    pub seconds: Seconds,
     /// Turns true when connections of clients are to be closed after their answer.
     pub connections_closing: watch::Receiver<bool>,
     close_connections: watch::Sender<bool>,
@@ -59,6 +62,7 @@ impl House {
             state: Arc::new(State::new(settings.bodies_bytes())),
             connections: Connections::new(settings.ca_file.as_deref(), settings.kept_connections),
             remotes: Remotes::default(),
+            seconds: Seconds::default(),
             journal: None,
             ledger: None,
             policy: InForce::default(),

@@ -45,6 +45,7 @@ pub mod identity;
 pub mod import;
 pub mod issuers;
 pub mod judging;
+pub mod kept;
 pub mod ledger;
 pub mod limits;
 pub mod local;

@@ -5,6 +5,7 @@
 //! candidate serves every endpoint: one that cannot do what is asked is passed over.
 
 pub mod conversations;
+pub mod second;
 pub mod words;
 
 use std::collections::HashMap;
@@ -14,8 +15,9 @@ use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
 use infergate_plugins::operation::Operation;
-use infergate_plugins::prompt::{Prompt, Role};
+use infergate_plugins::prompt::{Asker, Prompt, Role};
 use infergate_plugins::router::cascade::Cascade;
+use infergate_plugins::router::second::Doubt;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
 
 use self::conversations::Conversations;
@@ -49,6 +51,8 @@ pub struct Routers {
     pub session_header: Option<HeaderName>,
     /// The models that are asked one after another, where answers decide.
     pub cascade: Option<Arc<Cascade>>,
+    /// The headers that somebody looks at.
+    pub headers: Vec<Arc<str>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
 }
@@ -75,6 +79,8 @@ pub struct Decided {
     pub key: Option<u64>,
     /// Whether it was made before, and is kept.
     pub kept: bool,
+    /// The two routes that it is between, where another service is to say which.
+    pub doubt: Option<Box<Doubt>>,
 }
 
 /// Decides which model answers a request that leaves it open.
@@ -91,12 +97,15 @@ pub async fn choose(
     let whose = Whose::of(exchange, &routers, &downstream.head().headers);
     let deciding = routers.clone();
     let decide = move || deciding.decide(&reading, &conversations, &whose);
-    let decided = if planned.received.body.len() > BESIDE {
+    let mut decided = if planned.received.body.len() > BESIDE {
         let broke = |_| Refusal::new(Code::Internal, "a router broke");
         tokio::task::spawn_blocking(decide).await.map_err(broke)?
     } else {
         decide()
     };
+    if let Some(doubt) = decided.doubt.take() {
+        Box::pin(routers.asks_second(house, exchange, &mut decided, (operation, &doubt))).await;
+    }
     let route = routers.models.get(&decided.model).filter(|route| serves(route, operation)).cloned();
     let Some(route) = route else {
         let (name, path) = (&decided.model, planned.identified.surface.path);
@@ -115,10 +124,14 @@ pub fn serves(route: &Route, operation: Operation) -> bool {
     route.stages.iter().any(|stage| stage.pool.serves(operation))
 }
 
-/// Whose conversation it is: no tenant is told by another's.
+/// Whose conversation it is: no tenant is told by another's. And who asks, where, with which headers.
 #[derive(Clone, Debug, Default)]
 pub struct Whose {
     tenant: Option<Arc<str>>,
+    principal: Option<Arc<str>>,
+    plans: Option<Arc<[Arc<str>]>>,
+    surface: &'static str,
+    headers: Vec<(Arc<str>, Box<str>)>,
     /// What the client calls it.
     session: Option<Box<[u8]>>,
 }
@@ -126,11 +139,33 @@ pub struct Whose {
 impl Whose {
     fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
         let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
+        let who = exchange.who.as_ref();
         Self {
-            tenant: exchange.who.as_ref().map(|who| who.tenant.name.clone()),
+            tenant: who.map(|who| who.tenant.name.clone()),
+            principal: who.map(|who| who.identity.principal.clone()),
+            plans: who.map(|who| who.identity.plans.clone()),
+            surface: exchange.surface.path,
+            headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
             session: named.map(|value| value.as_bytes().into()),
         }
     }
+
+    fn asker(&self) -> Asker<'_> {
+        Asker {
+            tenant: self.tenant.as_deref().unwrap_or_default(),
+            principal: self.principal.as_deref().unwrap_or_default(),
+            plans: self.plans.as_deref().unwrap_or_default(),
+            surface: self.surface,
+            headers: &self.headers,
+        }
+    }
+}
+
+/// The value of a header that is there once and is text: of two nobody can say which is meant.
+fn listed(headers: &HeaderMap, name: &str) -> Option<Box<str>> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next()?.to_str().ok()?;
+    values.next().is_none().then(|| value.into())
 }
 
 impl Routers {
@@ -154,9 +189,9 @@ impl Routers {
             && self.can(&model, operation)
         {
             let why = "it was chosen before, and is kept".into();
-            return Decided { model, rule: "conversation".into(), why, key, kept: true };
+            return Decided { model, rule: "conversation".into(), why, key, kept: true, doubt: None };
         }
-        let decided = Decided { key, ..self.asked(operation, &prompt) };
+        let decided = Decided { key, ..self.asked(operation, &Prompt { asker: whose.asker(), ..prompt }) };
         if let Some(key) = key {
             kept.put(key, decided.model.clone(), now);
         }
@@ -165,19 +200,44 @@ impl Routers {
 
     /// The first answer.
     fn asked(&self, operation: Operation, prompt: &Prompt<'_>) -> Decided {
-        let mut passed = String::new();
+        let (mut passed, mut doubt) = (String::new(), None);
         for router in &self.ask {
-            match router.ask(prompt) {
-                Answer::Route(choice) if self.can(&choice.model, operation) => return decided(router.kind(), choice),
+            let answer = router.ask(prompt);
+            let unsure = || router.semantic().and_then(|semantic| semantic.doubt(&answer, prompt)).map(Box::new);
+            doubt = doubt.or_else(unsure);
+            match answer {
+                Answer::Route(choice) if self.can(&choice.model, operation) => {
+                    return Decided { doubt, ..decided(router.kind(), choice) };
+                }
                 Answer::Route(choice) => note(&mut passed, router.kind(), &format!("{} cannot do this", choice.model)),
                 Answer::Pass(why) => note(&mut passed, router.kind(), &told(why)),
             }
         }
-        self.by_default(passed.into())
+        Decided { doubt, ..self.by_default(passed.into()) }
+    }
+
+    /// Lets another service say which of two routes it is. The first stage's answer is on record whatever comes of that.
+    async fn asks_second(
+        &self,
+        house: &House,
+        exchange: &mut Exchange,
+        decided: &mut Decided,
+        (operation, doubt): (Operation, &Doubt),
+    ) {
+        exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
+        let (said, why) = second::decides(house, doubt).await;
+        match said.filter(|(_, model)| self.can(model, operation)) {
+            Some((route, model)) => (decided.rule, decided.model) = ((&route).into(), model),
+            None => decided.rule = "second".into(),
+        }
+        decided.why = why.into();
+        if let Some(key) = decided.key {
+            house.state.conversations.put(key, decided.model.clone(), Instant::now());
+        }
     }
 
     fn by_default(&self, why: Text) -> Decided {
-        Decided { model: self.default.clone(), rule: "default".into(), why, key: None, kept: false }
+        Decided { model: self.default.clone(), rule: "default".into(), why, key: None, kept: false, doubt: None }
     }
 
     fn can(&self, model: &str, operation: Operation) -> bool {
@@ -201,7 +261,7 @@ impl Routers {
 
 fn decided(kind: &'static str, choice: Choice) -> Decided {
     let why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
-    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into(), key: None, kept: false }
+    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into(), key: None, kept: false, doubt: None }
 }
 
 fn note(passed: &mut String, kind: &str, why: &str) {
@@ -216,5 +276,6 @@ pub fn told(why: Why) -> String {
         Why::OutOfScope(is, least) => format!("like none of its examples, likeness {is:.3} of {least:.3}"),
         Why::Unsure(is, least) => format!("two routes are alike, margin {is:.3} of {least:.3}"),
         Why::Unmatched => "its conditions do not hold".to_owned(),
+        Why::Failed(why) => format!("its condition fails: {why}"),
     }
 }

@@ -1,5 +1,7 @@
 //! A request's prompt as plugins see it: who says what, borrowed from the body, and what else is asked for.
 
+use std::sync::Arc;
+
 /// Whose words a span is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -30,6 +32,21 @@ impl AsRef<str> for Span<'_> {
     }
 }
 
+/// Who asks, where, and what the head of the request says: for rules that name them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asker<'a> {
+    /// Who pays; empty where the policy asks for no key.
+    pub tenant: &'a str,
+    /// Who asks.
+    pub principal: &'a str,
+    /// The plans that they have.
+    pub plans: &'a [Arc<str>],
+    /// The endpoint's path.
+    pub surface: &'a str,
+    /// The headers that a rule may look at.
+    pub headers: &'a [(Arc<str>, Box<str>)],
+}
+
 /// What a request says, in order, and what comes with it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Prompt<'a> {
@@ -41,6 +58,8 @@ pub struct Prompt<'a> {
     pub tools: u32,
     /// Whether the answer must be JSON or follow a schema.
     pub structured: bool,
+    /// Who asks.
+    pub asker: Asker<'a>,
 }
 
 impl<'a> Prompt<'a> {

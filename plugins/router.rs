@@ -40,8 +40,10 @@
 //! ```
 
 pub mod cascade;
+pub mod cel;
 pub mod difficulty;
 pub mod evaluation;
+pub mod second;
 pub mod semantic;
 pub mod signals;
 
@@ -53,6 +55,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::prompt::Prompt;
+use crate::sink::Resolve;
 
 /// One way of choosing.
 pub trait Router: Debug + Send + Sync {
@@ -64,6 +67,11 @@ pub trait Router: Debug + Send + Sync {
 
     /// The models that it may choose.
     fn models(&self) -> Vec<Arc<str>>;
+
+    /// The headers that it looks at, in lower case.
+    fn headers(&self) -> &[Arc<str>] {
+        &[]
+    }
 
     /// The routes told by examples, where it goes by those: to be looked into and measured.
     fn semantic(&self) -> Option<&semantic::Semantic> {
@@ -104,6 +112,8 @@ pub enum Why {
     Unsure(f32, f32),
     /// Its conditions do not hold.
     Unmatched,
+    /// Whether its condition holds cannot be said, and why.
+    Failed(&'static str),
 }
 
 /// One way of choosing. Exactly one of the kinds must be given.
@@ -120,6 +130,9 @@ pub struct Config {
     /// By how difficult it is: one of two models.
     #[serde(default)]
     pub difficulty: Option<difficulty::Config>,
+    /// By a condition in CEL.
+    #[serde(default)]
+    pub cel: Option<cel::Config>,
 }
 
 impl Config {
@@ -130,7 +143,8 @@ impl Config {
         let signals = self.signals.iter().map(|signals| (".signals.model".to_owned(), signals.model.as_str()));
         let pairs = self.difficulty.iter().flat_map(|pair| [("weak", &pair.weak), ("strong", &pair.strong)]);
         let pairs = pairs.map(|(key, model)| (format!(".difficulty.{key}"), model.as_str()));
-        routes.chain(signals).chain(pairs).collect()
+        let cel = self.cel.iter().map(|cel| (".cel.model".to_owned(), cel.model.as_str()));
+        routes.chain(signals).chain(pairs).chain(cel).collect()
     }
 }
 
@@ -147,15 +161,20 @@ pub struct Built {
     pub warnings: Vec<Wrong>,
 }
 
-/// Reads a file that the policy names, or says why that cannot be done.
-pub type Open<'a> = &'a mut dyn FnMut(&Path) -> Result<String, String>;
+/// What routers may have of the world while they are built.
+pub struct World<'a> {
+    /// Reads a file that the policy names, or says why that cannot be done.
+    pub file: &'a mut dyn FnMut(&Path) -> Result<String, String>,
+    /// Finds a secret, or says why that cannot be done.
+    pub secret: Resolve<'a>,
+}
 
 /// The routers of a policy, or all that is wrong with them.
-pub fn build(configs: &[Config], open: Open<'_>) -> Result<Vec<Built>, Vec<Wrong>> {
+pub fn build(configs: &[Config], world: &mut World<'_>) -> Result<Vec<Built>, Vec<Wrong>> {
     let (mut built, mut wrong) = (Vec::new(), Vec::new());
     for (index, config) in configs.iter().enumerate() {
         let at = |(path, message): Wrong| (format!("[{index}]{path}"), message);
-        match one(config, open) {
+        match one(config, world) {
             Ok(one) => built.push(Built { warnings: one.warnings.into_iter().map(at).collect(), ..one }),
             Err(found) => wrong.extend(found.into_iter().map(at)),
         }
@@ -163,23 +182,31 @@ pub fn build(configs: &[Config], open: Open<'_>) -> Result<Vec<Built>, Vec<Wrong
     if wrong.is_empty() { Ok(built) } else { Err(wrong) }
 }
 
-fn one(config: &Config, open: Open<'_>) -> Result<Built, Vec<Wrong>> {
-    match config {
-        Config { semantic: Some(config), signals: None, difficulty: None } => {
-            let below = |(path, message): Wrong| (format!(".semantic{path}"), message);
-            let build = semantic::build(config).map_err(|wrong| wrong.into_iter().map(below).collect::<Vec<_>>())?;
-            let warnings = build.warnings().into_iter().map(below).collect();
-            Ok(Built { router: Arc::new(build), warnings })
+fn one(config: &Config, world: &mut World<'_>) -> Result<Built, Vec<Wrong>> {
+    let under = |key: &'static str| move |(path, message): Wrong| (format!(".{key}{path}"), message);
+    let only = |key, wrong: Wrong| vec![under(key)(wrong)];
+    let without = |router: Arc<dyn Router>| Built { router, warnings: Vec::new() };
+    let Config { semantic, signals, difficulty, cel } = config;
+    match (semantic, signals, difficulty, cel) {
+        (Some(config), None, None, None) => {
+            let built = semantic::build(config, world);
+            let built = built.map_err(|wrong| wrong.into_iter().map(under("semantic")).collect::<Vec<_>>())?;
+            let warnings = built.warnings().into_iter().map(under("semantic")).collect();
+            Ok(Built { router: Arc::new(built), warnings })
         }
-        Config { semantic: None, signals: Some(config), difficulty: None } => {
-            let below = |(path, message): Wrong| vec![(format!(".signals{path}"), message)];
-            Ok(Built { router: Arc::new(signals::build(config).map_err(below)?), warnings: Vec::new() })
+        (None, Some(config), None, None) => {
+            let built = signals::build(config).map_err(|wrong| only("signals", wrong))?;
+            Ok(without(Arc::new(built)))
         }
-        Config { semantic: None, signals: None, difficulty: Some(config) } => {
-            let below = |(path, message): Wrong| vec![(format!(".difficulty{path}"), message)];
-            Ok(Built { router: Arc::new(difficulty::build(config, open).map_err(below)?), warnings: Vec::new() })
+        (None, None, Some(config), None) => {
+            let built = difficulty::build(config, world).map_err(|wrong| only("difficulty", wrong))?;
+            Ok(without(Arc::new(built)))
         }
-        _ => Err(vec![(String::new(), "give exactly one of: semantic, signals, difficulty".to_owned())]),
+        (None, None, None, Some(config)) => {
+            let built = cel::build(config).map_err(|wrong| only("cel", wrong))?;
+            Ok(without(Arc::new(built)))
+        }
+        _ => Err(vec![(String::new(), "give exactly one of: semantic, signals, difficulty, cel".to_owned())]),
     }
 }
 
@@ -195,7 +222,8 @@ mod tests {
 
     /// The same, where every file says this.
     pub(super) fn built_with(json: &str, file: &str) -> Result<Vec<Built>, Vec<Wrong>> {
-        build(&serde_json::from_str::<Vec<Config>>(json).unwrap(), &mut |_| Ok(file.to_owned()))
+        let mut world = World { file: &mut |_| Ok(file.to_owned()), secret: &mut |_| Err("there is none".to_owned()) };
+        build(&serde_json::from_str::<Vec<Config>>(json).unwrap(), &mut world)
     }
 
     /// What a router says when the user asks `text`.
@@ -218,6 +246,7 @@ mod tests {
             ("semantic", r#"{"routes": [{"name": "n", "model": "m", "examples": ["fix this bug"]}]}"#),
             ("signals", r#"{"model": "m", "code": true}"#),
             ("difficulty", r#"{"weak": "w", "strong": "s"}"#),
+            ("cel", r#"{"model": "m", "when": "tokens > 5"}"#),
         ] {
             let router = &built(&format!(r#"[{{"{kind}": {config}}}]"#)).unwrap()[0].router;
             assert_eq!(router.kind(), kind);

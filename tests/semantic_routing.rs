@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::support::keys::{asks_for, key, start};
-use crate::support::wire::sha256;
+use crate::support::wire::{Framing, Step, Wire, sha256};
 use crate::support::{Client, Gateway, Journal, Options, Process, Simulated};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -347,4 +347,116 @@ fn what_cannot_be_learned_from_is_told_at_its_line() {
     let few = file("{\"text\": \"a\", \"weak_ok\": false, \"strong_ok\": true}\n");
     let (code, _, told) = Process::run(&["route", "train", few.path().to_str().unwrap()]);
     assert!(code == Some(1) && told.contains("1 prompts are too few"), "{told}");
+}
+
+#[tokio::test]
+async fn a_condition_decides_by_who_asks_where_and_what_and_one_that_fails_does_not_hold() {
+    let server = models().await;
+    let (gold, iron) = (key("acme", ""), key("other", ""));
+    let keys = asks_for(&[&gold, &iron], "{acme: {}, other: {}}");
+    let ask = "    ask:\n      - cel: {name: team, model: coder, when: \"headers['x-team'] == 'blue' && tenant == 'acme'\", headers: [x-team]}\n      - cel: {name: tools, model: eyes, when: \"tools > 1 && surface.endsWith('completions')\"}\n";
+    let policy = routed(&server.url(), &keys);
+    let begin = policy.find("    ask:").unwrap();
+    let rest = policy.find("tenants:").unwrap();
+    let gateway = start(&format!("{}{ask}{}", &policy[..begin], &policy[rest..]), "").await;
+    let asked = |secret: &str, headers: &[(&str, &str)], body: String| {
+        let bearer = format!("Bearer {secret}");
+        let mut all: Vec<(String, String)> =
+            headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        all.push(("authorization".to_owned(), bearer));
+        let address = gateway.address;
+        async move {
+            let all: Vec<(&str, &str)> = all.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            let answer = Client::h1().post_with(address, CHAT, &all, body).await;
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            answer.header("x-infergate-route").to_owned()
+        }
+    };
+    let plain = || body(CHAT, NEITHER, false);
+    let tools = plain().replace("\"x_own\"", "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"a\"}},{\"type\":\"function\",\"function\":{\"name\":\"b\"}}],\"x_own\"");
+    assert_eq!(asked(&gold.text, &[("x-team", "blue")], plain()).await, "auto=coder");
+    assert_eq!(asked(&iron.text, &[("x-team", "blue")], plain()).await, "auto=plain");
+    assert_eq!(
+        asked(&gold.text, &[("x-team", "blue"), ("x-team", "red")], plain()).await,
+        "auto=plain",
+        "which is meant?"
+    );
+    assert_eq!(asked(&gold.text, &[], tools).await, "auto=eyes");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let why = records[2].to_string();
+    assert!(why.contains("cel: its condition fails: there is no such key") && !why.contains("blue"), "{why}");
+    let wrong = policy.replace("    ask:", "    ask:\n      - cel: {model: coder, when: 'tokens > 1 && team'}");
+    let told = gateway.reload(&wrong).await.text();
+    assert!(told.contains("routers.auto.ask[0].cel.when: team is not known"), "{told}");
+}
+
+/// Two routes of which nothing in the first stage says which it is.
+fn doubtful(url: &str, service: &str, more: &str) -> String {
+    let route = |name: &str, model: &str| {
+        format!(
+            "            - {{name: {name}, model: {model}, examples: [write a letter to my {name}, send a letter to my {name}, draft a letter for my {name}, type a letter to a {name}, a letter to the {name}]}}\n"
+        )
+    };
+    let second = format!("          second: {{url: '{service}/v1', model: judge, margin: 0.5, {more}}}\n");
+    let policy = routed(url, "");
+    let routes = route("landlord", "coder") + &route("banker", "small");
+    let ask = format!("    ask:\n      - semantic:\n          least_likeness: 0\n{second}          routes:\n{routes}");
+    format!("{}{ask}", &policy[..policy.find("    ask:").unwrap()])
+}
+
+const DOUBT: &str = "please write a letter";
+
+fn letter(says: &str) -> Vec<Step> {
+    let answer = json!({"choices": [{"message": {"content": says}}]}).to_string();
+    Framing::Length.answer("application/json", &answer.into(), 4096)
+}
+
+#[tokio::test]
+async fn where_two_routes_are_alike_another_service_says_which_and_is_asked_once() {
+    let server = models().await;
+    let mut chosen = Vec::new();
+    for says in ["A", "B"] {
+        let judge = Wire::start(move |_| letter(says)).await;
+        let gateway = Gateway::start(&doubtful(&server.url(), &judge.url(), "shape: judge, deadline_ms: 5000")).await;
+        chosen.push(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await);
+        assert_eq!(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await, *chosen.last().unwrap());
+        assert_eq!(judge.heard().len(), 1, "what it said of a text is kept");
+        let record = Journal::settled(&gateway).await.of_kind("request").remove(0).to_string();
+        assert!(record.contains("second stage, between ") && record.contains("semantic: score"), "{record}");
+    }
+    chosen.sort();
+    assert_eq!(chosen, ["auto=coder", "auto=small"], "each is chosen if it is said");
+    let vectors = Wire::start(|heard| {
+        let asked: Value = serde_json::from_slice(&heard.body).unwrap();
+        let of = |text: &Value| if text.as_str().unwrap().contains("landlord") { [0.0, 1.0] } else { [1.0, 0.0] };
+        let data = asked["input"].as_array().unwrap().iter().enumerate();
+        let data: Vec<Value> = data.map(|(at, text)| json!({"index": at, "embedding": of(text)})).collect();
+        Framing::Length.answer("application/json", &json!({"data": data}).to_string().into(), 4096)
+    })
+    .await;
+    let gateway =
+        Gateway::start(&doubtful(&server.url(), &vectors.url(), "shape: embeddings, deadline_ms: 5000")).await;
+    assert_eq!(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await, "auto=small");
+}
+
+#[tokio::test]
+async fn what_the_second_stage_does_not_say_in_time_leaves_the_first_stages_answer() {
+    let server = models().await;
+    let silent = Wire::start(|_| vec![Step::UntilGone]).await;
+    let mumbling = Wire::start(|_| letter("perhaps")).await;
+    let broken = Wire::saying("HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await;
+    let mut first = None;
+    for (wire, why) in [(&silent, "no answer within 200 ms"), (&mumbling, "neither A nor B"), (&broken, "status 500")] {
+        let policy = doubtful(&server.url(), &wire.url(), "shape: judge, deadline_ms: 200");
+        let gateway = Gateway::start(&policy).await;
+        let got = route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await;
+        let record = Journal::settled(&gateway).await.of_kind("request").remove(0);
+        assert!(record.to_string().contains(why), "{record}");
+        assert_eq!(*first.get_or_insert(got.clone()), got, "the same whatever goes wrong");
+        let narrow = policy.replace("margin: 0.5", "margin: 0");
+        let asked = wire.heard().len();
+        let gateway = Gateway::start(&narrow).await;
+        assert_eq!(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await, got);
+        assert_eq!(wire.heard().len(), asked, "outside the margin nobody is asked");
+    }
 }

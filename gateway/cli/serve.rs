@@ -29,6 +29,7 @@ use crate::memory;
 use crate::policy::{Problems, World, compile, reload};
 use crate::pool::watch::{self, Names};
 use crate::relay::server::{Certificates, Running};
+use crate::routers::second;
 use crate::settings::{Audit, Settings, check_address};
 use crate::simulate::{Options, Simulated};
 
@@ -235,6 +236,7 @@ async fn beside(house: Arc<House>, source: Source, certificates: Certificates) {
             jobs.spawn(fanout::run(house.clone(), egress.clone()));
             jobs.spawn(issuers::run(house.clone(), egress.clone()));
             jobs.spawn(remote::run(house.clone(), egress.clone()));
+            jobs.spawn(second::run(house.clone(), egress.clone()));
             let exporting = house.clone();
             jobs.spawn(async move { exporting.tracer.run(&exporting.policy, &egress).await });
         }

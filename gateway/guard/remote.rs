@@ -3,7 +3,6 @@
 //! A request hands its questions over and waits for what is said; where it stops waiting nobody goes on. The calls run on
 //! the background's runtime, which may wait for names and connections; threads that carry requests never do.
 
-use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,6 +19,7 @@ use super::channel::{Channel, decoded};
 use super::{Blocked, Guard, Rails};
 use crate::egress::Egress;
 use crate::house::House;
+use crate::kept::Kept;
 use crate::scan::{self, Edit};
 use crate::text::Text;
 
@@ -33,13 +33,13 @@ const KEPT_MAX: usize = 20_000;
 pub struct Remotes {
     jobs: mpsc::Sender<Job>,
     taking: Mutex<Option<mpsc::Receiver<Job>>>,
-    kept: Mutex<Kept>,
+    kept: Mutex<Kept<Finds>>,
 }
 
 impl Default for Remotes {
     fn default() -> Self {
         let (jobs, taking) = mpsc::channel(WAITING_MAX);
-        Self { jobs, taking: Mutex::new(Some(taking)), kept: Mutex::default() }
+        Self { jobs, taking: Mutex::new(Some(taking)), kept: Mutex::new(Kept::new(KEPT_MAX)) }
     }
 }
 
@@ -124,7 +124,7 @@ async fn of_rule(
     let keys: Vec<[u8; 32]> = questions.iter().map(|question| remote.key(question)).collect();
     let mut finds: Vec<Option<Finds>> = {
         let kept = house.remotes.kept.lock();
-        keys.iter().map(|key| kept.get(key)).collect()
+        keys.iter().map(|key| kept.get(key).cloned()).collect()
     };
     let missing: Vec<usize> = (0..finds.len()).filter(|at| finds[*at].is_none()).collect();
     let asked: Arc<[Question]> = missing.iter().map(|at| questions[*at].clone()).collect();
@@ -135,7 +135,7 @@ async fn of_rule(
     while let Some(done) = calls.join_next().await {
         let (range, said) = done.map_err(|_| Fault::Failed("a call broke".to_owned()))??;
         for (at, found) in range.zip(said) {
-            house.remotes.kept.lock().keep(keys[missing[at]], &found, &remote);
+            house.remotes.kept.lock().keep(keys[missing[at]], found.clone(), remote.kept());
             finds[missing[at]] = Some(found);
         }
     }
@@ -169,33 +169,6 @@ async fn of_call(
     }
     let finds = remote.read(&asked[call.questions.clone()], answer.body()).map_err(Fault::Failed)?;
     Ok((call.questions, finds))
-}
-
-/// Verdicts that still hold, by what was asked: the oldest go first.
-#[derive(Debug, Default)]
-struct Kept {
-    verdicts: HashMap<[u8; 32], (Instant, Finds)>,
-    order: VecDeque<[u8; 32]>,
-}
-
-impl Kept {
-    fn get(&self, key: &[u8; 32]) -> Option<Finds> {
-        self.verdicts.get(key).filter(|(until, _)| Instant::now() < *until).map(|(_, finds)| finds.clone())
-    }
-
-    fn keep(&mut self, key: [u8; 32], finds: &Finds, remote: &Remote) {
-        if remote.kept().is_zero() {
-            return;
-        }
-        if self.verdicts.insert(key, (Instant::now() + remote.kept(), finds.clone())).is_none() {
-            self.order.push_back(key);
-        }
-        while self.order.len() > KEPT_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.verdicts.remove(&oldest);
-        }
-    }
 }
 
 /// Questions that are on their way, and the texts that they are about.
@@ -455,25 +428,5 @@ mod tests {
                 assert_eq!(out, expected, "{start} to {end}");
             }
         }
-    }
-
-    #[test]
-    fn verdicts_are_kept_so_many_and_the_oldest_go() {
-        let config =
-            r#"[{"name":"r","in":["prompt.user"],"verdict":"block","remote":{"shape":"webhook","url":"http://x"}}]"#;
-        let configs: Vec<infergate_plugins::guardrail::Config> = serde_json::from_str(config).unwrap();
-        let mut world = infergate_plugins::guardrail::World {
-            file: &mut |_| Err(String::new()),
-            secret: &mut |_| Err(String::new()),
-            key: b"",
-        };
-        let rules = infergate_plugins::guardrail::build(&configs, &mut world).unwrap();
-        let mut kept = Kept::default();
-        let key = |n: usize| std::array::from_fn(|at| if at < 8 { n.to_le_bytes()[at] } else { 0 });
-        for n in 0..KEPT_MAX + 5 {
-            kept.keep(key(n), &Vec::new(), rules.remote(0).unwrap());
-        }
-        assert_eq!((kept.verdicts.len(), kept.order.len()), (KEPT_MAX, KEPT_MAX));
-        assert!(kept.get(&key(4)).is_none() && kept.get(&key(5)).is_some());
     }
 }

@@ -108,7 +108,8 @@ impl Compiler<'_> {
             read.push((path, text.clone()));
             Ok(text)
         };
-        let built = router::build(&written.ask, &mut open);
+        let mut secret = |source: &_| self.resolve(source);
+        let built = router::build(&written.ask, &mut router::World { file: &mut open, secret: &mut secret });
         for (path, text) in read {
             self.secrets.update(&text);
             self.secret_files.push(path);
@@ -134,7 +135,8 @@ impl Compiler<'_> {
         let ask: Vec<Arc<dyn router::Router>> = built.into_iter().map(|built| built.router).collect();
         Some(Routers {
             name: name.into(),
-            counts: ask.iter().any(|router| router.kind() == "signals"),
+            counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())),
+            headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
             ask,
             default: written.default.as_str().into(),
             models: known?,

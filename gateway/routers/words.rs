@@ -45,7 +45,8 @@ impl<'a> Words<'a> {
 
     /// The prompt.
     pub fn prompt(&self) -> Prompt<'_> {
-        Prompt { spans: &self.spans, images: self.images, tools: self.tools, structured: self.structured }
+        let (images, tools, structured) = (self.images, self.tools, self.structured);
+        Prompt { spans: &self.spans, images, tools, structured, ..Prompt::default() }
     }
 
     /// Whether the model is to go on from what a tool gave back. Documents are no tool's.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, Choice, Open, Router, Why, Wrong};
+use super::{Answer, Choice, Router, Why, World, Wrong};
 use crate::prompt::Prompt;
 use crate::semantic::{DIMENSIONS, Embedding, Regression, exp, ln};
 
@@ -300,10 +300,10 @@ pub struct Pair {
     threshold: f32,
 }
 
-pub(super) fn build(config: &Config, open: Open<'_>) -> Result<Pair, Wrong> {
+pub(super) fn build(config: &Config, world: &mut World<'_>) -> Result<Pair, Wrong> {
     let told = |message: String| (".trained".to_owned(), message);
     let difficulty = match &config.trained {
-        Some(path) => Difficulty::read(&open(path).map_err(told)?).map_err(told)?,
+        Some(path) => Difficulty::read(&(world.file)(path).map_err(told)?).map_err(told)?,
         None => Difficulty::counters_only().ok_or_else(|| (String::new(), "the default score is broken".to_owned()))?,
     };
     Pair::of(config, difficulty)

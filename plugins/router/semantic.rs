@@ -7,7 +7,8 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{Answer, Choice, Router, Why, Wrong};
+use super::second::{self, Doubt, Second};
+use super::{Answer, Choice, Router, Why, World, Wrong};
 use crate::prompt::Prompt;
 use crate::semantic::{Embedding, Examples, Heads, Report};
 
@@ -25,6 +26,9 @@ pub struct Config {
     /// How much likelier than the second the best route must be, from 0 to 1. The default takes the best.
     #[serde(default)]
     pub least_margin: f32,
+    /// Another service, which says which of two routes it is where they are about as good.
+    #[serde(default)]
+    pub second: Option<second::Config>,
 }
 
 /// One route.
@@ -53,10 +57,17 @@ pub struct Semantic {
     places: Vec<String>,
     least_likeness: f32,
     least_margin: f32,
+    second: Option<Arc<Second>>,
 }
 
-pub(super) fn build(config: &Config) -> Result<Semantic, Vec<Wrong>> {
-    let wrong = wrong(config);
+pub(super) fn build(config: &Config, world: &mut World<'_>) -> Result<Semantic, Vec<Wrong>> {
+    let mut wrong = wrong(config);
+    let routes = || config.routes.iter().map(|route| (route.name.as_str(), route.examples.as_slice()));
+    let second = config.second.as_ref().map(|second| second::build(second, routes(), world)).transpose();
+    let second = second.unwrap_or_else(|found| {
+        wrong.extend(found.into_iter().map(|(path, message)| (format!(".second{path}"), message)));
+        None
+    });
     if !wrong.is_empty() {
         return Err(wrong);
     }
@@ -67,6 +78,7 @@ pub(super) fn build(config: &Config) -> Result<Semantic, Vec<Wrong>> {
         models: config.routes.iter().map(|route| (route.name.as_str().into(), route.model.as_str().into())).collect(),
         least_likeness: config.least_likeness.unwrap_or(heads.least_likeness()),
         least_margin: config.least_margin,
+        second: second.map(Arc::new),
         report,
         places: places(config),
         heads,
@@ -143,6 +155,22 @@ impl Semantic {
         };
         let (model, route) = (Arc::clone(model), Arc::clone(route));
         Answer::Route(Choice { model, route, score: class.score, margin: class.margin })
+    }
+
+    /// The two best routes, where they are so near to each other that another service is to say which it is.
+    pub fn doubt(&self, answer: &Answer, prompt: &Prompt<'_>) -> Option<Doubt> {
+        let margin = match answer {
+            Answer::Route(choice) => choice.margin,
+            Answer::Pass(Why::Unsure(margin, _)) => *margin,
+            Answer::Pass(_) => return None,
+        };
+        let second = self.second.as_ref().filter(|second| second.decides(margin))?.clone();
+        let asked = prompt.asked();
+        let ranked = self.heads.ranked(&Embedding::of_parts(asked));
+        let mut best =
+            ranked.iter().filter_map(|(name, _)| self.models.iter().find(|(route, _)| route == *name).cloned());
+        let text = asked.iter().map(|span| span.text).collect::<Vec<_>>().join("\n").into();
+        Some(Doubt { second, text, routes: [best.next()?, best.next()?], margin })
     }
 
     pub(super) fn warnings(&self) -> Vec<Wrong> {

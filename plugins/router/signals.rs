@@ -353,7 +353,7 @@ mod tests {
             Span { role: Role::System, turn: 0, text: "twelve bytes" },
             Span { role: Role::User, turn: 1, text: "and some" },
         ];
-        let found = Signals::of(&Prompt { spans: &spans, images: 2, tools: 3, structured: false });
+        let found = Signals::of(&Prompt { spans: &spans, images: 2, tools: 3, ..Prompt::default() });
         assert_eq!((found.bytes, found.tokens, found.turns, found.images, found.tools), (20, 5, 1, 2, 3));
         let json = r#"{"a":"b","c":["d"]}"#.repeat(100);
         assert!(signals(&json).tokens > json.len() / 3);
