@@ -40,7 +40,9 @@
 //! ```
 
 pub mod difficulty;
+pub mod effort;
 pub mod evaluation;
+pub mod score;
 pub mod semantic;
 pub mod signals;
 
@@ -128,6 +130,14 @@ impl Config {
         let signals = self.signals.iter().map(|signals| (".signals.model".to_owned(), signals.model.as_str()));
         let pairs = self.difficulty.iter().flat_map(|pair| [("weak", &pair.weak), ("strong", &pair.strong)]);
         let pairs = pairs.map(|(key, model)| (format!(".difficulty.{key}"), model.as_str()));
+        routes.chain(signals).chain(pairs).collect()
+    }
+
+    /// The names of its decisions: of routes, of a rule; of difficulty those of its models.
+    pub fn decisions(&self) -> Vec<&str> {
+        let routes = self.semantic.iter().flat_map(|semantic| &semantic.routes).map(|route| route.name.as_str());
+        let signals = self.signals.iter().map(|signals| signals.name.as_deref().unwrap_or("signals"));
+        let pairs = self.difficulty.iter().flat_map(|pair| [pair.weak.as_str(), pair.strong.as_str()]);
         routes.chain(signals).chain(pairs).collect()
     }
 }
