@@ -4,6 +4,7 @@ pub mod breaker;
 pub mod choose;
 pub mod load;
 pub mod origin;
+pub mod outlook;
 pub mod prefix;
 pub mod queue;
 pub mod retry;
@@ -35,6 +36,8 @@ use crate::telemetry::{AttemptCounters, HedgeCounters};
 pub struct Pool {
     /// Its name.
     pub name: Arc<str>,
+    /// Where what it is sent is read, if the policy says so.
+    pub region: Option<Box<str>>,
     /// The upstreams, in the order of the file.
     pub upstreams: Vec<Upstream>,
     /// How long each phase may take.

@@ -2,9 +2,13 @@
 //!
 //! The routers of the policy are asked in order once the body has been parsed, and before limits count it, so that they
 //! count the model that is chosen; the first answer wins, and where there is none the default answers. Not every
-//! candidate serves every endpoint: one that cannot do what is asked is passed over.
+//! candidate serves every endpoint: one that cannot do what is asked is passed over. Where a decision names a shortlist,
+//! the best on it answers.
 
+pub mod case;
 pub mod conversations;
+mod effort;
+pub mod shortlist;
 pub mod words;
 
 use std::collections::HashMap;
@@ -13,19 +17,22 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
-use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::{Prompt, Role};
+use infergate_plugins::router::effort::Effort;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
+use smallvec::SmallVec;
 
-use self::conversations::Conversations;
+use self::case::{Case, Request, Unfit};
+use self::conversations::{Conversations, Kept};
+use self::shortlist::{Shortlist, Weighed};
 use self::words::Words;
 use crate::audit::record::Text;
 use crate::exchange::Exchange;
 use crate::guard::BESIDE;
 use crate::house::House;
 use crate::pipeline::Planned;
-use crate::policy::Route;
 use crate::policy::file::Keep;
+use crate::policy::{Route, Tenant};
 use crate::refusal::{Code, Refusal};
 use crate::relay::Downstream;
 
@@ -46,6 +53,12 @@ pub struct Routers {
     pub session_header: Option<HeaderName>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
+    /// Whether somebody asks how long a prompt is.
+    pub measures: bool,
+    /// Models of which the best answers, by the names that stand for them.
+    pub shortlists: HashMap<Arc<str>, Shortlist>,
+    /// How much models think, by the decision.
+    pub effort: HashMap<Box<str>, Effort>,
 }
 
 /// What was chosen, for the header.
@@ -66,7 +79,27 @@ pub struct Decided {
     pub rule: Text,
     /// How it came to that.
     pub why: Text,
+    /// The decision that chose the model in the first place: `rule`, unless the conversation keeps it.
+    pub by: Text,
+    /// What was weighed, where a shortlist decided.
+    pub weighed: Option<Box<Weighed>>,
+    /// Who was asked and had no answer, and why.
+    pub passes: Passes,
+    /// Why nobody can answer, if so.
+    pub unfit: Option<Box<(Unfit, String)>>,
+    /// Whether the model is to go on from what a tool gave back.
+    pub in_loop: bool,
 }
+
+impl Decided {
+    fn of(model: &Arc<str>, rule: Text, why: Text) -> Self {
+        let (model, by, passes) = (model.clone(), rule.clone(), Passes::new());
+        Self { model, rule, why, by, weighed: None, passes, unfit: None, in_loop: false }
+    }
+}
+
+/// Routers that had no answer, by their kind, and why.
+pub type Passes = SmallVec<[(&'static str, &'static str); 4]>;
 
 /// Decides which model answers a request that leaves it open.
 pub async fn choose(
@@ -76,38 +109,47 @@ pub async fn choose(
     planned: &mut Planned,
 ) -> Result<(), Refusal> {
     let Some(routers) = planned.route.routers.clone() else { return Ok(()) };
+    let began = Instant::now();
     let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
     let conversations = house.state.conversations.clone();
     let whose = Whose::of(exchange, &routers, &downstream.head().headers);
-    let deciding = routers.clone();
-    let decide = move || deciding.decide(operation, &body, &conversations, &whose);
-    let decided = if planned.received.body.len() > BESIDE {
+    let decided = if body.len() > BESIDE {
+        let (deciding, scan) = (routers.clone(), planned.scan.clone());
+        let decide = move || deciding.decide(&Request { operation, body: &body, scan: &scan }, &conversations, &whose);
         let broke = |_| Refusal::new(Code::Internal, "a router broke");
         tokio::task::spawn_blocking(decide).await.map_err(broke)?
     } else {
-        decide()
+        routers.decide(&Request { operation, body: &body, scan: &planned.scan }, &conversations, &whose)
     };
-    let route = routers.models.get(&decided.model).filter(|route| serves(route, operation)).cloned();
-    let Some(route) = route else {
-        let (name, path) = (&decided.model, planned.identified.surface.path);
-        return Err(Refusal::new(Code::NotFound, format!("no upstream of the model `{name}` can do {path}")));
-    };
-    let Decided { model, rule, why } = decided;
-    exchange.decide("route", rule, &model, why);
+    house.telemetry.decided(&routers.name, &decided, began.elapsed());
+    let route = routers.models.get(&decided.model).filter(|_| decided.unfit.is_none()).cloned();
+    let Some(route) = route else { return Err(nobody(&routers, planned, decided.unfit)) };
+    let model = &decided.model;
+    exchange.decide("route", decided.rule.clone(), model, decided.why.clone());
     exchange.chosen = Some(Chosen { by: routers.name.clone(), model: model.clone() });
-    exchange.serve_instead(route.clone(), model);
+    exchange.serve_instead(route.clone(), model.clone());
     planned.goes_to(exchange, route);
+    effort::apply(exchange, planned, &routers, &decided)?;
+    exchange.weighed = decided.weighed;
     Ok(())
 }
 
-fn serves(route: &Route, operation: Operation) -> bool {
-    route.stages.iter().any(|stage| stage.pool.serves(operation))
+/// No candidate can answer this.
+fn nobody(routers: &Routers, planned: &Planned, unfit: Option<Box<(Unfit, String)>>) -> Refusal {
+    let (name, path) = (&routers.name, planned.identified.surface.path);
+    let (unfit, why) = unfit.map_or((Unfit::Operation, String::new()), |unfit| *unfit);
+    let code = match unfit {
+        Unfit::Operation => Code::NotFound,
+        Unfit::Region => Code::ModelNotAllowed,
+        _ => Code::InvalidBody,
+    };
+    Refusal::new(code, format!("no model of `{name}` can answer this at {path}: {why}")).param("model")
 }
 
 /// Whose conversation it is: no tenant is told by another's.
 #[derive(Clone, Debug, Default)]
 pub struct Whose {
-    tenant: Option<Arc<str>>,
+    tenant: Option<Arc<Tenant>>,
     /// What the client calls it.
     session: Option<Box<[u8]>>,
 }
@@ -116,66 +158,108 @@ impl Whose {
     fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
         let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
         Self {
-            tenant: exchange.who.as_ref().map(|who| who.tenant.name.clone()),
+            tenant: exchange.who.as_ref().map(|who| who.tenant.clone()),
             session: named.map(|value| value.as_bytes().into()),
         }
     }
 }
 
 impl Routers {
-    /// The models that may be chosen, the default first, each once.
+    /// The models that may be chosen, the default first, or those of its shortlist, each once.
     pub fn candidates(&self) -> impl Iterator<Item = &Arc<str>> {
-        let mut others: Vec<&Arc<str>> = self.models.keys().filter(|name| **name != self.default).collect();
+        let listed = self.shortlists.get(&self.default).map(|list| list.models.iter().map(|listed| &listed.model));
+        let first: Vec<&Arc<str>> = listed.map_or_else(|| vec![&self.default], Iterator::collect);
+        let mut others: Vec<&Arc<str>> = self.models.keys().filter(|name| !first.contains(name)).collect();
         others.sort_unstable();
-        std::iter::once(&self.default).chain(others)
+        first.into_iter().chain(others)
     }
 
-    /// The model for the request `body` to `operation`.
-    pub fn decide(&self, operation: Operation, body: &[u8], kept: &Conversations, whose: &Whose) -> Decided {
-        let Ok(words) = Words::of(operation, body, self.counts) else {
-            return self.by_default("the prompt cannot be read".into());
+    /// The model for a request.
+    pub fn decide(&self, request: &Request<'_>, conversations: &Conversations, whose: &Whose) -> Decided {
+        let tenant = whose.tenant.as_deref();
+        let Ok(words) = Words::of(request.operation, request.body, self.counts) else {
+            let case = Case::of(*request, &Prompt::default(), tenant, self.measures);
+            return self.by_default(
+                &case,
+                None,
+                Passed { why: "the prompt cannot be read".into(), ..Passed::default() },
+            );
         };
         let spans = words.spans();
         let prompt = words.prompt(&spans);
-        let key = (self.keep != Keep::Never).then(|| self.key(&prompt, kept, whose)).flatten();
-        let holds = self.keep == Keep::Conversation || words.in_loop(&prompt);
-        let now = Instant::now();
-        if let Some(model) = key.filter(|_| holds).and_then(|key| kept.get(key, now))
-            && self.can(&model, operation)
-        {
-            return Decided { model, rule: "conversation".into(), why: "it was chosen before, and is kept".into() };
-        }
-        let decided = self.asked(operation, &prompt);
-        if let Some(key) = key {
-            kept.put(key, decided.model.clone(), now);
+        let case = Case::of(*request, &prompt, tenant, self.measures);
+        let key = (self.keep != Keep::Never).then(|| self.key(&prompt, conversations, whose)).flatten();
+        let in_loop = words.in_loop(&prompt);
+        let holds = self.keep == Keep::Conversation || in_loop;
+        let asks = |_: &u64| holds || !self.shortlists.is_empty();
+        let kept = key.filter(asks).and_then(|key| conversations.get(key, case.now));
+        let decided = kept.as_ref().filter(|_| holds).and_then(|kept| self.kept(&case, kept));
+        let decided = decided.unwrap_or_else(|| self.asked(&case, &prompt, kept.as_ref()));
+        let decided = Decided { in_loop, ..decided };
+        if let Some(key) = key.filter(|_| decided.unfit.is_none()) {
+            conversations.put(key, self.to_keep(&case, &decided));
         }
         decided
     }
 
+    /// The model that the conversation has, if it can do this too.
+    fn kept(&self, case: &Case<'_>, kept: &Kept) -> Option<Decided> {
+        let route = self.models.get(&kept.model)?;
+        let decided = || Decided::of(&kept.model, "conversation".into(), "it was chosen before, and is kept".into());
+        case.unfit(route).is_none().then(|| Decided { by: kept.by.clone(), ..decided() })
+    }
+
+    fn to_keep(&self, case: &Case<'_>, decided: &Decided) -> Kept {
+        let route = self.models.get(&decided.model).filter(|_| self.measures);
+        let tokens = route.map_or(0, |route| u32::try_from(route.density.likely(case.text_bytes)).unwrap_or(u32::MAX));
+        Kept { model: decided.model.clone(), by: decided.by.clone(), tokens, at: case.now }
+    }
+
     /// The first answer.
-    fn asked(&self, operation: Operation, prompt: &Prompt<'_>) -> Decided {
-        let mut passed = String::new();
+    fn asked(&self, case: &Case<'_>, prompt: &Prompt<'_>, kept: Option<&Kept>) -> Decided {
+        let mut passed = Passed::default();
         for router in &self.ask {
             match router.ask(prompt) {
-                Answer::Route(choice) if self.can(&choice.model, operation) => return decided(router.kind(), choice),
-                Answer::Route(choice) => note(&mut passed, router.kind(), &format!("{} cannot do this", choice.model)),
-                Answer::Pass(why) => note(&mut passed, router.kind(), &told(why)),
+                Answer::Route(choice) => match self.found(&choice.model, case, kept) {
+                    Ok(found) => return decided(router.kind(), choice, found, passed.routers),
+                    Err(unable) => passed.note(router.kind(), "unfit", &unable.1),
+                },
+                Answer::Pass(why) => passed.note(router.kind(), word(why), &told(why)),
             }
         }
-        self.by_default(passed.into())
+        self.by_default(case, kept, passed)
     }
 
-    fn by_default(&self, why: Text) -> Decided {
-        Decided { model: self.default.clone(), rule: "default".into(), why }
+    fn by_default(&self, case: &Case<'_>, kept: Option<&Kept>, passed: Passed) -> Decided {
+        let Passed { why, routers: passes } = passed;
+        let decided =
+            |model: &Arc<str>, why: String| Decided { passes, ..Decided::of(model, "default".into(), why.into()) };
+        match self.found(&self.default, case, kept) {
+            Ok(Found { model, weighed: None }) => decided(&model, why),
+            Ok(Found { model, weighed: Some(weighed) }) => {
+                let between = if why.is_empty() { "" } else { "; " };
+                let why = format!("{}{between}{why}", weighed.why());
+                Decided { weighed: Some(weighed), ..decided(&model, why) }
+            }
+            Err(unfit) => Decided { unfit: Some(Box::new(unfit)), ..decided(&self.default, why) },
+        }
     }
 
-    fn can(&self, model: &str, operation: Operation) -> bool {
-        self.models.get(model).is_some_and(|route| serves(route, operation))
+    /// The model that a decision names, or the best of the shortlist; where it cannot answer, why.
+    fn found(&self, name: &Arc<str>, case: &Case<'_>, kept: Option<&Kept>) -> Result<Found, (Unfit, String)> {
+        if let Some(shortlist) = self.shortlists.get(name) {
+            let weighed = shortlist.weigh(case, kept)?;
+            return Ok(Found { model: weighed.model().clone(), weighed: Some(Box::new(weighed)) });
+        }
+        match self.models.get(name).map_or(Some(Unfit::Operation), |route| case.unfit(route)) {
+            Some(unfit) => Err((unfit, format!("{name} {unfit}"))),
+            None => Ok(Found { model: name.clone(), weighed: None }),
+        }
     }
 
     /// The number of the conversation: by what the client calls it, or by how it begins.
     fn key(&self, prompt: &Prompt<'_>, kept: &Conversations, whose: &Whose) -> Option<u64> {
-        let of = (&*self.name, whose.tenant.as_deref());
+        let of = (&*self.name, whose.tenant.as_ref().map(|tenant| &*tenant.name));
         if let Some(session) = &whose.session {
             return Some(kept.key(of, &[session]));
         }
@@ -188,14 +272,43 @@ impl Routers {
     }
 }
 
-fn decided(kind: &'static str, choice: Choice) -> Decided {
-    let why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
-    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into() }
+/// The model that a name came to.
+struct Found {
+    model: Arc<str>,
+    weighed: Option<Box<Weighed>>,
 }
 
-fn note(passed: &mut String, kind: &str, why: &str) {
-    let between = if passed.is_empty() { "" } else { "; " };
-    let _ = write!(passed, "{between}{kind}: {why}");
+fn decided(kind: &'static str, choice: Choice, found: Found, passes: Passes) -> Decided {
+    let mut why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
+    if let Some(weighed) = &found.weighed {
+        let _ = write!(why, "; {}", weighed.why());
+    }
+    Decided { weighed: found.weighed, passes, ..Decided::of(&found.model, (&choice.route).into(), why.into()) }
+}
+
+/// Who had no answer.
+#[derive(Default)]
+struct Passed {
+    why: String,
+    routers: Passes,
+}
+
+impl Passed {
+    fn note(&mut self, kind: &'static str, word: &'static str, why: &str) {
+        let between = if self.why.is_empty() { "" } else { "; " };
+        let _ = write!(self.why, "{between}{kind}: {why}");
+        self.routers.push((kind, word));
+    }
+}
+
+/// The same in a word, for metrics.
+fn word(why: Why) -> &'static str {
+    match why {
+        Why::Unknown => "unknown",
+        Why::OutOfScope(..) => "out_of_scope",
+        Why::Unsure(..) => "unsure",
+        Why::Unmatched => "unmatched",
+    }
 }
 
 /// Why a router has no answer, for people.
