@@ -191,11 +191,12 @@ async fn a_tenants_requests_stay_in_its_regions_whatever_else_speaks_for_a_model
     let tenants = "{bound: {parent: top}, top: {regions: [eu, mars]}, free: {}}";
     let keys = asks_for(&[&bound, &free], tenants);
     let more =
-        format!("{keys}limits: [{{name: few, models: [small], requests: 2, per: 1h, on_exhausted: {{use: big}}}}]\n");
+        format!("{keys}limits: [{{name: few, models: [small], requests: 3, per: 1h, on_exhausted: {{use: big}}}}]\n");
     let (near, far) = (here.url(), there.url());
     let lists = Lists {
         quality: (0.0, 1.0),
         pools: (", region: eu", ", region: us"),
+        auto: "    ask: [{signals: {name: code, model: big, code: true}}]\n",
         more: &more,
         ..Lists::of(&near, &far, "{quality: 1000}")
     };
@@ -217,6 +218,15 @@ async fn a_tenants_requests_stay_in_its_regions_whatever_else_speaks_for_a_model
     assert_eq!(free_one.header("x-infergate-route"), "auto=big", "{}", free_one.text());
     let before = there.seen().iter().filter(|seen| seen.method == "POST").count();
     assert_eq!(post(&bound.text, CHAT, asks("Hello", "")).await.header("x-infergate-route"), "auto=small");
+    let code = post(&bound.text, CHAT, asks("write a python function", "")).await;
+    assert_eq!(code.header("x-infergate-route"), "auto=small", "{}", code.text());
+    let record = last_record(&gateway).await;
+    assert_eq!(record["candidates"][1]["out"], "is in no region that this key may use");
+    let why = record["decisions"].to_string();
+    assert!(
+        why.contains("signals: big is in no region that this key may use"),
+        "a decision for it is passed over: {why}"
+    );
     let named = |model: &str| asks("Hello", "").replace("auto", model);
     let refused = post(&bound.text, CHAT, named("big")).await;
     assert_eq!((refused.status, refused.code().as_str()), (403, "model_not_allowed"), "by its own name too");

@@ -347,19 +347,22 @@ mod tests {
     }
 
     #[test]
-    fn a_decision_allocates_no_more_where_a_shortlist_is_not_asked() {
-        let list = "    shortlists: {best: {weigh: {quality: 1}, models: [{model: small, quality: 1}, {model: big, quality: 0}]}}\n";
+    fn a_decision_allocates_no_more_where_a_shortlist_is_not_asked_and_a_handful_where_it_is() {
+        let list = "    shortlists: {best: {weigh: {quality: 1}, models: [{model: large, quality: 1}, {model: small, quality: 0}]}}\n";
         let body = br#"{"messages":[{"role":"user","content":"explain this sql query"}]}"#;
         let scan = scan::json(body).unwrap();
-        let allocated = |more: &str| {
-            let policy = compiled(&auto(more)).unwrap();
+        let allocated = |text: &str| {
+            let policy = compiled(text).unwrap();
             let routers = policy.route(Some("auto")).unwrap().routers.clone().unwrap();
             let (request, kept) = (Request { operation: Operation::Chat, body, scan: &scan }, Conversations::default());
             let decide = || assert_eq!(&*routers.decide(&request, &kept, &Whose::default()).model, "large");
             decide();
             allocation_counter::measure(decide).count_total
         };
-        assert_eq!(allocated(list), allocated(""));
+        let (plain, listed) = (allocated(&auto("")), auto(list));
+        assert_eq!(allocated(&listed), plain);
+        let weighed = allocated(&listed.replacen("model: large", "model: best", 1));
+        assert!(weighed <= plain + 8, "{weighed} and not {plain}");
     }
 
     #[test]
