@@ -13,6 +13,7 @@
 use std::error::Error;
 use std::time::Instant;
 
+use infergate_plugins::router::difficulty::train::recovered;
 use infergate_plugins::router::difficulty::{Difficulty, Labelled};
 use infergate_plugins::router::evaluation::{Evaluation, Row, auroc, by_label, rows};
 use infergate_plugins::semantic::{Embedding, Examples, Injection, prepare};
@@ -152,19 +153,6 @@ fn crossed(prompts: &[Labelled], embedded: bool, draw: u64) -> Vec<f32> {
         }
     }
     scores
-}
-
-/// The mean share of the quality gap that is recovered, over every share of strong calls (RouteLLM's APGR).
-fn recovered(prompts: &[Labelled], scores: &[f32]) -> f64 {
-    let mut order: Vec<usize> = (0..prompts.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    let gains = order.iter().map(|at| f64::from(prompts[*at].strong_ok) - f64::from(prompts[*at].weak_ok));
-    let (mut so_far, mut area) = (0.0, 0.0);
-    for gain in gains {
-        area += so_far + gain / 2.0;
-        so_far += gain;
-    }
-    area / prompts.len() as f64 / so_far
 }
 
 fn injection(attacks: &[Row], benign: &[&str]) -> Result<(), Failure> {

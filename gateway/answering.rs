@@ -50,20 +50,16 @@ pub async fn relay(
     }
     let (mut head, mut answer) = answer.split();
     let status = head.status;
-    exchange.bill = bill(exchange, &planned, stage, picked.upstream, status);
     let operation = planned.identified.surface.operation;
-    let reading = Reading {
-        events: is_events,
-        hides_usage: planned.asks_for_usage(picked.upstream).is_some(),
-        service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
-        counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, picked.upstream)),
-    };
+    let reading = opened(exchange, &planned, (stage, picked.upstream), status, is_events);
     let mut passes = pipeline::heard_beside(exchange, &mut planned, Some(downstream)).await;
     let is_known = passes.is_ok();
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
     let holds = !is_events || exchange.tally.guard.as_ref().is_some_and(|guard| guard.holds());
     if is_known && guards && holds {
-        passes = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await.map_err(unread);
+        let mut waits = pipeline::waiting(downstream, exchange, &planned);
+        waits.heartbeat = pace.heartbeat.filter(|_| is_events);
+        passes = relay::whole(&mut waits, &mut answer, pace.between, guard::WHOLE_MAX).await.map_err(unread);
         if passes.is_ok() {
             let body = answer.body();
             passes = match is_events {
@@ -111,6 +107,23 @@ pub async fn relay(
     }
     account(exchange, stage, &picked, &passed);
     conclude(exchange, downstream, passed, ending, is_events).await
+}
+
+/// Opens the bill for an answer that begins, and says what is read of it.
+pub fn opened(
+    exchange: &mut Exchange,
+    planned: &Planned,
+    (stage, upstream): (&Stage, &Upstream),
+    status: StatusCode,
+    is_events: bool,
+) -> Reading {
+    exchange.bill = bill(exchange, planned, stage, upstream, status);
+    Reading {
+        events: is_events,
+        hides_usage: planned.asks_for_usage(upstream).is_some(),
+        service_tier: exchange.bill.as_ref().is_some_and(Bill::asks_service_tier),
+        counts: exchange.bill.as_ref().and_then(|_| encoding(exchange, stage, upstream)),
+    }
 }
 
 /// Whether an answer may go to this client at all.

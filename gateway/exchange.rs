@@ -19,9 +19,9 @@ use crate::house::House;
 use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
-use crate::limits::{Used, millis};
-use crate::money::NanoUsd;
+use crate::limits::{Reservation, Used, millis};
 use crate::money::bill::{self, Bill, Cost, End as Whole};
+use crate::money::{Cached, NanoUsd};
 use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
@@ -75,6 +75,8 @@ pub struct Exchange {
     pub tally: Tally,
     /// What it comes to, where the policy has prices and a model has begun to answer.
     pub bill: Option<Bill>,
+    /// What answers used and cost that were read and not passed on.
+    aside: Option<Box<Aside>>,
     caller: Caller,
     decisions: Decisions,
     ending: End,
@@ -84,6 +86,23 @@ pub struct Exchange {
     telemetry: Arc<Telemetry>,
     tracer: Arc<Tracer>,
     _in_flight: InFlight,
+}
+
+/// How much of an answer was heard.
+#[derive(Clone, Copy, Debug)]
+pub struct Heard {
+    /// Whether it came to its end.
+    pub whole: bool,
+    /// Bytes of it.
+    pub bytes: u64,
+}
+
+/// What answers used and cost that were read and not passed on, all together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Aside {
+    usage: Usage,
+    nanousd: NanoUsd,
+    unpriced: bool,
 }
 
 /// Whom it came from.
@@ -155,6 +174,7 @@ impl Exchange {
             short: None,
             tally: Tally::default(),
             bill: None,
+            aside: None,
             caller: Caller {
                 peer: downstream.peer(),
                 protocol: downstream.protocol(),
@@ -324,19 +344,59 @@ impl Exchange {
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
     pub fn settle(&mut self) {
         let Some(mut reservation) = self.tally.reservation.take() else { return };
-        let (usage, cost, _) = self.spent();
-        let cached = bill::cached(self.surface.operation);
+        let mut used = self.used(&reservation, self.passed_on());
+        used.nanousd = used.nanousd.saturating_add(self.worked_in_vain().map_or(0, |(_, nanousd)| nanousd.0));
+        reservation.settle(&used, millis(SystemTime::now()));
+        self.tally.reservation = Some(reservation);
+    }
+
+    /// The answer that was read is not passed on as things are: what it used is settled, before anything is reserved for
+    /// another model.
+    pub fn settle_work(&mut self, heard: Heard) {
+        let Some(mut reservation) = self.tally.reservation.take() else { return };
+        let used = self.used(&reservation, heard);
+        reservation.settle_work(&used, millis(SystemTime::now()));
+        self.tally.reservation = Some(reservation);
+    }
+
+    /// What the answer used of limits.
+    fn used(&self, reservation: &Reservation, heard: Heard) -> Used {
+        let (usage, cost, _) = self.answer_spent(heard);
         let used = Used {
             asked: !self.attempts.is_empty(),
-            input: prompt_tokens(&usage, cached),
+            input: prompt_tokens(&usage, bill::cached(self.surface.operation)),
             output: usage.output_tokens.unwrap_or_default(),
             nanousd: cost.map_or(0, |cost| cost.nanousd.0),
         };
         if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
             route.density.learn(reservation.text_bytes, used.input);
+            if let Some((attempt, micros)) = self.attempts.last().and_then(|last| Some((last, last.gpu_us()?))) {
+                attempt.pool().state.effort.learn(used.input, used.output, micros);
+            }
         }
-        reservation.settle(&used, millis(SystemTime::now()));
-        self.tally.reservation = Some(reservation);
+        used
+    }
+
+    /// The answer that was read is not passed on: the running attempt has what it used, and the next model begins anew.
+    pub fn set_aside(&mut self, route: &Route, result: Ending, why: Text, heard: Heard) {
+        let (usage, cost, unpriced) = self.answer_spent(heard);
+        let nanousd = cost.map(|cost| cost.nanousd.0);
+        let model = Some(route.model.name.as_str().into());
+        if let Some(attempt) = self.attempts.last_mut() {
+            (attempt.metered, attempt.model) = (Metered::of(&usage, nanousd), model);
+        }
+        let aside = self.aside.get_or_insert_default();
+        aside.usage = aside.usage.and(usage);
+        aside.nanousd = aside.nanousd.plus(NanoUsd(nanousd.unwrap_or_default()));
+        aside.unpriced |= unpriced;
+        self.attempt_ends(result, Some(why));
+        self.unread();
+    }
+
+    /// What was read of the answer is forgotten: it is read again when it is passed on, or nobody gets it.
+    pub fn unread(&mut self) {
+        self.tally.forget();
+        self.bill = None;
     }
 
     /// The answer was given to its end.
@@ -388,7 +448,8 @@ impl Exchange {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
         let (usage, cost, unpriced) = self.spent();
-        let metered = Metered::of(&usage, cost.as_ref().map(|cost| cost.nanousd.0));
+        let (of_answer, its_cost, _) = self.answer_spent(self.passed_on());
+        let metered = Metered::of(&of_answer, its_cost.map(|cost| cost.nanousd.0));
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -441,12 +502,9 @@ impl Exchange {
             meter = meter.with_service_tier();
         }
         meter.push(body);
-        bill.settle(
-            meter.usage(),
-            Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() },
-        )
-        .1
-        .flatten()
+        let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
+        let cost = bill.settle(meter.usage(), whole).1.flatten()?;
+        Some(cost.plus(self.besides().nanousd))
     }
 
     /// What it cost, once it is over.
@@ -458,25 +516,69 @@ impl Exchange {
         self.attempts.last()?.gpu_us()
     }
 
-    /// What it used, what that cost, and whether something of it has no price.
+    /// What it used, what that cost, and whether something of it has no price: all its answers together.
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
-        let whole = self.ending.outcome == Outcome::Ok;
+        let (usage, cost, unpriced) = self.answer_spent(self.passed_on());
+        let besides = self.besides();
+        let nanousd = cost.map_or(NanoUsd(0), |cost| cost.nanousd).plus(besides.nanousd);
+        let book = self.policy.prices.as_ref().filter(|_| cost.is_some() || nanousd.0 > 0);
+        let cost = book.map(|book| Cost { nanousd, prices: &book.version });
+        (besides.usage.and(usage), cost, unpriced || besides.unpriced)
+    }
+
+    /// What was used besides the answer: by answers that were set aside, and by attempts that gave none.
+    fn besides(&self) -> Aside {
+        let mut besides = self.aside.as_deref().copied().unwrap_or_default();
+        if let Some((gpu_us, nanousd)) = self.worked_in_vain() {
+            besides.usage.gpu_us = Some(besides.usage.gpu_us.unwrap_or(0).saturating_add(gpu_us));
+            besides.nanousd = besides.nanousd.plus(nanousd);
+        }
+        besides
+    }
+
+    /// How long servers that are paid by the hour worked for attempts that gave no answer, in microseconds, and what
+    /// that cost. An attempt that reached nobody was no work, and one that was metered is counted with that.
+    fn worked_in_vain(&self) -> Option<(u64, NanoUsd)> {
+        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let answered = usize::from(self.bill.is_some());
+        let in_vain = &self.attempts[..self.attempts.len().saturating_sub(answered)];
+        let counts = |attempt: &&Attempt| attempt.result != Ending::Connect && attempt.metered.is_none();
+        let worked = in_vain.iter().filter(counts).filter_map(|attempt| {
+            let provider = attempt.upstream()?.provider.kind();
+            let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
+            let gpu_us = attempt.gpu_us().filter(|_| price.gpu_hour.is_some());
+            let cost = price.cost(&Usage { gpu_us, ..Usage::default() }, Cached::Within)?;
+            Some((gpu_us?, cost))
+        });
+        worked.reduce(|(one, cost), (other, more)| (one + other, cost.plus(more)))
+    }
+
+    /// How much of the answer its client has.
+    fn passed_on(&self) -> Heard {
+        Heard { whole: self.ending.outcome == Outcome::Ok, bytes: self.tally.bytes }
+    }
+
+    /// What the answer used that was read last, what that cost, and whether something of it has no price.
+    fn answer_spent(&self, Heard { whole, bytes }: Heard) -> (Usage, Option<Cost<'_>>, bool) {
         let told = self.tally.usage(whole);
         let Some(bill) = &self.bill else { return (told, None, false) };
-        let (usage, cost) =
-            bill.settle(told, Whole { bytes: self.tally.bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
+        let (usage, cost) = bill.settle(told, Whole { bytes, events: self.streaming, whole, gpu_us: self.gpu_us() });
         let Some(book) = &self.policy.prices else { return (usage, None, false) };
         let priced = |nanousd| Cost { nanousd, prices: &book.version };
         (usage, cost.flatten().map(priced), cost == Some(None))
     }
 
     fn models(&self) -> Models<'_> {
-        let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
-        let used = self.attempts.last().and_then(|attempt| {
-            let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
-        });
-        Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
+        let route = self.route.as_ref().map(|route| route.model.name.as_str());
+        let used = self.attempts.last().and_then(|attempt| self.model_of(attempt));
+        Models { asked: self.asked.as_deref(), route, used }
+    }
+
+    /// The model that an attempt asked for, as its upstream knows it.
+    fn model_of<'a>(&'a self, attempt: &'a Attempt) -> Option<&'a str> {
+        let route = self.route.as_ref()?;
+        let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
+        stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
     }
 }
 

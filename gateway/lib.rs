@@ -26,9 +26,10 @@
 pub mod admin;
 pub mod answering;
 pub mod audit;
+pub mod cascade;
 pub mod certificate;
 pub mod cli;
-pub mod compatible;
+mod compatible;
 pub mod decimal;
 pub mod discover;
 pub mod egress;

@@ -3,7 +3,9 @@
 
 pub mod admit;
 pub mod density;
+pub mod effort;
 pub mod level;
+pub mod ratio;
 pub mod restore;
 pub mod shared;
 pub mod standing;
@@ -21,6 +23,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
 
+use self::effort::Work;
 use self::level::{Count, Id, Level, Terms};
 use self::shared::Shared;
 use self::standing::Standing;
@@ -137,6 +140,8 @@ pub struct Counted<'a> {
     pub output: u64,
     /// What it costs at most. None: nobody knows.
     pub cost: Costs<'a>,
+    /// What it has already, where another model is asked after one that was: a request is one request all the same.
+    pub held: Option<&'a Reservation>,
     /// Now, in milliseconds since 1970.
     pub now: u64,
 }
@@ -150,11 +155,14 @@ pub struct Costs<'a> {
     pub cached: Cached,
     /// What it uses besides text.
     pub besides: Usage,
+    /// How much work it may be for servers that are paid by the hour.
+    pub work: Work,
 }
 
 impl Costs<'_> {
     fn of(&self, input: u64, output: u64) -> u64 {
-        let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), ..self.besides };
+        let gpu_us = Some(self.work.micros(input, output));
+        let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), gpu_us, ..self.besides };
         let dearest = self.prices.iter().filter_map(|price| price.cost(&usage, self.cached)).max();
         dearest.map_or(0, |cost| cost.0)
     }
@@ -202,6 +210,7 @@ pub struct Reservation {
     /// Bytes of text of the request.
     pub text_bytes: u64,
     prices: SmallVec<[Arc<Price>; 2]>,
+    work: Work,
     way: Way,
     /// Where the levels are shared, if they are.
     shared: Option<Arc<Shared>>,
@@ -405,6 +414,9 @@ impl Levels {
         let mut holds = Holds::new();
         for limit in limits.filter(|limit| limit.holds_for(request)) {
             let level = self.of(limit, request);
+            if request.held.is_some_and(|held| held.counts(&level)) {
+                continue;
+            }
             if limit.unit == Unit::Nanousd && request.cost.prices.is_empty() && !limit.passes_unpriced {
                 return Err(limit.clone());
             }
@@ -458,6 +470,9 @@ impl Unit {
     pub fn spelt(self, amount: u64) -> String {
         match self {
             Self::Nanousd => format!("${}", crate::money::NanoUsd(amount)),
+            _ if amount == 1 => {
+                format!("1 {}", self.name().replacen("requests", "request", 1).replacen("tokens", "token", 1))
+            }
             _ => format!("{amount} {}", self.name()),
         }
     }
@@ -465,6 +480,11 @@ impl Unit {
     /// Whether a longer prompt needs more of it.
     fn reads(self) -> bool {
         matches!(self, Self::InputTokens | Self::Tokens | Self::Nanousd)
+    }
+
+    /// Whether it counts what is done, and not that somebody asks.
+    fn works(self) -> bool {
+        !matches!(self, Self::Requests | Self::Concurrency)
     }
 
     /// Whether a longer answer needs more of it.
@@ -630,6 +650,7 @@ impl Reservation {
     /// The same, made for `request`, whose answer may have `output` tokens.
     fn of(mut self, request: &Counted<'_>, output: u64) -> Self {
         self.prices = request.cost.prices.iter().cloned().collect();
+        self.work = request.cost.work;
         (self.input, self.output) = (request.input, output);
         self
     }
@@ -675,10 +696,11 @@ impl Reservation {
     pub fn extend(&mut self, output: u64, cached: Cached, now: u64) -> bool {
         const AHEAD: u64 = 16;
         let wanted = output.saturating_add(AHEAD);
-        let costs = Costs { prices: &self.prices, cached, besides: Usage::default() };
+        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work: self.work };
         let input = self.input;
         let counted = Counted::of_tokens(input, wanted, costs, now);
-        let grows = |hold: &Hold| hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
+        let grows =
+            |hold: &Hold| hold.settled.is_none() && hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
         let mut holds: SmallVec<[&mut Hold; 4]> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
         let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
         // They are in their one order since they were reserved.
@@ -712,7 +734,29 @@ impl Reservation {
 
     /// The request is over: what it did not use is given back, what it used beyond is taken.
     pub fn settle(&mut self, used: &Used, now: u64) {
-        for hold in self.holds.iter_mut().filter(|hold| hold.settled.is_none()) {
+        self.settle_some(used, now, |_| true);
+    }
+
+    /// A model has done its work, and another one may be asked after it: that work is settled, and the request is not
+    /// over.
+    pub fn settle_work(&mut self, used: &Used, now: u64) {
+        self.settle_some(used, now, Unit::works);
+    }
+
+    /// What was reserved for another model before belongs to the same request.
+    pub fn absorb(&mut self, mut before: Self) {
+        self.holds.append(&mut before.holds);
+    }
+
+    /// Whether it has its place on a level that counts requests, and not their work.
+    fn counts(&self, level: &Arc<Level>) -> bool {
+        let is_it = |hold: &&Hold| !hold.limit.unit.works() && Arc::ptr_eq(&hold.level, level);
+        self.holds.iter().any(|hold| is_it(&hold))
+    }
+
+    fn settle_some(&mut self, used: &Used, now: u64, is_over: impl Fn(Unit) -> bool) {
+        let open = |hold: &&mut Hold| hold.settled.is_none() && is_over(hold.limit.unit);
+        for hold in self.holds.iter_mut().filter(open) {
             let amount = hold.limit.used(used);
             hold.settled = Some(amount);
             hold.limit.meters.overshot.inc_by(amount.saturating_sub(hold.reserved));
@@ -723,7 +767,12 @@ impl Reservation {
             }
             let terms = hold.limit.terms(now);
             count.roll(&terms);
-            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
+            // Where levels are shared, the store says which replica tells it.
+            let asks = self.shared.as_ref().is_some_and(|shared| shared.answers());
+            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at)
+                && !asks
+                && count.announces(passed)
+            {
                 hold.limit.warned(&hold.level.whose, passed);
             }
         }
@@ -739,12 +788,13 @@ impl Drop for Reservation {
 impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
-        Self { tenant: None, key: None, plans: &[], model: "", surface: "", user: None, input, output, cost, now }
+        let (tenant, key, user, held) = (None, None, None, None);
+        Self { tenant, key, plans: &[], model: "", surface: "", user, input, output, cost, held, now }
     }
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         Self::of_tokens(0, 0, cost, now)
     }
 }

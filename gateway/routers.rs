@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
 use infergate_plugins::prompt::{Prompt, Role};
+use infergate_plugins::router::cascade::Cascade;
 use infergate_plugins::router::effort::Effort;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
 use smallvec::SmallVec;
@@ -27,6 +28,7 @@ use self::conversations::{Conversations, Kept};
 use self::shortlist::{Shortlist, Weighed};
 use self::words::Words;
 use crate::audit::record::Text;
+use crate::cascade::Ladder;
 use crate::exchange::Exchange;
 use crate::guard::BESIDE;
 use crate::house::House;
@@ -35,6 +37,8 @@ use crate::policy::file::Keep;
 use crate::policy::{Route, Tenant};
 use crate::refusal::{Code, Refusal};
 use crate::relay::Downstream;
+use crate::scan::Scan;
+use crate::text::Reading;
 
 /// A virtual model.
 #[derive(Debug)]
@@ -51,6 +55,8 @@ pub struct Routers {
     pub keep: Keep,
     /// The header that names a conversation.
     pub session_header: Option<HeaderName>,
+    /// The models that are asked one after another, where answers decide.
+    pub cascade: Option<Arc<Cascade>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
     /// Whether somebody asks how long a prompt is.
@@ -89,12 +95,29 @@ pub struct Decided {
     pub unfit: Option<Box<(Unfit, String)>>,
     /// Whether the model is to go on from what a tool gave back.
     pub in_loop: bool,
+    /// The conversation that it was made for, if that is remembered.
+    pub key: Option<u64>,
+    /// Whether it was made before, and is kept.
+    pub kept: bool,
+    /// The models that a cascade has behind it and that can answer this.
+    pub able: Vec<Arc<str>>,
 }
 
 impl Decided {
     fn of(model: &Arc<str>, rule: Text, why: Text) -> Self {
-        let (model, by, passes) = (model.clone(), rule.clone(), Passes::new());
-        Self { model, rule, why, by, weighed: None, passes, unfit: None, in_loop: false }
+        Self {
+            model: model.clone(),
+            by: rule.clone(),
+            rule,
+            why,
+            weighed: None,
+            passes: Passes::new(),
+            unfit: None,
+            in_loop: false,
+            key: None,
+            kept: false,
+            able: Vec::new(),
+        }
     }
 }
 
@@ -107,29 +130,29 @@ pub async fn choose(
     exchange: &mut Exchange,
     downstream: &Downstream,
     planned: &mut Planned,
+    reading: &Arc<Reading>,
 ) -> Result<(), Refusal> {
     let Some(routers) = planned.route.routers.clone() else { return Ok(()) };
     let began = Instant::now();
-    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
     let conversations = house.state.conversations.clone();
     let whose = Whose::of(exchange, &routers, &downstream.head().headers);
-    let decided = if body.len() > BESIDE {
-        let (deciding, scan) = (routers.clone(), planned.scan.clone());
-        let decide = move || deciding.decide(&Request { operation, body: &body, scan: &scan }, &conversations, &whose);
+    let decided = if planned.received.body.len() > BESIDE {
+        let (deciding, reading, scan) = (routers.clone(), reading.clone(), planned.scan.clone());
+        let decide = move || deciding.decide(&reading, &scan, &conversations, &whose);
         let broke = |_| Refusal::new(Code::Internal, "a router broke");
         tokio::task::spawn_blocking(decide).await.map_err(broke)?
     } else {
-        routers.decide(&Request { operation, body: &body, scan: &planned.scan }, &conversations, &whose)
+        routers.decide(reading, &planned.scan, &conversations, &whose)
     };
     house.telemetry.decided(&routers.name, &decided, began.elapsed());
     let route = routers.models.get(&decided.model).filter(|_| decided.unfit.is_none()).cloned();
     let Some(route) = route else { return Err(nobody(&routers, planned, decided.unfit)) };
-    let model = &decided.model;
-    exchange.decide("route", decided.rule.clone(), model, decided.why.clone());
-    exchange.chosen = Some(Chosen { by: routers.name.clone(), model: model.clone() });
-    exchange.serve_instead(route.clone(), model.clone());
+    exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
+    exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
+    exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
     effort::apply(exchange, planned, &routers, &decided)?;
+    planned.ladder = Ladder::of(&routers, &decided, exchange, planned);
     exchange.weighed = decided.weighed;
     Ok(())
 }
@@ -174,20 +197,16 @@ impl Routers {
         first.into_iter().chain(others)
     }
 
-    /// The model for a request.
-    pub fn decide(&self, request: &Request<'_>, conversations: &Conversations, whose: &Whose) -> Decided {
-        let tenant = whose.tenant.as_deref();
-        let Ok(words) = Words::of(request.operation, request.body, self.counts) else {
-            let case = Case::of(*request, &Prompt::default(), tenant, self.measures);
-            return self.by_default(
-                &case,
-                None,
-                Passed { why: "the prompt cannot be read".into(), ..Passed::default() },
-            );
+    /// The model for the request that says this, whose deciding fields stand where `scan` says.
+    pub fn decide(&self, reading: &Reading, scan: &Scan, conversations: &Conversations, whose: &Whose) -> Decided {
+        let (tenant, request) = (whose.tenant.as_deref(), Request::of(reading, scan));
+        let Ok(words) = Words::of(reading, self.counts) else {
+            let case = Case::of(request, &Prompt::default(), tenant, self.measures);
+            let passed = Passed { why: "the prompt cannot be read".into(), ..Passed::default() };
+            return self.by_default(&case, None, passed);
         };
-        let spans = words.spans();
-        let prompt = words.prompt(&spans);
-        let case = Case::of(*request, &prompt, tenant, self.measures);
+        let prompt = words.prompt();
+        let case = Case::of(request, &prompt, tenant, self.measures);
         let key = (self.keep != Keep::Never).then(|| self.key(&prompt, conversations, whose)).flatten();
         let in_loop = words.in_loop(&prompt);
         let holds = self.keep == Keep::Conversation || in_loop;
@@ -195,7 +214,7 @@ impl Routers {
         let kept = key.filter(asks).and_then(|key| conversations.get(key, case.now));
         let decided = kept.as_ref().filter(|_| holds).and_then(|kept| self.kept(&case, kept));
         let decided = decided.unwrap_or_else(|| self.asked(&case, &prompt, kept.as_ref()));
-        let decided = Decided { in_loop, ..decided };
+        let decided = Decided { key, in_loop, able: self.able(&case, &decided.model), ..decided };
         if let Some(key) = key.filter(|_| decided.unfit.is_none()) {
             conversations.put(key, self.to_keep(&case, &decided));
         }
@@ -206,7 +225,14 @@ impl Routers {
     fn kept(&self, case: &Case<'_>, kept: &Kept) -> Option<Decided> {
         let route = self.models.get(&kept.model)?;
         let decided = || Decided::of(&kept.model, "conversation".into(), "it was chosen before, and is kept".into());
-        case.unfit(route).is_none().then(|| Decided { by: kept.by.clone(), ..decided() })
+        case.unfit(route).is_none().then(|| Decided { by: kept.by.clone(), kept: true, ..decided() })
+    }
+
+    /// The models that a cascade has behind this one and that can answer.
+    fn able(&self, case: &Case<'_>, model: &str) -> Vec<Arc<str>> {
+        let behind = self.cascade.iter().flat_map(|cascade| cascade.after(model));
+        let fits = |model: &&Arc<str>| self.models.get(*model).is_some_and(|route| case.unfit(route).is_none());
+        behind.filter(fits).cloned().collect()
     }
 
     fn to_keep(&self, case: &Case<'_>, decided: &Decided) -> Kept {

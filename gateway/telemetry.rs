@@ -10,6 +10,7 @@ mod limits;
 pub mod names;
 mod process;
 mod routes;
+mod shown;
 mod spent;
 pub mod trace;
 

@@ -75,9 +75,22 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Whether nothing is known.
+    /// Whether nothing was used.
+    pub fn says_nothing(&self) -> bool {
+        self.is_unknown() && self.gpu_us.is_none()
+    }
+
+    /// Whether no tokens are known, nor anything else that an answer tells.
     pub fn is_unknown(&self) -> bool {
         self.source == Source::None
+    }
+
+    /// What both used together, known as well as the worse of them.
+    pub fn and(self, other: Self) -> Self {
+        let both = self.is_unknown() == other.is_unknown();
+        let source = if both { self.source.min(other.source) } else { self.source.max(other.source) };
+        let service_tier = other.service_tier.or(self.service_tier);
+        Self { source, service_tier, ..self.plus(other) }
     }
 
     /// Whether any number of tokens is known.
@@ -120,7 +133,7 @@ impl ServiceTier {
 }
 
 /// Where the numbers of a [`Usage`] come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// There are none.

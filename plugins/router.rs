@@ -39,6 +39,7 @@
 //! assert!(matches!(ask(&[said(0), said(2)]), Answer::Route(choice) if &*choice.model == "patient"));
 //! ```
 
+pub mod cascade;
 pub mod difficulty;
 pub mod effort;
 pub mod evaluation;
@@ -47,6 +48,7 @@ pub mod semantic;
 pub mod signals;
 
 use std::fmt::Debug;
+use std::path::Path;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
@@ -155,12 +157,15 @@ pub struct Built {
     pub warnings: Vec<Wrong>,
 }
 
+/// Reads a file that the policy names, or says why that cannot be done.
+pub type Open<'a> = &'a mut dyn FnMut(&Path) -> Result<String, String>;
+
 /// The routers of a policy, or all that is wrong with them.
-pub fn build(configs: &[Config]) -> Result<Vec<Built>, Vec<Wrong>> {
+pub fn build(configs: &[Config], open: Open<'_>) -> Result<Vec<Built>, Vec<Wrong>> {
     let (mut built, mut wrong) = (Vec::new(), Vec::new());
     for (index, config) in configs.iter().enumerate() {
         let at = |(path, message): Wrong| (format!("[{index}]{path}"), message);
-        match one(config) {
+        match one(config, open) {
             Ok(one) => built.push(Built { warnings: one.warnings.into_iter().map(at).collect(), ..one }),
             Err(found) => wrong.extend(found.into_iter().map(at)),
         }
@@ -168,7 +173,7 @@ pub fn build(configs: &[Config]) -> Result<Vec<Built>, Vec<Wrong>> {
     if wrong.is_empty() { Ok(built) } else { Err(wrong) }
 }
 
-fn one(config: &Config) -> Result<Built, Vec<Wrong>> {
+fn one(config: &Config, open: Open<'_>) -> Result<Built, Vec<Wrong>> {
     match config {
         Config { semantic: Some(config), signals: None, difficulty: None } => {
             let below = |(path, message): Wrong| (format!(".semantic{path}"), message);
@@ -182,7 +187,7 @@ fn one(config: &Config) -> Result<Built, Vec<Wrong>> {
         }
         Config { semantic: None, signals: None, difficulty: Some(config) } => {
             let below = |(path, message): Wrong| vec![(format!(".difficulty{path}"), message)];
-            Ok(Built { router: Arc::new(difficulty::build(config).map_err(below)?), warnings: Vec::new() })
+            Ok(Built { router: Arc::new(difficulty::build(config, open).map_err(below)?), warnings: Vec::new() })
         }
         _ => Err(vec![(String::new(), "give exactly one of: semantic, signals, difficulty".to_owned())]),
     }
@@ -195,7 +200,12 @@ mod tests {
 
     /// The routers that this JSON configures.
     pub(super) fn built(json: &str) -> Result<Vec<Built>, Vec<Wrong>> {
-        build(&serde_json::from_str::<Vec<Config>>(json).unwrap())
+        built_with(json, "")
+    }
+
+    /// The same, where every file says this.
+    pub(super) fn built_with(json: &str, file: &str) -> Result<Vec<Built>, Vec<Wrong>> {
+        build(&serde_json::from_str::<Vec<Config>>(json).unwrap(), &mut |_| Ok(file.to_owned()))
     }
 
     /// What a router says when the user asks `text`.

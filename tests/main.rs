@@ -3,6 +3,7 @@
 
 mod bytes;
 mod capture;
+mod cascade;
 mod command_line;
 mod compatible;
 mod dashboards;

@@ -315,3 +315,65 @@ fn check_warns_of_routes_that_will_not_do_and_says_that_the_policy_is_good() {
     assert!(warning.contains("routers.auto.ask[1].semantic.routes[2].examples: 1 examples are few"), "{warning}");
     assert!(out.lines().last().unwrap().contains("good ("), "{out}");
 }
+
+/// Prompts of which the weak model gets every third wrong, and a broken line if wanted.
+fn outcomes(more: &str) -> String {
+    let rows = (0..90).map(|n| {
+        let hard = n % 3 == 0;
+        let text = if hard {
+            "Prove that the sum of ".to_owned() + &"terms ".repeat(1 + n % 7)
+        } else {
+            format!("Say {}", "hello ".repeat(1 + n % 5))
+        };
+        format!("{}\n", json!({"text": text, "weak_ok": !hard, "strong_ok": true}))
+    });
+    rows.collect::<String>() + more
+}
+
+#[tokio::test]
+async fn difficulty_is_learned_from_labelled_prompts_told_honestly_and_followed() {
+    let (rows, directory) = (file(&outcomes("")), tempfile::tempdir().unwrap());
+    let into = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let train = |into: &str, more: &[&str]| {
+        let arguments = ["route", "train", rows.path().to_str().unwrap(), "--into", into, "--strong-share", "0.33"];
+        told(&[&arguments[..], more].concat(), "")
+    };
+    let found: Value = serde_json::from_str(&train(&into("one.json"), &["--json"])).unwrap();
+    let report = train(&into("two.json"), &[]);
+    let read = |name: &str| std::fs::read(into(name)).unwrap();
+    assert_eq!(read("one.json"), read("two.json"), "bit by bit");
+    assert_eq!((&found["prompts"], &found["strong_right"]), (&json!(90), &json!(1.0)));
+    assert!(found["held_out"]["auroc"].as_f64().unwrap() > 0.9, "{found}");
+    assert!(found["threshold"].is_f64() && found["by_length"]["apgr"].is_f64(), "{found}");
+    assert!(report.contains("AUROC") && report.contains("warning: 90 prompts are few"), "{report}");
+    assert!(report.contains(&format!("trained: {}, strong_share: 0.33", into("two.json"))), "{report}");
+
+    let server = models().await;
+    let ask = format!(
+        "    ask:\n      - difficulty: {{weak: small, strong: coder, trained: '{}', strong_share: 0.33}}\n",
+        into("one.json")
+    );
+    let policy = routed(&server.url(), "");
+    let policy = format!("{}{ask}", &policy[..policy.find("    ask:").unwrap()]);
+    let gateway = Gateway::start(&policy).await;
+    assert_eq!(route(&gateway, &[], CHAT, body(CHAT, "Prove that the sum of terms terms", false)).await, "auto=coder");
+    assert_eq!(route(&gateway, &[], CHAT, body(CHAT, "Say hello hello", false)).await, "auto=small");
+    std::fs::write(into("one.json"), "{}").unwrap();
+    let wrong = gateway.reload(&format!("{policy}# again\n")).await.text();
+    assert!(wrong.contains("routers.auto.ask[0].difficulty.trained: ") && wrong.contains("missing field"), "{wrong}");
+}
+
+#[test]
+fn what_cannot_be_learned_from_is_told_at_its_line() {
+    for (more, complaint) in [
+        ("{\"text\": 1}\n", "line 91: invalid type"),
+        ("{\"text\": \"a\", \"weak_ok\": true}\n", "line 91: missing field `strong_ok`"),
+    ] {
+        let rows = file(&outcomes(more));
+        let (code, _, told) = Process::run(&["route", "train", rows.path().to_str().unwrap()]);
+        assert!(code == Some(1) && told.contains(complaint), "{told}");
+    }
+    let few = file("{\"text\": \"a\", \"weak_ok\": false, \"strong_ok\": true}\n");
+    let (code, _, told) = Process::run(&["route", "train", few.path().to_str().unwrap()]);
+    assert!(code == Some(1) && told.contains("1 prompts are too few"), "{told}");
+}

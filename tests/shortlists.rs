@@ -398,7 +398,7 @@ async fn all_that_is_wrong_with_a_shortlist_is_told_at_its_line() {
             "models[0]: first_token is weighed, and the balance p2c of the pool one measures none",
         ),
         ("models: [big]", "models: [bog]", "models[1]: price is weighed, and big has none at the pool two"),
-        ("default: best", "default: small", "routers.auto: decides nothing"),
+        ("default: best", "default: small", "routers.auto: nothing decides"),
         ("best:", "small:", "routers.auto.shortlists.small: small is the name of a model already"),
         ("weigh: {", "weighs: {", "weighs"),
     ] {

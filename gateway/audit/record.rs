@@ -77,8 +77,8 @@ pub struct Record<'a> {
     /// Every attempt on an upstream, in order.
     #[schemars(with = "Vec<AttemptRecord<'_>>")]
     pub attempts: AttemptList<'a>,
-    /// The tokens of the answer that was passed on.
-    #[serde(skip_serializing_if = "Usage::is_unknown")]
+    /// The tokens of the answer that was passed on, and the work of servers that are paid by the hour.
+    #[serde(skip_serializing_if = "Usage::says_nothing")]
     pub usage: Usage,
     /// What it cost, where the policy has prices.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -557,6 +557,8 @@ pub struct Attempt {
     gpu_us: Option<u64>,
     /// What it used and what that cost, where its answer was read and another's was passed on.
     pub metered: Option<Metered>,
+    /// The policy's entry for the model that was asked, where another one was asked after it.
+    pub model: Option<Arc<str>>,
 }
 
 /// What an attempt came to.
@@ -577,6 +579,8 @@ pub enum Ending {
     Cancelled,
     /// The answer broke off on its way.
     Broken,
+    /// Its answer was read to the end and was not good enough: the next model of a cascade was asked.
+    Escalated,
 }
 
 /// All attempts of one request.
@@ -601,6 +605,7 @@ impl Attempt {
             share: None,
             gpu_us: None,
             metered: None,
+            model: None,
         }
     }
 
@@ -657,6 +662,7 @@ impl Attempt {
             sent: Some(self.sent).filter(|sent| *sent != bytes.request),
             received: Some(self.received).filter(|received| *received != bytes.answer),
             metered: self.metered,
+            model: self.model.as_deref().map(clip),
         }
     }
 }
@@ -700,6 +706,9 @@ pub struct AttemptRecord<'a> {
     /// are the request's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metered: Option<Metered>,
+    /// The policy's entry for the model that was asked, where a cascade asked another one after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<&'a str>,
 }
 
 /// What one of several attempts used.

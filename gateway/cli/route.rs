@@ -1,5 +1,7 @@
 //! `infergate route`: which model a prompt gets and why; how well routes do on labelled prompts.
 
+mod train;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,8 +19,8 @@ use infergate_plugins::router::{Answer, Router};
 use infergate_plugins::semantic::Embedding;
 use serde_json::{Value, json};
 
+use super::counted;
 use crate::policy::{Policy, World, load};
-use crate::routers::case::Request;
 use crate::routers::conversations::Conversations;
 use crate::routers::shortlist::{Weighed, Weight};
 use crate::routers::words::Words;
@@ -27,6 +29,7 @@ use crate::scan;
 use crate::state::State;
 use crate::surface;
 use crate::telemetry::Telemetry;
+use crate::text::Reading;
 
 /// The longest request that is read.
 const LONGEST: u64 = 64 << 20;
@@ -48,6 +51,9 @@ enum Command {
     Explain(Explain),
     /// Try the routes told by examples on labelled prompts, one JSON object a line: {"text": ..., "label": ROUTE}
     Eval(Eval),
+    /// Learn from labelled prompts which are difficult, one JSON object a line: {"text": ..., "weak_ok": BOOL,
+    /// "strong_ok": BOOL}, and tell what that is worth
+    Train(train::Train),
 }
 
 #[derive(Args)]
@@ -90,6 +96,7 @@ impl Route {
         match self.command {
             Command::Explain(explain) => explain.run(),
             Command::Eval(eval) => eval.run(),
+            Command::Train(train) => train.run(),
         }
     }
 }
@@ -126,7 +133,7 @@ impl Explain {
         let mut body = Vec::new();
         let read = std::io::stdin().take(LONGEST).read_to_end(&mut body);
         read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
-        let found = explained(&routers, operation, &body)?;
+        let found = explained(&routers, operation, body)?;
         if self.json {
             println!("{found}");
         } else {
@@ -137,21 +144,22 @@ impl Explain {
 }
 
 /// What a request gets, and what everybody says of it.
-fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Value, String> {
+fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<Value, String> {
     let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
-    let words = Words::of(operation, body, true).map_err(|_| unreadable)?;
-    let scan = scan::json(body).map_err(|fault| fault.to_string())?;
-    let request = Request { operation, body, scan: &scan };
-    let spans = words.spans();
-    let prompt = words.prompt(&spans);
+    let scan = scan::json(&body).map_err(|fault| fault.to_string())?;
+    let request = Reading::of(operation, body);
+    let words = Words::of(&request, true).map_err(|_| unreadable)?;
+    let prompt = words.prompt();
     let kept = Conversations::default();
     // The first time the tables are cold.
-    let decided = routers.decide(&request, &kept, &Whose::default());
+    let decided = routers.decide(&request, &scan, &kept, &Whose::default());
     let fresh = Conversations::default();
     let began = Instant::now();
     for _ in 0..ROUNDS {
-        std::hint::black_box(routers.decide(&request, &fresh, &Whose::default()));
+        let unread = Reading::of(operation, request.body.clone());
+        std::hint::black_box(routers.decide(&unread, &scan, &fresh, &Whose::default()));
     }
+    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
     Ok(json!({
         "asked": &*routers.name,
@@ -163,6 +171,7 @@ fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Val
         "unfit": decided.unfit.map(|unfit| unfit.1),
         "shortlist": decided.weighed.as_deref().map(weighed),
         "effort": routers.effort.get(decided.by.as_str()).map(|effort| thinks(*effort)),
+        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
         "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
         "signals": signals(&prompt),
@@ -262,6 +271,10 @@ fn story(found: &Value) -> String {
             told += &format!("    {:<20} {}\n", text(&route["route"]), route["score"]);
         }
     }
+    let steps: Vec<String> = found["escalates_to"].as_array().into_iter().flatten().map(text).collect();
+    if !steps.is_empty() {
+        told += &format!("  cascade     {} if the answer is not good enough\n", steps.join(", then "));
+    }
     let signals = found["signals"].as_object().into_iter().flatten();
     let signals: Vec<String> = signals.map(|(name, value)| format!("{name} {}", text(value))).collect();
     told + &format!("  signals     {}\n", signals.join(", "))
@@ -330,12 +343,14 @@ fn measured(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) 
 fn report(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) -> String {
     let (in_scope, out_of_scope) = (found.in_scope, found.out_of_scope);
     let mut told = format!(
-        "accuracy {:.1} % of {in_scope} prompts, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
+        "accuracy {:.1} % of {}, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
         100.0 * found.accuracy,
+        counted(in_scope as u64, "prompt"),
         100.0 * found.mean_accuracy
     );
     if let Some(auroc) = found.auroc {
-        told += &format!("out of scope: AUROC {:.1} % over {out_of_scope} prompts\n", 100.0 * auroc);
+        told +=
+            &format!("out of scope: AUROC {:.1} % over {}\n", 100.0 * auroc, counted(out_of_scope as u64, "prompt"));
     }
     told += &format!(
         "taken by a route: {:.1} % in scope, {:.1} % out of scope, at least_likeness {:.3}; {:.3} would keep 95 % in scope\n",

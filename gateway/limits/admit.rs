@@ -8,6 +8,7 @@ use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 
+use super::effort::Work;
 use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
 use crate::exchange::Exchange;
 use crate::house::House;
@@ -184,7 +185,13 @@ async fn attempt<'a>(
         user: asked.user.as_deref(),
         input: asked.input,
         output: asked.output.saturating_mul(asked.choices),
-        cost: Costs { prices: &prices, cached: cached(operation), besides: asked.besides },
+        cost: Costs {
+            prices: &prices,
+            cached: cached(operation),
+            besides: asked.besides,
+            work: work_of(&planned.route),
+        },
+        held: exchange.tally.reservation.as_deref(),
         now: millis(SystemTime::now()),
     };
     let levels = &house.state.limits;
@@ -230,6 +237,12 @@ fn bound(planned: &mut Planned, asked: &Asked, reservation: &Reservation) {
     }
 }
 
+/// How much work it may be for whoever may answer.
+fn work_of(route: &Route) -> Work {
+    let pools = route.stages.iter().map(|stage| &stage.pool);
+    pools.map(|pool| pool.state.effort.most(pool.timeouts.total_ms)).fold(Work::default(), Work::or)
+}
+
 /// The prices of all who may answer; none if one of them has none.
 fn prices(exchange: &Exchange, route: &Route) -> SmallVec<[Arc<Price>; 2]> {
     let mut prices: SmallVec<[Arc<Price>; 2]> = SmallVec::new();
@@ -268,6 +281,10 @@ fn unavailable(exchange: &mut Exchange) -> Refusal {
 /// Another model answers, where the limit that is short names one that has not been tried.
 fn goes_elsewhere(exchange: &mut Exchange, planned: &mut Planned, policy: &Policy, short: &Short) -> bool {
     let Some(instead) = &short.limit.exhausted.instead else { return false };
+    if !exchange.attempts.is_empty() {
+        // A model has answered already: that answer stands.
+        return false;
+    }
     if *planned.route.model.name == **instead {
         return false;
     }

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 
 use infergate_plugins::{authenticator, guardrail, router, sink};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::limits::Each;
 use crate::money::file::Prices;
@@ -360,7 +362,8 @@ impl Default for Abilities {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VirtualModel {
-    /// The routers. They are asked in order, and the first answer wins. None is needed where a shortlist decides all.
+    /// The routers. They are asked in order, and the first answer wins. May be absent where there is a `cascade`, or where a
+    /// shortlist is the default.
     #[serde(default)]
     pub ask: Vec<router::Config>,
     /// The model for what no router has an answer to, and for requests without text.
@@ -372,6 +375,9 @@ pub struct VirtualModel {
     /// the model, or `default`.
     #[serde(default)]
     pub effort: BTreeMap<String, router::effort::Config>,
+    /// Models that are asked one after another until one gives a good answer.
+    #[serde(default)]
+    pub cascade: Option<router::cascade::Config>,
     /// How long a choice holds.
     #[serde(default)]
     pub keep: Keep,
@@ -406,7 +412,7 @@ pub struct Fallback {
     /// The pool.
     pub pool: String,
     /// What must have happened. Absent: `connect`, `reset`, `timeout`, `5xx`, `429`, `unavailable`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "some_causes")]
     pub on: Option<Vec<Cause>>,
     /// The model's name there.
     #[serde(default)]
@@ -440,6 +446,21 @@ pub enum Cause {
     /// The provider's content filter refused.
     #[serde(rename = "content_filter")]
     ContentFilter,
+}
+
+/// Causes as people write them: to YAML, 429 without quotes is a number.
+fn causes<'de, D: Deserializer<'de>>(written: D) -> Result<Vec<Cause>, D::Error> {
+    let words = Vec::<Value>::deserialize(written)?.into_iter().map(|word| match word {
+        Value::Number(number) => Value::String(number.to_string()),
+        word => word,
+    });
+    words.map(|word| Cause::deserialize(word).map_err(D::Error::custom)).collect()
+}
+
+fn some_causes<'de, D: Deserializer<'de>>(written: D) -> Result<Option<Vec<Cause>>, D::Error> {
+    #[derive(Deserialize)]
+    struct Causes(#[serde(deserialize_with = "causes")] Vec<Cause>);
+    Ok(Option::<Causes>::deserialize(written)?.map(|Causes(causes)| causes))
 }
 
 /// Upstreams that can stand in for each other.
@@ -580,6 +601,7 @@ pub struct Retry {
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
+    #[serde(deserialize_with = "causes")]
     pub on: Vec<Cause>,
     /// The wait before an attempt on an upstream that has failed already in this request, doubled each time,
     /// with jitter, in milliseconds. Another upstream is tried without a wait.
@@ -850,7 +872,8 @@ pub struct Audit {
     #[schemars(range(min = 1))]
     pub places: u32,
     /// When a record is on disk: `soon` (within `commit_ms`; that much is lost if the machine or the process dies) or
-    /// `before_response_end` (a client that has the whole answer can be sure that its record is safe).
+    /// `before_response_end` (a client that has the whole answer can be sure that its record is safe; of a WebSocket,
+    /// one that has its upstream's goodbye, or the end of the connection).
     pub durable: Durable,
     /// How long records are gathered before they are written and flushed to disk together, in milliseconds.
     #[schemars(range(min = 1, max = 60_000))]

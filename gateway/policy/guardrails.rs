@@ -1,5 +1,6 @@
 //! From guardrails as they are written to those that texts meet.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infergate_plugins::guardrail::redact::Redaction;
@@ -8,6 +9,13 @@ use sha2::Digest;
 
 use super::{Compiler, file};
 use crate::guard::Rails;
+
+/// A file that the policy in `directory` names: where it lies, and what it says.
+pub(super) fn beside(directory: Option<&Path>, path: &Path) -> Result<(PathBuf, String), String> {
+    let path = directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
+    let text = std::fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+    Ok((path, text))
+}
 
 impl Compiler<'_> {
     /// The guardrails, if the policy has any.
@@ -21,10 +29,8 @@ impl Compiler<'_> {
         let key = self.guardrail_key(file);
         let mut read = Vec::new();
         let directory = self.directory.clone();
-        let mut open = |path: &std::path::Path| {
-            let path = directory.as_ref().map_or_else(|| path.to_owned(), |directory| directory.join(path));
-            let text = std::fs::read_to_string(&path)
-                .map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+        let mut open = |path: &Path| {
+            let (path, text) = beside(directory.as_deref(), path)?;
             read.push((path, text.clone()));
             Ok(text)
         };

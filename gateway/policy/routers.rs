@@ -2,12 +2,15 @@
 //! requests.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::HeaderName;
 use infergate_plugins::router::{self, effort, score};
+use sha2::Digest;
 
+use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::money::book::Book;
@@ -25,9 +28,6 @@ impl Compiler<'_> {
         for (name, written) in &file.routers {
             let path = format!("routers.{name}");
             self.router_name(&path, name, file, models);
-            if written.ask.is_empty() && !written.shortlists.contains_key(&written.default) {
-                self.wrong(&path, "decides nothing: give it routers to `ask`, or a shortlist as its `default`");
-            }
             let known = self.candidates(&path, written, file, models);
             let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
             let routers = self.built_routers(&path, name, written, known, shortlists);
@@ -62,8 +62,10 @@ impl Compiler<'_> {
             let place = move |at: usize| format!("{path}.shortlists.{name}.models[{at}].model");
             list.models.iter().enumerate().map(move |(at, listed)| (place(at), listed.model.as_str()))
         });
+        let cascade = written.cascade.iter().flat_map(|cascade| cascade.models.iter().enumerate());
+        let cascade = cascade.map(|(at, model)| (format!("{path}.cascade.models[{at}]"), model.as_str()));
         let mut known = Some(HashMap::new());
-        for (place, name) in named.chain(listed) {
+        for (place, name) in named.chain(listed).chain(cascade) {
             match self.candidate(&place, name, file, models) {
                 Some(route) => known.iter_mut().for_each(|known| _ = known.insert(name.into(), route.clone())),
                 None => known = None,
@@ -182,12 +184,32 @@ impl Compiler<'_> {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
         let effort = self.effort(path, written);
-        let built = router::build(&written.ask).map_err(|wrongs| {
+        let (mut read, directory) = (Vec::new(), self.directory.clone());
+        let mut open = |path: &Path| {
+            let (path, text) = beside(directory.as_deref(), path)?;
+            read.push((path, text.clone()));
+            Ok(text)
+        };
+        let built = router::build(&written.ask, &mut open);
+        for (path, text) in read {
+            self.secrets.update(&text);
+            self.secret_files.push(path);
+        }
+        let built = built.map_err(|wrongs| {
             for (key, message) in wrongs {
                 self.wrong(&format!("{path}.ask{key}"), message);
             }
         });
-        let built = built.ok()?;
+        let cascade = written.cascade.as_ref().map(router::cascade::build).transpose().map_err(|wrongs| {
+            for (key, message) in wrongs {
+                self.wrong(&format!("{path}.cascade{key}"), message);
+            }
+        });
+        let weighs = written.shortlists.contains_key(&written.default);
+        if written.ask.is_empty() && written.cascade.is_none() && !weighs {
+            self.wrong(path, "nothing decides: give it `ask`, or `cascade`, or a shortlist as its `default`");
+        }
+        let (built, cascade) = (built.ok()?, cascade.ok()?);
         for (key, message) in built.iter().flat_map(|built| &built.warnings) {
             let warning = self.document.problem(&format!("{path}.ask{key}"), message);
             self.warnings.push(warning);
@@ -203,6 +225,7 @@ impl Compiler<'_> {
             ask,
             default: written.default.as_str().into(),
             models,
+            cascade: cascade.map(Arc::new),
             keep: written.keep,
             session_header: session_header.and_then(Result::ok),
             shortlists,
@@ -275,9 +298,9 @@ mod tests {
     use crate::policy::Policy;
     use crate::policy::tests::{POOLS, compiled, problems};
     use crate::routers::Whose;
-    use crate::routers::case::Request;
     use crate::routers::conversations::Conversations;
     use crate::scan;
+    use crate::text::Reading;
 
     const MODELS: &str = "models:\n  - {name: small, pool: fast}\n  - {name: big, pool: slow, aliases: [large]}\n";
     const ROUTES: &str = "      - semantic:\n          routes:\n            - {name: code, model: large, examples: [write a python function that sorts a list, fix the bug in this javascript loop, why does my rust program not compile, explain this sql query, refactor this class]}\n            - {name: bank, model: small, examples: [transfer fifty dollars to my savings, what is my account balance, how do i pay my credit card bill, send money to my landlord, show my transactions]}\n";
@@ -339,7 +362,8 @@ mod tests {
         let body = br#"{"messages":[{"role":"user","content":"explain this sql query"}]}"#;
         let scan = scan::json(body).unwrap();
         let decide = |operation| {
-            routers.decide(&Request { operation, body, scan: &scan }, &Conversations::default(), &Whose::default())
+            let reading = Reading::of(operation, body.as_slice());
+            routers.decide(&reading, &scan, &Conversations::default(), &Whose::default())
         };
         assert_eq!(&*decide(Operation::Messages).model, "large");
         let passed = decide(Operation::Chat);
@@ -354,8 +378,8 @@ mod tests {
         let allocated = |text: &str| {
             let policy = compiled(text).unwrap();
             let routers = policy.route(Some("auto")).unwrap().routers.clone().unwrap();
-            let (request, kept) = (Request { operation: Operation::Chat, body, scan: &scan }, Conversations::default());
-            let decide = || assert_eq!(&*routers.decide(&request, &kept, &Whose::default()).model, "large");
+            let (reading, kept) = (Reading::of(Operation::Chat, body.as_slice()), Conversations::default());
+            let decide = || assert_eq!(&*routers.decide(&reading, &scan, &kept, &Whose::default()).model, "large");
             decide();
             allocation_counter::measure(decide).count_total
         };

@@ -101,7 +101,7 @@ pub struct Answer {
     pub first_at: Instant,
     /// Whether a kept connection was found stale on the way.
     pub stale: bool,
-    body: AnswerBody,
+    pub(super) body: AnswerBody,
 }
 
 /// An answer without its head.

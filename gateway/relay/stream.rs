@@ -9,12 +9,12 @@ use bytes::{Bytes, BytesMut};
 use futures_now::now;
 use infergate_plugins::operation::Operation;
 use memchr::memmem::Finder;
-use tokio::time::sleep_until;
+use tokio::time::{sleep_until, timeout_at};
 
-use super::attempt::{AnswerBody, Rest};
+use super::attempt::{Answer, AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::hide::Hide;
-use super::waiting::HEARTBEAT;
+use super::waiting::{HEARTBEAT, Interrupted, Waiting};
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
 use crate::ending;
@@ -106,6 +106,11 @@ impl Tally {
         self.hide = if reading.hides_usage && reading.events { Hide::Usage } else { Hide::Nothing };
     }
 
+    /// What was read of an answer that nobody gets says nothing of the next one.
+    pub fn forget(&mut self) {
+        (self.meter, self.said) = (None, None);
+    }
+
     /// Reads an answer that nobody gets, for what it used.
     pub fn meter(&mut self, body: &[u8]) {
         self.read(body);
@@ -123,7 +128,10 @@ impl Tally {
 
     /// An answer may use what has been reserved. Where that is to hold while it comes, its tokens are counted.
     /// `beside` events of it have no token.
-    pub fn reserve(&mut self, reservation: Box<Reservation>, cached: Cached, beside: u64) {
+    pub fn reserve(&mut self, mut reservation: Box<Reservation>, cached: Cached, beside: u64) {
+        if let Some(before) = self.reservation.take() {
+            reservation.absorb(*before);
+        }
         self.line = reservation.stops().then(|| Box::new(Line::new(reservation.output, cached, beside)));
         self.reservation = Some(reservation);
     }
@@ -386,25 +394,56 @@ pub enum WholeFault {
     TooLong,
 }
 
-/// Reads an answer that is no stream to its end, `most` bytes of it, and keeps it.
-pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, most: usize) -> Result<(), WholeFault> {
+/// Reads an answer to its end, `most` bytes of it, and keeps it. Between two pieces it waits no longer than `between`.
+pub async fn whole(
+    waiting: &mut Waiting<'_>,
+    answer: &mut Rest,
+    between: Duration,
+    most: usize,
+) -> Result<(), WholeFault> {
     let mut read = BytesMut::from(&*answer.first);
-    while !answer.body.ended {
-        let limit = pace.total.min(Instant::now() + pace.between);
-        tokio::select! {
-            next = answer.body.next(&mut read) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
-            _ = downstream.departed() => return Err(WholeFault::Gone),
-            () = sleep_until(limit.into()) => {
-                let why = "the next piece of the answer did not come in time".to_owned();
-                return Err(WholeFault::Broken(Code::BetweenTokensTimeout, why));
-            }
+    while !answer.body.ended && read.len() <= most {
+        match waiting.until(Instant::now() + between, answer.body.next(&mut read)).await {
+            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
+            Err(Interrupted::Gone) => return Err(WholeFault::Gone),
+            Err(_) => return Err(late()),
         }
-        if read.len() > most {
-            return Err(WholeFault::TooLong);
-        }
+    }
+    if read.len() > most {
+        return Err(WholeFault::TooLong);
     }
     answer.first = read.freeze();
     Ok(())
+}
+
+/// Reads an answer to its end, `most` bytes of it, while somebody else minds the client. What has come is kept,
+/// whatever comes of the rest.
+pub async fn hold(answer: &mut Answer, between: Duration, total: Instant, most: usize) -> Result<(), WholeFault> {
+    let mut read = BytesMut::from(&*answer.first);
+    let ended = rest(&mut read, &mut answer.body, (between, total), most).await;
+    answer.first = read.freeze();
+    ended
+}
+
+/// Reads on to the end of an answer, `most` bytes of it.
+async fn rest(
+    read: &mut BytesMut,
+    body: &mut AnswerBody,
+    (between, total): (Duration, Instant),
+    most: usize,
+) -> Result<(), WholeFault> {
+    while !body.ended && read.len() <= most {
+        let limit = total.min(Instant::now() + between);
+        match timeout_at(limit.into(), body.next(read)).await {
+            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
+            Err(_) => return Err(late()),
+        }
+    }
+    if read.len() > most { Err(WholeFault::TooLong) } else { Ok(()) }
+}
+
+fn late() -> WholeFault {
+    WholeFault::Broken(Code::BetweenTokensTimeout, "the next piece of the answer did not come in time".to_owned())
 }
 
 /// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.

@@ -9,6 +9,7 @@ use infergate_plugins::prompt::Prompt;
 use crate::money::bill;
 use crate::policy::{Route, Tenant};
 use crate::scan::Scan;
+use crate::text::Reading;
 
 /// A request for a model that is left open.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +20,13 @@ pub struct Request<'a> {
     pub body: &'a [u8],
     /// Where its deciding fields stand.
     pub scan: &'a Scan,
+}
+
+impl<'a> Request<'a> {
+    /// The request that says this.
+    pub fn of(reading: &'a Reading, scan: &'a Scan) -> Self {
+        Self { operation: reading.operation, body: &reading.body, scan }
+    }
 }
 
 /// The same, with all that a choice goes by.

@@ -78,6 +78,13 @@ impl Conversations {
         self.shard(key).lock().put(key, kept);
     }
 
+    /// This conversation has another model from now on, by the same decision.
+    pub fn goes_to(&self, key: u64, model: &Arc<str>, now: Instant) {
+        if let Some(kept) = self.get(key, now) {
+            self.put(key, Kept { model: model.clone(), at: now, ..kept });
+        }
+    }
+
     fn shard(&self, key: u64) -> &Mutex<Shard> {
         &self.shards[key as usize % SHARDS]
     }

@@ -119,10 +119,7 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
 pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), Unreadable> {
     let mut parts: Vec<(Text, Vec<u8>)> = Vec::new();
     let mut wholes: Vec<(Text, Vec<u8>)> = Vec::new();
-    let mut from = 0;
-    for end in ends(events).chain([events.len()]).filter(|end| *end > 0) {
-        let event = &events[from.min(end)..end];
-        from = end;
+    for event in each(events) {
         let data = data(event).ok_or(Unreadable)?;
         let said = self::event(operation, &event[data.clone()])?;
         let texts = if said.is_part { &mut parts } else { &mut wholes };
@@ -144,6 +141,16 @@ pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), U
         texts.push(Text { span, ..text });
     }
     Ok((document.into(), texts))
+}
+
+/// The events of a whole stream, one after another; the last one may have no end.
+pub fn each(events: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut from = 0;
+    ends(events).chain([events.len()]).filter(|end| *end > 0).map(move |end| {
+        let event = &events[from.min(end)..end];
+        from = end;
+        event
+    })
 }
 
 /// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.

@@ -193,6 +193,11 @@ impl Guardrails {
 }
 
 impl Asked {
+    /// What an answer's text breaks of the schema that the request brought for it, if it brought one.
+    pub fn wrong_with(&self, text: &str) -> Option<&'static str> {
+        self.answer.as_ref()?.validate(text).err()
+    }
+
     fn schema(&self, place: Place, tool: Option<&str>) -> Option<Arc<Schema>> {
         if place != Place::AnswerToolArguments {
             return self.answer.clone();

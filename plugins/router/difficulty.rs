@@ -5,12 +5,15 @@
 //! model's calls at 95 % of its quality, and only after training on 1,500 labelled prompts or more of the same kind; the
 //! counters alone, which are the default, know little more than that long prompts with many numbers are hard.
 
+pub mod train;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, Choice, Router, Why, Wrong};
+use super::{Answer, Choice, Open, Router, Why, Wrong};
 use crate::prompt::Prompt;
 use crate::semantic::{DIMENSIONS, Embedding, Regression, exp, ln};
 
@@ -30,6 +33,10 @@ pub struct Config {
     /// The score from which on the strong model answers, from -1 to 1. It stands before the share.
     #[serde(default)]
     pub threshold: Option<f32>,
+    /// A file with a score that `infergate route train --into` wrote, beside the policy. Absent: a score by counting alone,
+    /// which knows nothing of your prompts.
+    #[serde(default)]
+    pub trained: Option<PathBuf>,
 }
 
 fn half() -> f32 {
@@ -83,7 +90,9 @@ impl Difficulty {
     pub fn read(json: &str) -> Result<Self, String> {
         let read: Self = serde_json::from_str(json).map_err(|error| error.to_string())?;
         let known = [COUNTERS + 1, DIMENSIONS + COUNTERS + 1].contains(&read.strong.len());
-        if !known || read.weak.len() != read.strong.len() || read.hundredths.len() != 101 {
+        let numbers = [&read.strong, &read.weak, &read.hundredths].into_iter().flatten();
+        let is_sound = numbers.chain(&read.means).chain(&read.deviations).all(|number| number.is_finite());
+        if !known || !is_sound || read.weak.len() != read.strong.len() || read.hundredths.len() != 101 {
             return Err("this is no difficulty score, or one of another version: train it again".to_owned());
         }
         Ok(read)
@@ -291,10 +300,13 @@ pub struct Pair {
     threshold: f32,
 }
 
-pub(super) fn build(config: &Config) -> Result<Pair, Wrong> {
-    let trained =
-        Difficulty::counters_only().ok_or_else(|| (String::new(), "the default score is broken".to_owned()))?;
-    Pair::of(config, trained)
+pub(super) fn build(config: &Config, open: Open<'_>) -> Result<Pair, Wrong> {
+    let told = |message: String| (".trained".to_owned(), message);
+    let difficulty = match &config.trained {
+        Some(path) => Difficulty::read(&open(path).map_err(told)?).map_err(told)?,
+        None => Difficulty::counters_only().ok_or_else(|| (String::new(), "the default score is broken".to_owned()))?,
+    };
+    Pair::of(config, difficulty)
 }
 
 impl Pair {
@@ -341,7 +353,7 @@ impl Router for Pair {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::router::tests::{asked, built};
+    use crate::router::tests::{asked, built, built_with};
 
     /// Prompts of which the weak model gets the long ones wrong.
     fn labelled() -> Vec<Labelled> {
@@ -408,6 +420,25 @@ mod tests {
             assert_eq!(built(&format!(r#"[{{"difficulty": {json}}}]"#)).unwrap_err()[0].0, path);
         }
         assert!(Difficulty::read("{}").is_err());
+    }
+
+    #[test]
+    fn a_score_of_ones_own_decides_and_one_that_is_none_is_refused() {
+        let json = r#"[{"difficulty": {"weak": "w", "strong": "s", "trained": "own.json"}}]"#;
+        let trained = serde_json::to_string(&Difficulty::train(&labelled(), true)).unwrap();
+        let router = &built_with(json, &trained).unwrap()[0].router;
+        let model = |text: &str| match asked(router.as_ref(), text) {
+            Answer::Route(choice) => choice.model.to_string(),
+            Answer::Pass(_) => String::new(),
+        };
+        assert_eq!(
+            (model("Say hello 77").as_str(), model("Prove, for all 9, that 1 + 9 = 9 + 1").as_str()),
+            ("w", "s")
+        );
+        for broken in ["", "{}", &trained.replace("0.", "1e99"), &trained[..trained.len() - 9]] {
+            let wrong = built_with(json, broken).unwrap_err();
+            assert_eq!(wrong[0].0, "[0].difficulty.trained", "{wrong:?}");
+        }
     }
 
     #[test]

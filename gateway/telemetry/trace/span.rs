@@ -92,7 +92,7 @@ fn attempt(trace: &Trace, record: &Record<'_>, attempt: &Attempt) -> Span {
     let told = attempt.record(moment, record.bytes);
     let status = told.status.filter(|status| *status >= 400).map(|status| status.to_string());
     let error = match told.result {
-        Ending::Answered | Ending::Status => status.as_deref(),
+        Ending::Answered | Ending::Status | Ending::Escalated => status.as_deref(),
         other => Some(result(other)),
     };
     // A client that leaves is no failure of the upstream's.
@@ -137,7 +137,7 @@ fn attempt_attributes(
 fn model<'a>(record: &Record<'a>, attempt: &'a Attempt) -> Option<&'a str> {
     let last = record.attempts.list.last().is_some_and(|last| std::ptr::eq(last, attempt));
     let own = attempt.upstream().and_then(|upstream| upstream.model.as_deref());
-    own.or(record.model.used.filter(|_| last)).or(record.model.route)
+    own.or(record.model.used.filter(|_| last)).or(attempt.model.as_deref()).or(record.model.route)
 }
 
 /// An attempt's result as records name it.
@@ -150,6 +150,7 @@ fn result(ending: Ending) -> &'static str {
         Ending::Status => "status",
         Ending::Cancelled => "cancelled",
         Ending::Broken => "broken",
+        Ending::Escalated => "escalated",
     }
 }
 

@@ -1,0 +1,263 @@
+//! A cascade: the cheap model answers first, the dear one only where that answer is not good enough; everything that was
+//! asked is metered, counted and on the record, and a client sees one answer.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+
+use crate::support::wire::{EVENTS, Framing, Heard, Step, Wire};
+use crate::support::{Answer, Client, Gateway, Journal, eventually};
+
+const CHAT: &str = "/v1/chat/completions";
+const PRICES: &str =
+    "prices: {list: [{models: [small], input: 1, output: 2}, {models: [large], input: 10, output: 20}]}\n";
+/// 7 * 1000 + 5 * 2000, and 9 * 10000 + 3 * 20000.
+const COSTS: (u64, u64) = (17_000, 150_000);
+
+fn routed(url: &str, cascade: &str, more: &str) -> String {
+    format!(
+        "version: 1\nmodels:\n  - {{name: small, pool: p}}\n  - {{name: large, pool: p}}\n  - {{name: huge, pool: p}}\npools:\n  p: {{upstreams: [{{url: '{url}'}}]}}\nrouters:\n  auto: {{default: small, cascade: {{models: [small, large]{cascade}}}}}\n{more}"
+    )
+}
+
+fn model(heard: &Heard) -> String {
+    let body: Value = serde_json::from_slice(&heard.body).unwrap();
+    body["model"].as_str().unwrap().to_owned()
+}
+
+fn said(choice: Value, tokens: (u64, u64)) -> Vec<Step> {
+    let usage = json!({"prompt_tokens": tokens.0, "completion_tokens": tokens.1});
+    let body = Bytes::from(json!({"choices": [choice], "usage": usage}).to_string());
+    Framing::Length.answer("application/json", &body, 4096)
+}
+
+fn spoken(content: &str) -> Value {
+    json!({"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"})
+}
+
+/// A server whose small model says this, and whose large one says `{"ok":1}`.
+async fn server(small: Value) -> Wire {
+    Wire::start(move |heard| match model(heard).as_str() {
+        "small" => said(small.clone(), (7, 5)),
+        _ => said(spoken("{\"ok\":1}"), (9, 3)),
+    })
+    .await
+}
+
+fn body(more: &str) -> String {
+    format!(r#"{{"messages":[{{"role":"user","content":"Hello"}}], "x_own":1.50,"model" : "auto"{more}}}"#)
+}
+
+const SHAPE: &str = r#","response_format":{"type":"json_schema","json_schema":{"name":"s","schema":{"type":"object","required":["ok"]}}}"#;
+
+async fn ask(gateway: &Gateway, body: String) -> Answer {
+    Client::h1().post(gateway.address, CHAT, body).await
+}
+
+async fn record(gateway: &Gateway) -> Value {
+    Journal::settled(gateway).await.of_kind("request").pop().unwrap()
+}
+
+fn decision(record: &Value) -> (String, String) {
+    let all = record["decisions"].as_array().unwrap();
+    let found = all.iter().rfind(|decision| decision["stage"] == "cascade");
+    let text = |key: &str| found.map(|found| found[key].as_str().unwrap().to_owned()).unwrap_or_default();
+    (text("verdict"), text("why"))
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_fit_its_schema_is_replaced_and_both_are_metered() {
+    let server = server(spoken("Sure! {\"ok\": 1}")).await;
+    let gateway = Gateway::start(&routed(&server.url(), "", PRICES)).await;
+    let answer = ask(&gateway, body(SHAPE)).await;
+    assert_eq!((answer.status, answer.header("x-infergate-route")), (200, "auto=large"), "{}", answer.text());
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], "{\"ok\":1}");
+    assert_eq!(answer.header("x-infergate-cost-usd"), "0.000167000");
+    let models: Vec<String> = server.heard().iter().map(model).collect();
+    assert_eq!(models, ["small", "large"]);
+    let second = String::from_utf8_lossy(&server.heard()[1].body).into_owned();
+    assert_eq!(second, body(SHAPE).replace("\"auto\"", "\"large\""), "every other byte as it came");
+    let record = record(&gateway).await;
+    assert_eq!(decision(&record), ("large".to_owned(), "schema: not_json".to_owned()));
+    assert_eq!(record["model"], json!({"asked": "auto", "route": "large", "used": "large"}));
+    let attempts = record["attempts"].as_array().unwrap();
+    let first = json!({"input_tokens": 7, "output_tokens": 5, "source": "upstream", "cost_nanousd": COSTS.0});
+    let second = json!({"input_tokens": 9, "output_tokens": 3, "source": "upstream", "cost_nanousd": COSTS.1});
+    assert_eq!((&attempts[0]["metered"], &attempts[1]["metered"]), (&first, &second));
+    assert_eq!((&attempts[0]["result"], &attempts[0]["model"]), (&json!("escalated"), &json!("small")));
+    assert_eq!((&attempts[1]["result"], attempts.len()), (&json!("answered"), 2));
+    assert_eq!(record["usage"], json!({"input_tokens": 16, "output_tokens": 8, "source": "upstream"}));
+    assert_eq!(record["cost"]["nanousd"], COSTS.0 + COSTS.1);
+}
+
+#[tokio::test]
+async fn a_good_answer_stands_and_nobody_else_is_asked() {
+    let server = server(spoken("{\"ok\": 2}")).await;
+    let gateway = Gateway::start(&routed(&server.url(), ", mean_logprob_min: -0.5", PRICES)).await;
+    for body in [body(SHAPE), body("")] {
+        let answer = ask(&gateway, body).await;
+        assert_eq!((answer.status, answer.header("x-infergate-route")), (200, "auto=small"));
+        assert_eq!(answer.json()["choices"][0]["message"]["content"], "{\"ok\": 2}");
+        let record = record(&gateway).await;
+        assert_eq!((&record["cost"]["nanousd"], decision(&record).0.as_str()), (&COSTS.0.into(), ""));
+        assert_eq!(record["attempts"].as_array().unwrap().len(), 1);
+    }
+    assert_eq!(server.heard().len(), 2);
+}
+
+#[tokio::test]
+async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
+    let refusal = json!({"index": 0, "message": {"content": null, "refusal": "No."}, "finish_reason": "stop"});
+    let mut unsure = spoken("perhaps");
+    unsure["logprobs"] = json!({"content": [{"logprob": -0.2}, {"logprob": -1.4}]});
+    for (small, why) in [
+        (refusal, "refusal: refusal"),
+        (spoken("I\u{2019}m sorry, but I can\u{2019}t help with that."), "refusal: its words"),
+        (unsure, "logprob: mean -0.800 of -0.500"),
+    ] {
+        let server = server(small).await;
+        let gateway = Gateway::start(&routed(&server.url(), ", mean_logprob_min: -0.5", "")).await;
+        assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large", "{why}");
+        assert_eq!(decision(&record(&gateway).await), ("large".to_owned(), why.to_owned()));
+    }
+    let failing = Wire::start(|heard| match model(heard).as_str() {
+        "small" => vec![Step::Say("HTTP/1.1 503 No\r\ncontent-length: 2\r\n\r\nno".into())],
+        _ => said(spoken("fine"), (9, 3)),
+    })
+    .await;
+    for (on, status, asked) in [("", 200, "large"), (", on: [schema]", 503, "")] {
+        let gateway = Gateway::start(&routed(&failing.url(), on, "")).await;
+        assert_eq!(ask(&gateway, body("")).await.status, status, "{on}");
+        assert_eq!(decision(&record(&gateway).await).0, asked);
+    }
+    let breaking = Wire::start(|heard| match model(heard).as_str() {
+        "small" => vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{\"choices\":[".into()), Step::Close],
+        _ => said(spoken("fine"), (9, 3)),
+    })
+    .await;
+    let gateway = Gateway::start(&routed(&breaking.url(), "", "")).await;
+    assert_eq!(ask(&gateway, body("")).await.json()["choices"][0]["message"]["content"], "fine");
+    assert_eq!(record(&gateway).await["attempts"][0]["result"], "broken");
+}
+
+#[tokio::test]
+async fn no_model_is_asked_twice_and_the_last_ones_answer_stands_whatever_it_is() {
+    let server = Wire::start(|_| said(spoken("I can't help with that."), (7, 5))).await;
+    let policy = routed(&server.url(), "", "").replace("[small, large]", "[small, large, huge]");
+    let gateway = Gateway::start(&policy).await;
+    let answer = ask(&gateway, body("")).await;
+    assert_eq!((answer.status, answer.header("x-infergate-route")), (200, "auto=huge"));
+    let models: Vec<String> = server.heard().iter().map(model).collect();
+    assert_eq!(models, ["small", "large", "huge"]);
+    let record = record(&gateway).await;
+    assert_eq!(record["usage"], json!({"input_tokens": 21, "output_tokens": 15, "source": "upstream"}));
+}
+
+#[tokio::test]
+async fn limits_count_every_model_that_was_asked_and_the_request_once() {
+    let limits = "limits:\n  - {name: tokens, tokens: 1000, per: 1h}\n  - {name: requests, requests: 3, per: 1h}\n  - {name: large, models: [large], requests: 2, per: 1h}\n  - {name: money, usd: 1, per: 1h}\n";
+    let server = server(spoken("I can't help with that.")).await;
+    let gateway = Gateway::start(&routed(&server.url(), "", &format!("{PRICES}{limits}"))).await;
+    assert_eq!(ask(&gateway, body(r#","max_tokens":20"#)).await.header("x-infergate-route"), "auto=large");
+    let record_of_both = record(&gateway).await;
+    let used = |name: &str| -> u64 {
+        let all = record_of_both["limits"].as_array().unwrap();
+        all.iter().filter(|limit| limit["limit"] == name).map(|limit| limit["used"].as_u64().unwrap()).sum()
+    };
+    assert_eq!((used("tokens"), used("requests"), used("large")), (24, 1, 1));
+    assert_eq!(used("money"), COSTS.0 + COSTS.1);
+    assert_eq!(ask(&gateway, body(r#","max_tokens":20"#)).await.header("x-infergate-route"), "auto=large");
+    // Nothing is left for the large one: the answer that is there stands.
+    let third = ask(&gateway, body(r#","max_tokens":20"#)).await;
+    assert_eq!((third.status, third.header("x-infergate-route")), (200, "auto=small"));
+    let record = record(&gateway).await;
+    let (verdict, why) = decision(&record);
+    assert_eq!(verdict, "stay");
+    assert!(why.starts_with("refusal: its words; ") && why.contains("large"), "{why}");
+    assert_eq!((&record["usage"]["input_tokens"], &record["cost"]["nanousd"]), (&json!(7), &json!(COSTS.0)));
+    assert_eq!(ask(&gateway, body("")).await.status, 429, "three requests are three");
+    let held = gateway.admin("/admin/v1/limits/tokens").await;
+    assert!(held.status != 200 || held.json()["levels"][0]["held"].as_u64().unwrap_or(0) == 0, "{}", held.text());
+}
+
+fn streamed(events: &[&str]) -> Bytes {
+    let all: String = events.iter().map(|event| format!("data: {event}\n\n")).collect();
+    [Framing::Chunked.head(EVENTS, 0), Framing::Chunked.piece(all.as_bytes()), Bytes::from("0\r\n\r\n")].concat().into()
+}
+
+const GOOD: [&str; 3] = [
+    r#"{"choices":[{"index":0,"delta":{"content":"fine"}}]}"#,
+    r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3}}"#,
+    "[DONE]",
+];
+const POOR: [&str; 3] = [
+    r#"{"choices":[{"index":0,"delta":{"content":"I can't "}}]}"#,
+    r#"{"choices":[{"index":0,"delta":{"content":"help with that."},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":5}}"#,
+    "[DONE]",
+];
+
+#[tokio::test]
+async fn a_stream_is_passed_on_as_it_comes_unless_the_policy_holds_it() {
+    let server =
+        Wire::start(|heard| vec![Step::Say(streamed(if model(heard) == "small" { &POOR } else { &GOOD }))]).await;
+    let asked = body(r#","stream":true"#);
+    let gateway = Gateway::start(&routed(&server.url(), "", "")).await;
+    let answer = ask(&gateway, asked.clone()).await;
+    assert!(answer.text().contains("I can't ") && answer.header("x-infergate-route") == "auto=small");
+    assert_eq!(decision(&record(&gateway).await), ("skip".to_owned(), "it is a stream".to_owned()));
+    let gateway = Gateway::start(&routed(&server.url(), ", streams: hold", "")).await;
+    let answer = ask(&gateway, asked).await;
+    assert!(answer.whole && answer.text().contains("fine") && !answer.text().contains("can't"), "{}", answer.text());
+    assert_eq!(answer.header("x-infergate-route"), "auto=large");
+    let record = record(&gateway).await;
+    assert_eq!(decision(&record), ("large".to_owned(), "refusal: its words".to_owned()));
+    assert_eq!(record["attempts"][0]["metered"]["output_tokens"], 5);
+    assert_eq!(record["usage"]["output_tokens"], 8);
+}
+
+#[tokio::test]
+async fn the_client_of_a_held_stream_gets_signs_of_life_and_one_stream() {
+    let server = Wire::start(|heard| {
+        let all = streamed(if model(heard) == "small" { &POOR } else { &GOOD });
+        vec![
+            Step::Say(all.slice(..all.len() - 30)),
+            Step::Pause(Duration::from_millis(400)),
+            Step::Say(all.slice(all.len() - 30..)),
+        ]
+    })
+    .await;
+    let policy = routed(&server.url(), ", streams: hold", "requests: {heartbeat_ms: 50}\n");
+    let answer = ask(&Gateway::start(&policy).await, body(r#","stream":true"#)).await;
+    assert!(answer.text().starts_with(": ") && answer.text().contains("fine"), "{}", answer.text());
+    assert_eq!(answer.text().matches("[DONE]").count(), 1);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_an_answer_is_held_ends_it() {
+    let server =
+        Wire::start(|_| vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".into()), Step::UntilGone])
+            .await;
+    let gateway = Gateway::start(&routed(&server.url(), "", "")).await;
+    let asking = tokio::spawn({
+        let (address, body) = (gateway.address, body(""));
+        async move { Client::h1().post(address, CHAT, body).await }
+    });
+    let server = &server;
+    eventually("it is asked", Duration::from_secs(20), || async move { server.heard().len() == 1 }).await;
+    asking.abort();
+    eventually("it is let go", Duration::from_secs(20), || async move { server.gone() == 1 }).await;
+    let record = record(&gateway).await;
+    assert_eq!((&record["outcome"], &record["attempts"][0]["result"]), (&json!("client_closed"), &json!("cancelled")));
+    assert_eq!(server.heard().len(), 1, "no other model is asked for nobody");
+}
+
+#[tokio::test]
+async fn whoever_calls_a_tool_gets_what_it_gave_back_and_is_not_replaced_then() {
+    let server = server(spoken("I can't help with that.")).await;
+    let gateway = Gateway::start(&routed(&server.url(), "", "")).await;
+    assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large");
+    let looped = r#"{"model":"auto","messages":[{"role":"user","content":"Hello"},{"role":"assistant","content":null,"tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","tool_call_id":"c1","content":"done"}]}"#;
+    assert_eq!(ask(&gateway, looped.to_owned()).await.header("x-infergate-route"), "auto=large");
+    assert_eq!(server.heard().len(), 3, "small, large, large");
+}
