@@ -278,7 +278,7 @@ pub fn bill(
     upstream: &Upstream,
     status: StatusCode,
 ) -> Option<Bill> {
-    let (book, surface) = (exchange.policy.prices.as_ref(), planned.identified.surface);
+    let (book, surface) = (exchange.policy.prices.as_deref(), planned.identified.surface);
     let counts = book.is_some() || exchange.tally.reservation.is_some();
     if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
         return None;

@@ -26,7 +26,7 @@ use crate::pipeline::{Planned, Stop, waiting};
 use crate::policy::Route;
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Downstream, Interrupted, WholeFault};
-use crate::routers::{Chosen, Decided, Routers, serves};
+use crate::routers::{Chosen, Decided, Routers};
 use crate::text;
 use crate::text::asked::Schema;
 use crate::weighing;
@@ -59,12 +59,8 @@ impl Ladder {
     /// The models behind the one that was decided on, if its answer decides whether they are asked.
     pub fn of(routers: &Routers, decided: &Decided, exchange: &mut Exchange, planned: &Planned) -> Option<Box<Self>> {
         let cascade = routers.cascade.as_ref()?;
-        let operation = planned.identified.surface.operation;
-        let step = |model: &Arc<str>| {
-            let route = routers.models.get(model).filter(|route| serves(route, operation))?;
-            Some(Step { model: model.clone(), route: route.clone() })
-        };
-        let rest: Vec<Step> = cascade.after(&decided.model).iter().filter_map(step).collect();
+        let step = |model: &Arc<str>| Some(Step { model: model.clone(), route: routers.models.get(model)?.clone() });
+        let rest: Vec<Step> = decided.able.iter().filter_map(step).collect();
         if rest.is_empty() {
             return None;
         }
@@ -225,7 +221,7 @@ impl Ladder {
         exchange.chosen = Some(Chosen { by: self.name.clone(), model: next.model.clone() });
         if let Some(key) = self.key {
             // Who calls a tool gets what it gives back.
-            house.state.conversations.put(key, next.model.clone(), Instant::now());
+            house.state.conversations.goes_to(key, &next.model, Instant::now());
         }
     }
 }

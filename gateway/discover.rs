@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::audit::journal::By;
 use crate::house::House;
-use crate::policy::file::{File, Model, Pool, Upstream};
+use crate::policy::file::{Abilities, File, Model, Pool, Upstream};
 use crate::policy::{Policy, World, compile_file, reload};
 use crate::pool::watch::{Names, look_up_all};
 use crate::relay;
@@ -95,6 +95,7 @@ impl Upstreams {
                 fallbacks: Vec::new(),
                 priority: None,
                 tokenizer: Tokenizer::Auto,
+                can: Abilities::default(),
                 description: None,
             });
         }

@@ -10,8 +10,8 @@ use http::Method;
 use crate::audit::capture::Capture;
 use crate::audit::journal::{Journal, Place};
 use crate::audit::record::{
-    Attempt, AttemptList, Attempts, BodyBytes, Client, Decision, Decisions, Ending, Id, LimitList, Metered, Models,
-    Moment, Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
+    Attempt, AttemptList, Attempts, BodyBytes, CandidateList, Client, Decision, Decisions, Ending, Id, LimitList,
+    Metered, Models, Moment, Outcome, Peer, PolicyMark, Record, Text, Times, Trace, clip,
 };
 use crate::guard::{Blocked, Guard};
 use crate::headers::REQUEST_ID;
@@ -29,6 +29,7 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::headers::is_sane_id;
 use crate::relay::{Downstream, Tally};
 use crate::routers::Chosen;
+use crate::routers::shortlist::Weighed;
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
@@ -66,6 +67,8 @@ pub struct Exchange {
     pub substitute: Option<Arc<str>>,
     /// The model that was chosen where the one that was asked for left it open.
     pub chosen: Option<Chosen>,
+    /// What was weighed where a shortlist chose it.
+    pub weighed: Option<Box<Weighed>>,
     /// How the limits stood of which one had too little left.
     pub short: Option<Box<[Standing]>>,
     /// What went to the client, and what it tells.
@@ -179,6 +182,7 @@ impl Exchange {
             policy,
             substitute: None,
             chosen: None,
+            weighed: None,
             short: None,
             tally: Tally::default(),
             bill: None,
@@ -494,6 +498,7 @@ impl Exchange {
             model: self.models(),
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
+            candidates: self.weighed.as_deref().map(|weighed| CandidateList(&weighed.candidates)),
             attempts: AttemptList { list: &self.attempts, moment, bytes, metered },
             usage,
             cost,

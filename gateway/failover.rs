@@ -75,7 +75,10 @@ pub async fn ask<'a>(
     planned: &Planned,
     route: &'a Route,
 ) -> Result<Asked<'a>, Stop> {
-    let mut stages = route.stages.iter().filter(|stage| stage.pool.serves(planned.identified.surface.operation));
+    let bound = exchange.who.as_ref().filter(|who| who.tenant.is_bound()).map(|who| who.tenant.clone());
+    let may = |pool: &Pool| bound.as_ref().is_none_or(|tenant| tenant.may_reach(pool));
+    let serves = |stage: &&Stage| stage.pool.serves(planned.identified.surface.operation) && may(&stage.pool);
+    let mut stages = route.stages.iter().filter(serves);
     let mut stage = stages.next();
     let mut last = None;
     while let Some(current) = stage {
@@ -601,6 +604,11 @@ pub async fn tunnel(
 ) -> Result<(), Stop> {
     let stage = &planned.route.stages[0];
     let pool = &*stage.pool;
+    if exchange.who.as_ref().is_some_and(|who| !who.tenant.may_reach(pool)) {
+        return Err(
+            Refusal::new(Code::ModelNotAllowed, "this WebSocket goes to no region that this key may use").into()
+        );
+    }
     let _permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),

@@ -113,6 +113,16 @@ pub fn may_pass(exchange: &mut Exchange, route: &Route) -> Result<(), Refusal> {
     Err(model_not_allowed(exchange, &tenant, Some(&route.model.name)))
 }
 
+/// Whether what is asked may go anywhere where `route` is served.
+pub fn may_go(exchange: &mut Exchange, route: &Route) -> Result<(), Refusal> {
+    let operation = exchange.surface.operation;
+    let stuck = |who: &&Who| who.tenant.is_bound() && !who.tenant.reaches(route, operation);
+    let Some(name) = exchange.who.as_ref().filter(stuck).map(|who| who.tenant.name.clone()) else { return Ok(()) };
+    exchange.decide("route", &name, "refuse", "no pool of the model is in the tenant's regions");
+    let message = format!("the model `{}` is served in no region that this key may use", route.model.name);
+    Err(Refusal::new(Code::ModelNotAllowed, message).param("model"))
+}
+
 fn model_not_allowed(exchange: &mut Exchange, tenant: &Tenant, asked: Option<&str>) -> Refusal {
     exchange.decide("route", &tenant.name, "refuse", "the model is not in the tenant's models");
     let asked: String = asked.unwrap_or("by default").chars().take(200).collect();

@@ -63,7 +63,12 @@ fn models(exchange: &Exchange) -> Value {
     };
     // A pattern is no name that a client could send.
     let named = exchange.policy.listed().iter().filter(|(name, _)| !name.contains('*'));
-    let may = |name: &str, route: &Route| exchange.who.as_ref().is_none_or(|who| who.tenant.may_use(route, Some(name)));
+    let may = |name: &str, route: &Route| {
+        let stages = || route.stages.iter();
+        exchange.who.as_ref().is_none_or(|who| {
+            who.tenant.may_use(route, Some(name)) && stages().any(|stage| who.tenant.may_reach(&stage.pool))
+        })
+    };
     let named = named.filter(|(name, route)| may(name, route));
     json!({"object": "list", "data": named.map(|(name, route)| entry(name, route)).collect::<Vec<_>>()})
 }

@@ -37,7 +37,7 @@ pub enum User {
 }
 
 /// The members of an object: their names, and where their values stand.
-type Members = Vec<(String, Range<usize>)>;
+pub type Members = Vec<(String, Range<usize>)>;
 
 /// Refuses what the caller's tenant may not send; returns the edits that make the rest what it is to be.
 pub fn admit(
@@ -74,6 +74,25 @@ pub fn admit(
         }
         _ => Ok(Vec::new()),
     }
+}
+
+/// Whether the caller's tenant has a default for one of these fields.
+pub fn has_default(exchange: &Exchange, names: &[&str]) -> bool {
+    let parameters = exchange.who.as_ref().and_then(|who| who.tenant.parameters.as_ref());
+    parameters.is_some_and(|parameters| names.iter().any(|name| parameters.defaults.contains_key(*name)))
+}
+
+/// The edits without the defaults for these fields: somebody else has said what becomes of them.
+pub fn without_defaults(
+    exchange: &Exchange,
+    surface: &Surface,
+    body: &[u8],
+    names: &[&str],
+) -> Result<Vec<Edit>, Refusal> {
+    let Some((who, members)) = exchange.who.as_ref().zip(scan::members(body)) else { return Ok(Vec::new()) };
+    let Some(mut parameters) = who.tenant.parameters.clone() else { return Ok(Vec::new()) };
+    parameters.defaults.retain(|name, _| !names.contains(&name.as_str()));
+    parameters.edits(surface, &members, body, &who.identity.principal)
 }
 
 fn passes_unread(identified: &Identified) -> bool {
@@ -168,7 +187,7 @@ fn force(
 }
 
 /// Where the only member of this name has its value. Of two, nobody knows which one counts.
-fn one(members: &Members, name: &str) -> Result<Option<Range<usize>>, Refusal> {
+pub fn one(members: &Members, name: &str) -> Result<Option<Range<usize>>, Refusal> {
     let mut found = members.iter().filter(|(known, _)| known == name);
     let first = found.next().map(|(_, span)| span.clone());
     if found.next().is_none() {
@@ -179,7 +198,7 @@ fn one(members: &Members, name: &str) -> Result<Option<Range<usize>>, Refusal> {
 }
 
 /// Members put in front of those of the object that begins at `brace`.
-fn insert(brace: usize, members: &str, alone: bool) -> Edit {
+pub fn insert(brace: usize, members: &str, alone: bool) -> Edit {
     let comma = if alone { "" } else { "," };
     Edit { span: brace + 1..brace + 1, text: format!("{members}{comma}") }
 }

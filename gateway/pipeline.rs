@@ -311,6 +311,7 @@ fn admit(
         let message = format!("no upstream of the model `{name}` can do {}", identified.surface.path);
         return Err(Refusal::new(Code::NotFound, message).into());
     }
+    identity::may_go(exchange, &route)?;
     exchange.decide("route", &route.rule, &route.verdict, route.why(model.as_deref()));
     exchange.streaming = streaming;
     exchange.route = Some(route.clone());

@@ -80,7 +80,7 @@ pub struct Policy {
     /// What becomes of records.
     pub audit: file::Audit,
     /// What models cost, if somebody pays.
-    pub prices: Option<Book>,
+    pub prices: Option<Arc<Book>>,
     /// Whether streams are asked for the usage that their clients did not ask for.
     pub asks_for_usage: bool,
     /// Whether streams tell what they cost.
@@ -381,7 +381,8 @@ impl<'a> Compiler<'a> {
             .iter()
             .map(|(name, pool)| (name.clone(), Arc::new(self.pool(&format!("pools.{name}"), name, pool))))
             .collect();
-        let models = self.models(&file, &pools);
+        let prices = self.prices(&file).map(Arc::new);
+        let models = self.models(&file, &pools, prices.as_ref());
         let authenticators = self.authenticators(&file);
         let tenants = self.tenants(&file, &models);
         let limits = self.limits("limits", None, &file.limits, &file, &models);
@@ -393,7 +394,6 @@ impl<'a> Compiler<'a> {
         let passthrough = file.passthrough.iter().enumerate();
         let passthrough = passthrough.filter_map(|(index, entry)| self.passthrough(index, entry, &pools)).collect();
         self.requests(&file.requests);
-        let prices = self.prices(&file);
         let asks_for_usage = prices::asks_for_usage(&file);
         let traces = file.telemetry.traces.as_ref().and_then(|traces| self.traces(traces));
         Policy {
@@ -471,6 +471,7 @@ impl<'a> Compiler<'a> {
         }
         Pool {
             name: name.into(),
+            region: pool.region.as_deref().map(Into::into),
             upstreams,
             timeouts: pool.timeouts,
             retry: pool.retry.clone(),
@@ -585,7 +586,7 @@ impl<'a> Compiler<'a> {
         headers
     }
 
-    fn models(&mut self, file: &File, pools: &BTreeMap<String, Arc<Pool>>) -> Models {
+    fn models(&mut self, file: &File, pools: &BTreeMap<String, Arc<Pool>>, prices: Option<&Arc<Book>>) -> Models {
         let mut models = Models { default: file.default_model.clone(), ..Models::default() };
         let mut seen: HashMap<&str, String> = HashMap::new();
         for (index, model) in file.models.iter().enumerate() {
@@ -605,7 +606,7 @@ impl<'a> Compiler<'a> {
             }
         }
         models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
-        self.routers(file, &mut models);
+        self.routers(file, &mut models, prices);
         if let Some(name) = &file.default_model
             && models.named(name).is_none()
             && !seen.contains_key(name.as_str())
@@ -687,6 +688,7 @@ impl<'a> Compiler<'a> {
             fallbacks: Vec::new(),
             priority: None,
             tokenizer: Tokenizer::Auto,
+            can: file::Abilities::default(),
             description: None,
         };
         let stages = vec![Stage { pool, naming: Naming::AsAsked, on: Vec::new() }];

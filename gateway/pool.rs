@@ -6,6 +6,7 @@ pub mod feed;
 pub mod headroom;
 pub mod load;
 pub mod origin;
+pub mod outlook;
 pub mod prefix;
 pub mod queue;
 pub mod retry;
@@ -39,6 +40,8 @@ use crate::telemetry::{AttemptCounters, HedgeCounters};
 pub struct Pool {
     /// Its name.
     pub name: Arc<str>,
+    /// Where what it is sent is read, if the policy says so.
+    pub region: Option<Box<str>>,
     /// The upstreams, in the order of the file.
     pub upstreams: Vec<Upstream>,
     /// How long each phase may take.

@@ -2,10 +2,14 @@
 //!
 //! The routers of the policy are asked in order once the body has been parsed, and before limits count it, so that they
 //! count the model that is chosen; the first answer wins, and where there is none the default answers. Not every
-//! candidate serves every endpoint: one that cannot do what is asked is passed over.
+//! candidate serves every endpoint: one that cannot do what is asked is passed over. Where a decision names a shortlist,
+//! the best on it answers.
 
+pub mod case;
 pub mod conversations;
+mod effort;
 pub mod second;
+pub mod shortlist;
 pub mod words;
 
 use std::collections::HashMap;
@@ -14,13 +18,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
-use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::{Asker, Prompt, Role};
 use infergate_plugins::router::cascade::Cascade;
+use infergate_plugins::router::effort::Effort;
 use infergate_plugins::router::second::Doubt;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
+use smallvec::SmallVec;
 
-use self::conversations::Conversations;
+use self::case::{Case, Request, Unfit};
+use self::conversations::{Conversations, Kept};
+use self::shortlist::{Shortlist, Weighed};
 use self::words::Words;
 use crate::audit::record::Text;
 use crate::cascade::Ladder;
@@ -28,10 +35,11 @@ use crate::exchange::Exchange;
 use crate::guard::BESIDE;
 use crate::house::House;
 use crate::pipeline::Planned;
-use crate::policy::Route;
 use crate::policy::file::Keep;
+use crate::policy::{Route, Tenant};
 use crate::refusal::{Code, Refusal};
 use crate::relay::Downstream;
+use crate::scan::Scan;
 use crate::text::Reading;
 
 /// A virtual model.
@@ -55,6 +63,12 @@ pub struct Routers {
     pub headers: Vec<Arc<str>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
+    /// Whether somebody asks how long a prompt is.
+    pub measures: bool,
+    /// Models of which the best answers, by the names that stand for them.
+    pub shortlists: HashMap<Arc<str>, Shortlist>,
+    /// How much models think, by the decision.
+    pub effort: HashMap<Box<str>, Effort>,
 }
 
 /// What was chosen, for the header.
@@ -75,13 +89,47 @@ pub struct Decided {
     pub rule: Text,
     /// How it came to that.
     pub why: Text,
+    /// The decision that chose the model in the first place: `rule`, unless the conversation keeps it.
+    pub by: Text,
+    /// What was weighed, where a shortlist decided.
+    pub weighed: Option<Box<Weighed>>,
+    /// Who was asked and had no answer, and why.
+    pub passes: Passes,
+    /// Why nobody can answer, if so.
+    pub unfit: Option<Box<(Unfit, String)>>,
+    /// Whether the model is to go on from what a tool gave back.
+    pub in_loop: bool,
     /// The conversation that it was made for, if that is remembered.
     pub key: Option<u64>,
     /// Whether it was made before, and is kept.
     pub kept: bool,
     /// The two routes that it is between, where another service is to say which.
-    pub doubt: Option<Box<Doubt>>,
+    pub doubt: Option<Box<Unsure>>,
+    /// The models that a cascade has behind it and that can answer this.
+    pub able: Vec<Arc<str>>,
 }
+
+impl Decided {
+    fn of(model: &Arc<str>, rule: Text, why: Text) -> Self {
+        Self {
+            model: model.clone(),
+            by: rule.clone(),
+            rule,
+            why,
+            weighed: None,
+            passes: Passes::new(),
+            unfit: None,
+            in_loop: false,
+            key: None,
+            kept: false,
+            doubt: None,
+            able: Vec::new(),
+        }
+    }
+}
+
+/// Routers that had no answer, by their kind, and why.
+pub type Passes = SmallVec<[(&'static str, &'static str); 4]>;
 
 /// Decides which model answers a request that leaves it open.
 pub async fn choose(
@@ -92,42 +140,72 @@ pub async fn choose(
     reading: &Arc<Reading>,
 ) -> Result<(), Refusal> {
     let Some(routers) = planned.route.routers.clone() else { return Ok(()) };
-    let (operation, reading) = (planned.identified.surface.operation, reading.clone());
+    let began = Instant::now();
     let conversations = house.state.conversations.clone();
     let whose = Whose::of(exchange, &routers, &downstream.head().headers);
-    let deciding = routers.clone();
-    let decide = move || deciding.decide(&reading, &conversations, &whose);
     let mut decided = if planned.received.body.len() > BESIDE {
+        let (deciding, reading, scan) = (routers.clone(), reading.clone(), planned.scan.clone());
+        let decide = move || deciding.decide(&reading, &scan, &conversations, &whose);
         let broke = |_| Refusal::new(Code::Internal, "a router broke");
         tokio::task::spawn_blocking(decide).await.map_err(broke)?
     } else {
-        decide()
+        routers.decide(reading, &planned.scan, &conversations, &whose)
     };
-    if let Some(doubt) = decided.doubt.take() {
-        Box::pin(routers.asks_second(house, exchange, &mut decided, (operation, &doubt))).await;
+    if let Some(unsure) = decided.doubt.take() {
+        Box::pin(asks_second(house, exchange, &mut decided, *unsure)).await;
     }
-    let route = routers.models.get(&decided.model).filter(|route| serves(route, operation)).cloned();
-    let Some(route) = route else {
-        let (name, path) = (&decided.model, planned.identified.surface.path);
-        return Err(Refusal::new(Code::NotFound, format!("no upstream of the model `{name}` can do {path}")));
-    };
+    house.telemetry.decided(&routers.name, &decided, began.elapsed());
+    let route = routers.models.get(&decided.model).filter(|_| decided.unfit.is_none()).cloned();
+    let Some(route) = route else { return Err(nobody(&routers, planned, decided.unfit)) };
     exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
     exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
     exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
+    effort::apply(exchange, planned, &routers, &decided)?;
     planned.ladder = Ladder::of(&routers, &decided, exchange, planned);
+    exchange.weighed = decided.weighed;
     Ok(())
 }
 
-/// Whether somebody who serves a model can do this.
-pub fn serves(route: &Route, operation: Operation) -> bool {
-    route.stages.iter().any(|stage| stage.pool.serves(operation))
+/// Lets another service say which of two routes it is. The first stage's answer is on record whatever comes of that.
+async fn asks_second(house: &House, exchange: &mut Exchange, decided: &mut Decided, unsure: Unsure) {
+    let Unsure { doubt, mut found } = unsure;
+    exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
+    let (said, why) = second::decides(house, &doubt).await;
+    let chosen = said.and_then(|(route, _)| found.iter().position(|(name, ..)| *name == route));
+    match chosen.map(|at| found.swap_remove(at)) {
+        Some((route, found, able)) => {
+            (decided.rule, decided.by) = ((&route).into(), (&route).into());
+            (decided.model, decided.weighed, decided.able) = (found.model, found.weighed, able);
+            decided.unfit = None;
+        }
+        None => decided.rule = "second".into(),
+    }
+    decided.why = why.into();
+    let conversations = &house.state.conversations;
+    if let Some(key) = decided.key
+        && let Some(kept) = conversations.get(key, Instant::now())
+    {
+        conversations.put(key, Kept { model: decided.model.clone(), by: decided.by.clone(), ..kept });
+    }
+}
+
+/// No candidate can answer this.
+fn nobody(routers: &Routers, planned: &Planned, unfit: Option<Box<(Unfit, String)>>) -> Refusal {
+    let (name, path) = (&routers.name, planned.identified.surface.path);
+    let (unfit, why) = unfit.map_or((Unfit::Operation, String::new()), |unfit| *unfit);
+    let code = match unfit {
+        Unfit::Operation => Code::NotFound,
+        Unfit::Region => Code::ModelNotAllowed,
+        _ => Code::InvalidBody,
+    };
+    Refusal::new(code, format!("no model of `{name}` can answer this at {path}: {why}")).param("model")
 }
 
 /// Whose conversation it is: no tenant is told by another's. And who asks, where, with which headers.
 #[derive(Clone, Debug, Default)]
 pub struct Whose {
-    tenant: Option<Arc<str>>,
+    tenant: Option<Arc<Tenant>>,
     principal: Option<Arc<str>>,
     plans: Option<Arc<[Arc<str>]>>,
     surface: &'static str,
@@ -141,7 +219,7 @@ impl Whose {
         let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
         let who = exchange.who.as_ref();
         Self {
-            tenant: who.map(|who| who.tenant.name.clone()),
+            tenant: who.map(|who| who.tenant.clone()),
             principal: who.map(|who| who.identity.principal.clone()),
             plans: who.map(|who| who.identity.plans.clone()),
             surface: exchange.surface.path,
@@ -152,7 +230,7 @@ impl Whose {
 
     fn asker(&self) -> Asker<'_> {
         Asker {
-            tenant: self.tenant.as_deref().unwrap_or_default(),
+            tenant: self.tenant.as_ref().map_or("", |tenant| &tenant.name),
             principal: self.principal.as_deref().unwrap_or_default(),
             plans: self.plans.as_deref().unwrap_or_default(),
             surface: self.surface,
@@ -169,84 +247,118 @@ fn listed(headers: &HeaderMap, name: &str) -> Option<Box<str>> {
 }
 
 impl Routers {
-    /// The models that may be chosen, the default first, each once.
+    /// The models that may be chosen, the default first, or those of its shortlist, each once.
     pub fn candidates(&self) -> impl Iterator<Item = &Arc<str>> {
-        let mut others: Vec<&Arc<str>> = self.models.keys().filter(|name| **name != self.default).collect();
+        let listed = self.shortlists.get(&self.default).map(|list| list.models.iter().map(|listed| &listed.model));
+        let first: Vec<&Arc<str>> = listed.map_or_else(|| vec![&self.default], Iterator::collect);
+        let mut others: Vec<&Arc<str>> = self.models.keys().filter(|name| !first.contains(name)).collect();
         others.sort_unstable();
-        std::iter::once(&self.default).chain(others)
+        first.into_iter().chain(others)
     }
 
-    /// The model for the request that says this.
-    pub fn decide(&self, reading: &Reading, kept: &Conversations, whose: &Whose) -> Decided {
+    /// The model for the request that says this, whose deciding fields stand where `scan` says.
+    pub fn decide(&self, reading: &Reading, scan: &Scan, conversations: &Conversations, whose: &Whose) -> Decided {
+        let (tenant, request) = (whose.tenant.as_deref(), Request::of(reading, scan));
         let Ok(words) = Words::of(reading, self.counts) else {
-            return self.by_default("the prompt cannot be read".into());
+            let case = Case::of(request, &Prompt::default(), tenant, self.measures);
+            let passed = Passed { why: "the prompt cannot be read".into(), ..Passed::default() };
+            return self.by_default(&case, None, passed);
         };
-        let (operation, prompt) = (reading.operation, words.prompt());
-        let key = (self.keep != Keep::Never).then(|| self.key(&prompt, kept, whose)).flatten();
-        let holds = self.keep == Keep::Conversation || words.in_loop(&prompt);
-        let now = Instant::now();
-        if let Some(model) = key.filter(|_| holds).and_then(|key| kept.get(key, now))
-            && self.can(&model, operation)
-        {
-            let why = "it was chosen before, and is kept".into();
-            return Decided { model, rule: "conversation".into(), why, key, kept: true, doubt: None };
-        }
-        let decided = Decided { key, ..self.asked(operation, &Prompt { asker: whose.asker(), ..prompt }) };
-        if let Some(key) = key {
-            kept.put(key, decided.model.clone(), now);
+        let prompt = words.prompt();
+        let case = Case::of(request, &prompt, tenant, self.measures);
+        let key = (self.keep != Keep::Never).then(|| self.key(&prompt, conversations, whose)).flatten();
+        let in_loop = words.in_loop(&prompt);
+        let holds = self.keep == Keep::Conversation || in_loop;
+        let asks = |_: &u64| holds || !self.shortlists.is_empty();
+        let kept = key.filter(asks).and_then(|key| conversations.get(key, case.now));
+        let decided = kept.as_ref().filter(|_| holds).and_then(|kept| self.kept(&case, kept));
+        let decided =
+            decided.unwrap_or_else(|| self.asked(&case, &Prompt { asker: whose.asker(), ..prompt }, kept.as_ref()));
+        let decided = Decided { key, in_loop, able: self.able(&case, &decided.model), ..decided };
+        if let Some(key) = key.filter(|_| decided.unfit.is_none()) {
+            conversations.put(key, self.to_keep(&case, &decided));
         }
         decided
     }
 
+    /// The model that the conversation has, if it can do this too.
+    fn kept(&self, case: &Case<'_>, kept: &Kept) -> Option<Decided> {
+        let route = self.models.get(&kept.model)?;
+        let decided = || Decided::of(&kept.model, "conversation".into(), "it was chosen before, and is kept".into());
+        case.unfit(route).is_none().then(|| Decided { by: kept.by.clone(), kept: true, ..decided() })
+    }
+
+    /// The models that a cascade has behind this one and that can answer.
+    fn able(&self, case: &Case<'_>, model: &str) -> Vec<Arc<str>> {
+        let behind = self.cascade.iter().flat_map(|cascade| cascade.after(model));
+        let fits = |model: &&Arc<str>| self.models.get(*model).is_some_and(|route| case.unfit(route).is_none());
+        behind.filter(fits).cloned().collect()
+    }
+
+    fn to_keep(&self, case: &Case<'_>, decided: &Decided) -> Kept {
+        let route = self.models.get(&decided.model).filter(|_| self.measures);
+        let tokens = route.map_or(0, |route| u32::try_from(route.density.likely(case.text_bytes)).unwrap_or(u32::MAX));
+        Kept { model: decided.model.clone(), by: decided.by.clone(), tokens, at: case.now }
+    }
+
     /// The first answer.
-    fn asked(&self, operation: Operation, prompt: &Prompt<'_>) -> Decided {
-        let (mut passed, mut doubt) = (String::new(), None);
+    fn asked(&self, case: &Case<'_>, prompt: &Prompt<'_>, kept: Option<&Kept>) -> Decided {
+        let (mut passed, mut doubt) = (Passed::default(), None);
         for router in &self.ask {
             let answer = router.ask(prompt);
-            let unsure = || router.semantic().and_then(|semantic| semantic.doubt(&answer, prompt)).map(Box::new);
+            let unsure = || router.semantic()?.doubt(&answer, prompt).map(|doubt| self.unsure(doubt, case, kept));
             doubt = doubt.or_else(unsure);
             match answer {
-                Answer::Route(choice) if self.can(&choice.model, operation) => {
-                    return Decided { doubt, ..decided(router.kind(), choice) };
-                }
-                Answer::Route(choice) => note(&mut passed, router.kind(), &format!("{} cannot do this", choice.model)),
-                Answer::Pass(why) => note(&mut passed, router.kind(), &told(why)),
+                Answer::Route(choice) => match self.found(&choice.model, case, kept) {
+                    Ok(found) => return Decided { doubt, ..decided(router.kind(), choice, found, passed.routers) },
+                    Err(unable) => passed.note(router.kind(), "unfit", &unable.1),
+                },
+                Answer::Pass(why) => passed.note(router.kind(), word(why), &told(why)),
             }
         }
-        Decided { doubt, ..self.by_default(passed.into()) }
+        Decided { doubt, ..self.by_default(case, kept, passed) }
     }
 
-    /// Lets another service say which of two routes it is. The first stage's answer is on record whatever comes of that.
-    async fn asks_second(
-        &self,
-        house: &House,
-        exchange: &mut Exchange,
-        decided: &mut Decided,
-        (operation, doubt): (Operation, &Doubt),
-    ) {
-        exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
-        let (said, why) = second::decides(house, doubt).await;
-        match said.filter(|(_, model)| self.can(model, operation)) {
-            Some((route, model)) => (decided.rule, decided.model) = ((&route).into(), model),
-            None => decided.rule = "second".into(),
+    /// What the two routes come to, as far as anybody there can answer.
+    fn unsure(&self, doubt: Doubt, case: &Case<'_>, kept: Option<&Kept>) -> Box<Unsure> {
+        let found = |(route, model): &(Arc<str>, Arc<str>)| {
+            let found = self.found(model, case, kept).ok()?;
+            let able = self.able(case, &found.model);
+            Some((route.clone(), found, able))
+        };
+        Box::new(Unsure { found: doubt.routes.iter().filter_map(found).collect(), doubt })
+    }
+
+    fn by_default(&self, case: &Case<'_>, kept: Option<&Kept>, passed: Passed) -> Decided {
+        let Passed { why, routers: passes } = passed;
+        let decided =
+            |model: &Arc<str>, why: String| Decided { passes, ..Decided::of(model, "default".into(), why.into()) };
+        match self.found(&self.default, case, kept) {
+            Ok(Found { model, weighed: None }) => decided(&model, why),
+            Ok(Found { model, weighed: Some(weighed) }) => {
+                let between = if why.is_empty() { "" } else { "; " };
+                let why = format!("{}{between}{why}", weighed.why());
+                Decided { weighed: Some(weighed), ..decided(&model, why) }
+            }
+            Err(unfit) => Decided { unfit: Some(Box::new(unfit)), ..decided(&self.default, why) },
         }
-        decided.why = why.into();
-        if let Some(key) = decided.key {
-            house.state.conversations.put(key, decided.model.clone(), Instant::now());
+    }
+
+    /// The model that a decision names, or the best of the shortlist; where it cannot answer, why.
+    fn found(&self, name: &Arc<str>, case: &Case<'_>, kept: Option<&Kept>) -> Result<Found, (Unfit, String)> {
+        if let Some(shortlist) = self.shortlists.get(name) {
+            let weighed = shortlist.weigh(case, kept)?;
+            return Ok(Found { model: weighed.model().clone(), weighed: Some(Box::new(weighed)) });
         }
-    }
-
-    fn by_default(&self, why: Text) -> Decided {
-        Decided { model: self.default.clone(), rule: "default".into(), why, key: None, kept: false, doubt: None }
-    }
-
-    fn can(&self, model: &str, operation: Operation) -> bool {
-        self.models.get(model).is_some_and(|route| serves(route, operation))
+        match self.models.get(name).map_or(Some(Unfit::Operation), |route| case.unfit(route)) {
+            Some(unfit) => Err((unfit, format!("{name} {unfit}"))),
+            None => Ok(Found { model: name.clone(), weighed: None }),
+        }
     }
 
     /// The number of the conversation: by what the client calls it, or by how it begins.
     fn key(&self, prompt: &Prompt<'_>, kept: &Conversations, whose: &Whose) -> Option<u64> {
-        let of = (&*self.name, whose.tenant.as_deref());
+        let of = (&*self.name, whose.tenant.as_ref().map(|tenant| &*tenant.name));
         if let Some(session) = &whose.session {
             return Some(kept.key(of, &[session]));
         }
@@ -259,14 +371,52 @@ impl Routers {
     }
 }
 
-fn decided(kind: &'static str, choice: Choice) -> Decided {
-    let why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
-    Decided { model: choice.model, rule: (&choice.route).into(), why: why.into(), key: None, kept: false, doubt: None }
+/// Two routes that another service is to choose from, with what each comes to and a cascade's models behind that.
+#[derive(Debug)]
+pub struct Unsure {
+    doubt: Doubt,
+    found: Vec<(Arc<str>, Found, Vec<Arc<str>>)>,
 }
 
-fn note(passed: &mut String, kind: &str, why: &str) {
-    let between = if passed.is_empty() { "" } else { "; " };
-    let _ = write!(passed, "{between}{kind}: {why}");
+/// The model that a name came to.
+#[derive(Debug)]
+struct Found {
+    model: Arc<str>,
+    weighed: Option<Box<Weighed>>,
+}
+
+fn decided(kind: &'static str, choice: Choice, found: Found, passes: Passes) -> Decided {
+    let mut why = format!("{kind}: score {:.3}, margin {:.3}", choice.score, choice.margin);
+    if let Some(weighed) = &found.weighed {
+        let _ = write!(why, "; {}", weighed.why());
+    }
+    Decided { weighed: found.weighed, passes, ..Decided::of(&found.model, (&choice.route).into(), why.into()) }
+}
+
+/// Who had no answer.
+#[derive(Default)]
+struct Passed {
+    why: String,
+    routers: Passes,
+}
+
+impl Passed {
+    fn note(&mut self, kind: &'static str, word: &'static str, why: &str) {
+        let between = if self.why.is_empty() { "" } else { "; " };
+        let _ = write!(self.why, "{between}{kind}: {why}");
+        self.routers.push((kind, word));
+    }
+}
+
+/// The same in a word, for metrics.
+fn word(why: Why) -> &'static str {
+    match why {
+        Why::Unknown => "unknown",
+        Why::OutOfScope(..) => "out_of_scope",
+        Why::Unsure(..) => "unsure",
+        Why::Unmatched => "unmatched",
+        Why::Failed(_) => "failed",
+    }
 }
 
 /// Why a router has no answer, for people.

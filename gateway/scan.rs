@@ -255,12 +255,12 @@ pub struct Edit {
 }
 
 /// The body with `edits` made, every other byte as it was. The edits do not overlap. Where two put something at one place,
-/// they put members into one object, each as if it were alone there.
+/// they put members into one object, each as if it were alone there; what is taken out at that place is behind them.
 pub fn splice(body: &Bytes, edits: &mut [Edit]) -> Bytes {
     if edits.is_empty() {
         return body.clone();
     }
-    edits.sort_by_key(|edit| edit.span.start);
+    edits.sort_by_key(|edit| (edit.span.start, edit.span.end));
     let grown: usize = edits.iter().map(|edit| edit.text.len() + 1).sum();
     let mut out = BytesMut::with_capacity(body.len() + grown);
     let mut at = 0;
@@ -361,6 +361,13 @@ mod tests {
         assert_eq!(spliced("{ }", &mut alone[..2].to_vec()), r#"{"user":1,"max_tokens":7 }"#);
         let more = [first("\"user\":1,"), first("\"max_tokens\":7,")];
         assert_eq!(spliced(r#"{"n":1}"#, &mut more.clone()), r#"{"user":1,"max_tokens":7,"n":1}"#);
+    }
+
+    #[test]
+    fn what_is_put_where_something_is_taken_out_stands_before_it() {
+        let taken = Edit { span: 1..7, text: String::new() };
+        let put = Edit { span: 1..1, text: "\"b\":2,".to_owned() };
+        assert_eq!(splice(&Bytes::from_static(b"{\"a\":1,\"c\":3}"), &mut [taken, put]), "{\"b\":2,\"c\":3}");
     }
 
     #[test]

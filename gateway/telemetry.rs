@@ -9,6 +9,7 @@ mod issuers;
 mod limits;
 pub mod names;
 mod process;
+mod routes;
 mod shown;
 mod spent;
 pub mod trace;
@@ -38,6 +39,7 @@ use self::limits::Limits;
 pub use self::limits::{LimitMeters, StoreMeters};
 use self::process::Process;
 pub use self::process::Runtimes;
+use self::routes::Routes;
 use self::spent::Spent;
 pub use self::spent::SpentMeters;
 use crate::audit::record::{OUTCOMES, Record};
@@ -47,6 +49,7 @@ use crate::policy::{Route, Tenant};
 use crate::pool::feed::Heard;
 use crate::pool::told::Cache;
 use crate::refusal::{CODES, Code};
+use crate::routers::Decided;
 use crate::surface::{ROWS, Surface, TABLE};
 
 /// Seconds, from a millisecond to the longest answers.
@@ -158,6 +161,7 @@ pub struct Telemetry {
     spent: Spent,
     limits: Limits,
     guards: Guards,
+    routes: Routes,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
@@ -308,6 +312,7 @@ impl Telemetry {
             spent: Spent::new(registry),
             limits: Limits::new(registry),
             guards: Guards::new(registry),
+            routes: Routes::new(registry),
             runtimes,
             genai,
             registry: Mutex::default(),
@@ -373,6 +378,11 @@ impl Telemetry {
         if let (Some(cost), Some(route)) = (record.cost.filter(|_| tenant.is_measured), route) {
             self.spent.by(tenant.name.clone(), self.genai.model(&route.model.name), cost.nanousd);
         }
+    }
+
+    /// A model was chosen where its name left it open.
+    pub fn decided(&self, router: &Arc<str>, decided: &Decided, took: Duration) {
+        self.routes.decided(router, decided, took);
     }
 
     /// We said no.

@@ -5,18 +5,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderValue};
+use infergate_plugins::operation::Operation;
 
 use crate::exchange::Exchange;
 use crate::failover::model_at;
 use crate::limits::admit::{end_user, prompt_tokens};
 use crate::money::bill;
 use crate::pipeline::Planned;
-use crate::policy::Stage;
+use crate::policy::{Route, Stage};
 use crate::pool::origin::{Endpoint, fnv};
 use crate::pool::prefix::{Blocks, Chain};
 use crate::pool::queue::Claim;
 use crate::pool::score::{Asked, Balance};
-use crate::pool::{Picked, Upstream, Wanted, told};
+use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::relay::Answer;
 use crate::usage::{Source, Usage};
 
@@ -127,12 +128,24 @@ pub fn claim(exchange: &Exchange, planned: &Planned, stage: &Stage, level: i32) 
 /// Tokens to be read, and to be written as far as can be expected.
 pub fn tokens(exchange: &Exchange, planned: &Planned, stage: &Stage) -> (u32, u32) {
     let (operation, body) = (planned.identified.surface.operation, &planned.received.body);
-    let (reads, writes) = bill::work(operation);
     let bytes = exchange.tally.reservation.as_ref().map_or_else(|| bill::text_bytes(body), |held| held.text_bytes);
-    let prompt = if reads { planned.route.density.likely(bytes) } else { 0 };
-    let usual = u64::from(stage.pool.state.paces.output());
     let most = planned.scan.output_max(operation, body).ok().flatten().or(planned.output_max);
-    let output = most.map_or(usual, |most| most.min(usual)).saturating_mul(planned.choices());
+    expected(operation, &planned.route, &stage.pool, bytes, most, planned.choices())
+}
+
+/// The same of a text of so many bytes, of whose answer each choice may have `most` tokens.
+pub fn expected(
+    operation: Operation,
+    route: &Route,
+    pool: &Pool,
+    text_bytes: u64,
+    most: Option<u64>,
+    choices: u64,
+) -> (u32, u32) {
+    let (reads, writes) = bill::work(operation);
+    let prompt = if reads { route.density.likely(text_bytes) } else { 0 };
+    let usual = u64::from(pool.state.paces.output());
+    let output = most.map_or(usual, |most| most.min(usual)).saturating_mul(choices);
     let within = |tokens: u64| u32::try_from(tokens.min(TOKENS_MAX)).unwrap_or(u32::MAX);
     (within(prompt), if writes { within(output) } else { 0 })
 }
@@ -142,10 +155,19 @@ const TOKENS_MAX: u64 = 4_000_000;
 
 /// The blocks of its prompt. What one tenant's prompts tell is nothing to another's.
 fn chain(exchange: &Exchange, planned: &Planned, stage: &Stage) -> Chain {
-    let Some(prefixes) = &stage.pool.prefixes else { return Chain::default() };
     let tenant = exchange.who.as_ref().map_or(b"".as_slice(), |who| who.tenant.name.as_bytes());
-    let parts = std::iter::once(("tenant", tenant)).chain(planned.scan.template(&planned.received.body));
-    prefixes.chain(Blocks::default(), &planned.route.model.name, parts)
+    chain_of(&stage.pool, tenant, &planned.route.model.name, planned.scan.template(&planned.received.body))
+}
+
+/// The blocks of a prompt with this template, as the pool's index has them.
+pub fn chain_of<'a>(
+    pool: &Pool,
+    tenant: &'a [u8],
+    model: &str,
+    template: impl Iterator<Item = (&'static str, &'a [u8])>,
+) -> Chain {
+    let Some(prefixes) = &pool.prefixes else { return Chain::default() };
+    prefixes.chain(Blocks::default(), model, std::iter::once(("tenant", tenant)).chain(template))
 }
 
 /// What stays the same for requests that belong together: the end user, as limits know them, or else how the prompt

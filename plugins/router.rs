@@ -42,7 +42,9 @@
 pub mod cascade;
 pub mod cel;
 pub mod difficulty;
+pub mod effort;
 pub mod evaluation;
+pub mod score;
 pub mod second;
 pub mod semantic;
 pub mod signals;
@@ -144,6 +146,15 @@ impl Config {
         let pairs = self.difficulty.iter().flat_map(|pair| [("weak", &pair.weak), ("strong", &pair.strong)]);
         let pairs = pairs.map(|(key, model)| (format!(".difficulty.{key}"), model.as_str()));
         let cel = self.cel.iter().map(|cel| (".cel.model".to_owned(), cel.model.as_str()));
+        routes.chain(signals).chain(pairs).chain(cel).collect()
+    }
+
+    /// The names of its decisions: of routes, of a rule; of difficulty those of its models.
+    pub fn decisions(&self) -> Vec<&str> {
+        let routes = self.semantic.iter().flat_map(|semantic| &semantic.routes).map(|route| route.name.as_str());
+        let signals = self.signals.iter().map(|signals| signals.name.as_deref().unwrap_or("signals"));
+        let pairs = self.difficulty.iter().flat_map(|pair| [pair.weak.as_str(), pair.strong.as_str()]);
+        let cel = self.cel.iter().map(|cel| cel.name.as_deref().unwrap_or("cel"));
         routes.chain(signals).chain(pairs).chain(cel).collect()
     }
 }

@@ -31,6 +31,7 @@ mod replicas;
 mod routing;
 mod semantic_routing;
 mod shared;
+mod shortlists;
 mod simulate;
 mod sinks;
 mod smoke;

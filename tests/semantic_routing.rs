@@ -256,6 +256,35 @@ fn the_command_line_explains_a_prompt_and_the_same_policy_has_the_same_fingerpri
 }
 
 #[test]
+fn the_command_line_explains_what_was_weighed_and_how_much_is_thought() {
+    let list = "    effort: {code: {set: high}}
+    shortlists:
+      capable:
+        weigh: {quality: 2, price: 1}
+        models: [{model: coder, quality: 0.9}, {model: small, quality: 0.5}, {model: eyes, quality: 1}]
+prices: {list: [{models: [coder], input: 16, output: 16}, {models: [small, eyes], input: 4, output: 4}]}
+";
+    let text = routed("http://127.0.0.1:1", list).replacen("model: coder", "model: capable", 1);
+    let policy = file(&text.replace("{name: eyes, pool: p}", "{name: eyes, pool: p, can: {tools: false}}"));
+    let path = policy.path().to_str().unwrap();
+    let asked = body(CHAT, CODE, false).replacen('{', r#"{"tools":[{"type":"function"}],"#, 1);
+    let found: Value = serde_json::from_str(&told(&["route", "explain", "--policy", path, "--json"], &asked)).unwrap();
+    assert_eq!((&found["model"], &found["shortlist"]["name"]), (&json!("coder"), &json!("capable")), "{found}");
+    let models = found["shortlist"]["models"].as_array().unwrap();
+    assert_eq!(models[2]["out"], "calls no tools");
+    // (2 x 0.9 + 0.75) / 3 against (2 x 0.5 + 1) / 3: two doublings.
+    assert_eq!([&models[0]["score_permille"], &models[1]["score_permille"]], [&json!(850), &json!(667)], "{found}");
+    assert_eq!((&found["shortlist"]["margin"], &found["effort"]), (&json!(0.1833), &json!({"set": "high"})));
+    let story = told(&["route", "explain", "--policy", path], &asked);
+    for line in
+        ["  coder                score 850 (quality 900, price 750)", "  eyes                 out: calls no tools"]
+    {
+        assert!(story.lines().any(|told| told == line), "{line} is not in {story}");
+    }
+    assert!(story.contains(r#"effort      {"set":"high"}"#), "{story}");
+}
+
+#[test]
 fn the_command_line_measures_routes_on_labelled_prompts() {
     let policy = file(&routed("http://127.0.0.1:1", ""));
     let rows = [(CODE, "code"), (BANK, "bank"), ("will my python loop end", "bank"), (NEITHER, "art")];

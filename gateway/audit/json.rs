@@ -303,18 +303,20 @@ mod tests {
     use std::time::{Instant, SystemTime};
 
     use infergate_plugins::operation::Operation;
+    use infergate_plugins::router::score::{Judged, Takes};
     use serde_json::json;
 
     use super::*;
     use crate::audit::capture::Mark;
     use crate::audit::record::{
-        Attempt, AttemptList, BodyBytes, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer, PolicyMark,
-        Record, Times, Trace,
+        Attempt, AttemptList, BodyBytes, CandidateList, Client, Decision, Ending, Id, Models, Moment, Outcome, Peer,
+        PolicyMark, Record, Times, Trace,
     };
     use crate::money::NanoUsd;
     use crate::money::bill::Cost;
     use crate::policy::{Policy, World, compile};
     use crate::pool::Wanted;
+    use crate::routers::shortlist::{Out, Weight};
     use crate::settings::Settings;
     use crate::state::State;
     use crate::telemetry::Telemetry;
@@ -386,6 +388,10 @@ mod tests {
             let decision =
                 Decision { stage: "route", rule: "m".into(), verdict: "p".into(), why: "x".repeat(300).into() };
             let sum = "0".repeat(64);
+            let takes = Takes { nanousd: Some(1.5e6), first_token_s: None };
+            let judged = Judged { terms: [Some(0.5), None, Some(1.0), None], score: 0.75, loss: 0.125 };
+            let out = peer.map(|_| Out::Away);
+            let weight = Weight { model: "m".into(), out, stays: out.is_none(), held: 7, takes, judged };
             same(&Record {
                 id: Id::new(),
                 outcome: Outcome::UpstreamError,
@@ -401,6 +407,7 @@ mod tests {
                 model: Models { asked: Some("a\tb"), ..Models::default() },
                 policy: PolicyMark { revision: u64::MAX, hash: &policy.hash },
                 decisions: &[decision],
+                candidates: Some(CandidateList(&[weight])),
                 attempts: AttemptList { list: &[attempt], moment, bytes: BodyBytes::default(), metered: None },
                 usage: Usage { input_tokens: Some(0), source: Source::Upstream, ..Usage::default() },
                 cost: Some(Cost { nanousd: NanoUsd(1_234), prices: "0123456789ab" }),

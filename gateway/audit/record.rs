@@ -22,6 +22,7 @@ use crate::money::bill::Cost;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::worked::Share;
 use crate::pool::{Picked, Pool, Upstream};
+use crate::routers::shortlist::{CandidateRecord, Weight};
 use crate::usage::{Source, Usage};
 
 /// The most of a name or a sentence from outside that a record keeps, in bytes.
@@ -69,6 +70,10 @@ pub struct Record<'a> {
     /// takes any number of requests.
     #[schemars(with = "Vec<Decision>")]
     pub decisions: &'a [Decision],
+    /// The models of the shortlist that chose one, in the order of the policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<CandidateRecord<'_>>>")]
+    pub candidates: Option<CandidateList<'a>>,
     /// Every attempt on an upstream, in order.
     #[schemars(with = "Vec<AttemptRecord<'_>>")]
     pub attempts: AttemptList<'a>,
@@ -117,6 +122,16 @@ impl Serialize for LimitList<'_> {
     }
 }
 
+/// What came of the models of a shortlist.
+#[derive(Clone, Copy, Debug)]
+pub struct CandidateList<'a>(pub &'a [Weight]);
+
+impl Serialize for CandidateList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(Weight::record))
+    }
+}
+
 impl Record<'_> {
     /// Nobody will find the trace that was begun here: it was not kept.
     pub fn forget_trace(&mut self) {
@@ -150,6 +165,7 @@ impl<'a> Record<'a> {
                 hash: "88cd65a21399a152699ba090edee007f0c8793a3ada79c21306c740bcd501f8d",
             },
             decisions: &[],
+            candidates: None,
             attempts: AttemptList { list: &[], moment, bytes: BodyBytes { request: 1024, answer: 587 }, metered: None },
             usage: Usage {
                 input_tokens: Some(211),
@@ -442,7 +458,7 @@ pub struct Times {
 /// One decision about a request.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Decision {
-    /// The stage that decided: `identify` (who may ask, and where), `route`, `queue`, `refuse`.
+    /// The stage that decided: `identify` (who may ask, and where), `route`, `effort`, `queue`, `refuse`.
     #[serde(serialize_with = "word")]
     pub stage: &'static str,
     /// The rule of the policy, or the refusal's code.

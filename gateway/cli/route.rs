@@ -11,6 +11,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::Prompt;
+use infergate_plugins::router::effort::Effort;
 use infergate_plugins::router::evaluation::{self, Evaluation, Row};
 use infergate_plugins::router::semantic::Semantic;
 use infergate_plugins::router::signals::Signals;
@@ -21,8 +22,10 @@ use serde_json::{Value, json};
 use super::counted;
 use crate::policy::{Policy, World, load};
 use crate::routers::conversations::Conversations;
+use crate::routers::shortlist::{Weighed, Weight};
 use crate::routers::words::Words;
 use crate::routers::{Routers, Whose, told};
+use crate::scan;
 use crate::state::State;
 use crate::surface;
 use crate::telemetry::Telemetry;
@@ -143,17 +146,18 @@ impl Explain {
 /// What a request gets, and what everybody says of it.
 fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<Value, String> {
     let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
+    let scan = scan::json(&body).map_err(|fault| fault.to_string())?;
     let request = Reading::of(operation, body);
     let words = Words::of(&request, true).map_err(|_| unreadable)?;
     let prompt = words.prompt();
     let kept = Conversations::default();
     // The first time the tables are cold.
-    let decided = routers.decide(&request, &kept, &Whose::default());
+    let decided = routers.decide(&request, &scan, &kept, &Whose::default());
     let fresh = Conversations::default();
     let began = Instant::now();
     for _ in 0..ROUNDS {
         let unread = Reading::of(operation, request.body.clone());
-        std::hint::black_box(routers.decide(&unread, &fresh, &Whose::default()));
+        std::hint::black_box(routers.decide(&unread, &scan, &fresh, &Whose::default()));
     }
     let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
@@ -164,11 +168,31 @@ fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<V
         "why": decided.why.as_str(),
         "in_tool_loop": words.in_loop(&prompt),
         "microseconds": micros,
+        "unfit": decided.unfit.map(|unfit| unfit.1),
+        "shortlist": decided.weighed.as_deref().map(weighed),
+        "effort": routers.effort.get(decided.by.as_str()).map(|effort| thinks(*effort)),
         "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
         "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
         "signals": signals(&prompt),
     }))
+}
+
+/// What came of a shortlist. Nobody runs here: loads and rates are those of idle servers that nobody has measured.
+fn weighed(weighed: &Weighed) -> Value {
+    json!({
+        "name": &*weighed.shortlist,
+        "margin": rounded(weighed.margin),
+        "models": weighed.candidates.iter().map(Weight::record).collect::<Vec<_>>(),
+    })
+}
+
+fn thinks(effort: Effort) -> Value {
+    match effort {
+        Effort::Set(level) => json!({"set": level.name()}),
+        Effort::Default(level) => json!({"default": level.name()}),
+        Effort::Strip => json!({"strip": true}),
+    }
 }
 
 fn said(router: &dyn Router, prompt: &Prompt<'_>) -> Value {
@@ -221,6 +245,13 @@ fn story(found: &Value) -> String {
         text(&found["why"]),
         found["microseconds"].as_f64().unwrap_or_default()
     );
+    told += &listed(&found["shortlist"]);
+    if let Some(unfit) = found["unfit"].as_str() {
+        told += &format!("  nobody      {unfit}\n");
+    }
+    if found["effort"].is_object() {
+        told += &format!("  effort      {}\n", found["effort"]);
+    }
     for router in found["routers"].as_array().into_iter().flatten() {
         let answer = match router.get("passes") {
             Some(why) => format!("passes: {}", text(why)),
@@ -247,6 +278,24 @@ fn story(found: &Value) -> String {
     let signals = found["signals"].as_object().into_iter().flatten();
     let signals: Vec<String> = signals.map(|(name, value)| format!("{name} {}", text(value))).collect();
     told + &format!("  signals     {}\n", signals.join(", "))
+}
+
+/// The models of a shortlist, one a line, with their terms in thousandths.
+fn listed(shortlist: &Value) -> String {
+    let mut told = String::new();
+    for one in shortlist["models"].as_array().into_iter().flatten() {
+        let figures = ["quality", "price", "first_token", "load", "loss"].into_iter().filter_map(|term| {
+            let figure = one.get(format!("{term}_permille"))?;
+            Some(format!("{term} {figure}"))
+        });
+        let figures = figures.collect::<Vec<_>>().join(", ");
+        let name = one["model"].as_str().unwrap_or_default();
+        told += &match one["out"].as_str() {
+            Some(out) => format!("  {name:<20} out: {out}\n"),
+            None => format!("  {name:<20} score {} ({figures})\n", one["score_permille"]),
+        };
+    }
+    told
 }
 
 impl Eval {

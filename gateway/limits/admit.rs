@@ -291,7 +291,10 @@ fn goes_elsewhere(exchange: &mut Exchange, planned: &mut Planned, policy: &Polic
     }
     let Ok(route) = policy.route(Some(instead)) else { return false };
     let operation = planned.identified.surface.operation;
-    let may = exchange.who.as_ref().is_none_or(|who| who.tenant.may_use(route, Some(instead)));
+    let may = exchange
+        .who
+        .as_ref()
+        .is_none_or(|who| who.tenant.may_use(route, Some(instead)) && who.tenant.reaches(route, operation));
     if !may || !route.stages.iter().any(|stage| stage.pool.serves(operation)) {
         return false;
     }

@@ -116,6 +116,9 @@ pub struct Tenant {
     pub share: Option<u32>,
     /// What its requests may ask of a model, and what they ask anyway.
     pub parameters: Option<Parameters>,
+    /// The regions that its requests may go to: to pools of these and no others, whatever else speaks for one. Those
+    /// above it must allow them too. Absent: all, and pools that name none.
+    pub regions: Option<Vec<String>>,
 }
 
 /// How much of one thing may be used over one time. It has exactly one of `requests`, `input_tokens`,
@@ -325,9 +328,34 @@ pub struct Model {
     /// usage, and of a prompt that is near a hard limit.
     #[serde(default)]
     pub tokenizer: Tokenizer,
+    /// What it can do. Where it is chosen (`routers`), it is passed over for what it cannot.
+    #[serde(default)]
+    pub can: Abilities,
     /// A sentence for `GET /v1/models`.
     #[serde(default)]
     pub description: Option<String>,
+}
+
+/// What a model can do. What is not said, it is taken to be able to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Abilities {
+    /// Whether it reads images.
+    pub images: bool,
+    /// Whether it calls tools.
+    pub tools: bool,
+    /// Whether it answers in a form that the request asks for: JSON, a schema.
+    pub structured: bool,
+    /// The most tokens of a prompt and its answer together. The prompt's are estimated as limits do, the answer's are
+    /// those that the request asks for.
+    #[schemars(range(min = 1))]
+    pub context_tokens: Option<u64>,
+}
+
+impl Default for Abilities {
+    fn default() -> Self {
+        Self { images: true, tools: true, structured: true, context_tokens: None }
+    }
 }
 
 /// A model that is chosen for each request by what it asks. Whoever may use it may use what it chooses; limits, prices
@@ -335,11 +363,19 @@ pub struct Model {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VirtualModel {
-    /// The routers. They are asked in order, and the first answer wins. May be absent where there is a `cascade`.
+    /// The routers. They are asked in order, and the first answer wins. May be absent where there is a `cascade`, or where a
+    /// shortlist is the default.
     #[serde(default)]
     pub ask: Vec<router::Config>,
     /// The model for what no router has an answer to, and for requests without text.
     pub default: String,
+    /// Models of which the best answers, by a name that may stand wherever a model is named here: in `ask`, as `default`.
+    #[serde(default)]
+    pub shortlists: BTreeMap<String, router::score::Config>,
+    /// How much models think, by the decision that chose them: the name of a route or a rule, for `difficulty` that of
+    /// the model, or `default`.
+    #[serde(default)]
+    pub effort: BTreeMap<String, router::effort::Config>,
     /// Models that are asked one after another until one gives a good answer.
     #[serde(default)]
     pub cascade: Option<router::cascade::Config>,
@@ -355,7 +391,9 @@ pub struct VirtualModel {
     pub description: Option<String>,
 }
 
-/// How long the choice of a model holds. It is remembered for an hour, in this process.
+/// How long the choice of a model holds. It is remembered for an hour, in this process. Unless each request is decided
+/// for itself, a shortlist lets another model take a conversation over only if its gain is more than the loss of what the
+/// conversation's own has read of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Keep {
@@ -433,6 +471,10 @@ pub struct Pool {
     /// The model servers.
     #[schemars(length(min = 1))]
     pub upstreams: Vec<Upstream>,
+    /// Where they read what they are sent, for tenants whose requests may not go everywhere (`regions`).
+    #[serde(default)]
+    #[schemars(length(min = 1))]
+    pub region: Option<String>,
     /// How long each phase of a request may take.
     #[serde(default)]
     pub timeouts: Timeouts,

@@ -4,26 +4,33 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use http::HeaderName;
-use infergate_plugins::router;
+use infergate_plugins::router::{self, effort, score};
 use sha2::Digest;
 
 use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
+use crate::money::book::Book;
 use crate::routers::Routers;
+use crate::routers::shortlist::{Listed, Shortlist};
 use crate::tokens::Tokenizer;
+
+/// Where candidates are served, by the names that decisions have for them.
+type Known = HashMap<Arc<str>, Arc<Route>>;
 
 impl Compiler<'_> {
     /// Adds the virtual models to those that are served.
-    pub(super) fn routers(&mut self, file: &file::File, models: &mut Models) {
+    pub(super) fn routers(&mut self, file: &file::File, models: &mut Models, prices: Option<&Arc<Book>>) {
         let mut built = Vec::new();
         for (name, written) in &file.routers {
             let path = format!("routers.{name}");
             self.router_name(&path, name, file, models);
             let known = self.candidates(&path, written, file, models);
-            let routers = self.built_routers(&path, name, written, known);
+            let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
+            let routers = self.built_routers(&path, name, written, known, shortlists);
             built.extend(routers.map(|routers| (name, self.virtual_route(name, written, routers))));
         }
         // Only now, so that none finds another one.
@@ -49,17 +56,16 @@ impl Compiler<'_> {
         written: &file::VirtualModel,
         file: &file::File,
         models: &Models,
-    ) -> Option<HashMap<Arc<str>, Arc<Route>>> {
-        let asked = written.ask.iter().enumerate();
-        let asked = asked.flat_map(|(at, config)| {
-            config.models().into_iter().map(move |(key, model)| (format!("{path}.ask[{at}]{key}"), model))
+    ) -> Option<Known> {
+        let named = named(path, written).into_iter().filter(|(_, name)| !written.shortlists.contains_key(*name));
+        let listed = written.shortlists.iter().flat_map(|(name, list)| {
+            let place = move |at: usize| format!("{path}.shortlists.{name}.models[{at}].model");
+            list.models.iter().enumerate().map(move |(at, listed)| (place(at), listed.model.as_str()))
         });
         let cascade = written.cascade.iter().flat_map(|cascade| cascade.models.iter().enumerate());
         let cascade = cascade.map(|(at, model)| (format!("{path}.cascade.models[{at}]"), model.as_str()));
-        let default = std::iter::once((format!("{path}.default"), written.default.as_str()));
-        let all = default.chain(asked).chain(cascade);
         let mut known = Some(HashMap::new());
-        for (place, name) in all {
+        for (place, name) in named.chain(listed).chain(cascade) {
             match self.candidate(&place, name, file, models) {
                 Some(route) => known.iter_mut().for_each(|known| _ = known.insert(name.into(), route.clone())),
                 None => known = None,
@@ -91,17 +97,93 @@ impl Compiler<'_> {
         wrong
     }
 
+    /// The shortlists, with all that is wrong with them told.
+    fn shortlists(
+        &mut self,
+        path: &str,
+        written: &file::VirtualModel,
+        (file, models): (&file::File, &Models),
+        known: Option<&Known>,
+        prices: Option<&Arc<Book>>,
+    ) -> HashMap<Arc<str>, Shortlist> {
+        let mut shortlists = HashMap::new();
+        for (name, list) in &written.shortlists {
+            let path = format!("{path}.shortlists.{name}");
+            if models.named(name).is_some() || file.routers.contains_key(name) {
+                self.wrong(&path, format!("{name} is the name of a model already: give the shortlist another"));
+            }
+            if !named("", written).iter().any(|(_, named)| named == name) {
+                let unused = "no decision names it: put its name where a model is named, in `ask` or as `default`";
+                let warning = self.document.problem(&path, unused);
+                self.warnings.push(warning);
+            }
+            for (key, message) in score::wrong(list) {
+                self.wrong(&format!("{path}{key}"), message);
+            }
+            let Some(known) = known else { continue };
+            let shortlist = shortlist(name, list, known, prices);
+            self.measurable(&path, &shortlist);
+            shortlists.insert(shortlist.name.clone(), shortlist);
+        }
+        shortlists
+    }
+
+    /// What is weighed can be measured, of each model wherever it is served.
+    fn measurable(&mut self, path: &str, shortlist: &Shortlist) {
+        for (at, listed) in shortlist.models.iter().enumerate() {
+            let path = format!("{path}.models[{at}]");
+            for stage in &listed.route.stages {
+                let pool = &stage.pool;
+                if shortlist.weights.first_token > 0.0 && !pool.balance.weighs() {
+                    let balance = pool.balance.name();
+                    let message = format!(
+                        "first_token is weighed, and the balance {balance} of the pool {} measures none: choose expected_time",
+                        pool.name
+                    );
+                    self.wrong(&path, message);
+                }
+                if shortlist.weights.price > 0.0 && !has_price(shortlist, listed, stage) {
+                    let message = format!(
+                        "price is weighed, and {} has none at the pool {}: give it one under `prices`",
+                        listed.model, pool.name
+                    );
+                    self.wrong(&path, message);
+                }
+            }
+        }
+    }
+
+    /// How much models think, by the decision: one that there is.
+    fn effort(&mut self, path: &str, written: &file::VirtualModel) -> HashMap<Box<str>, effort::Effort> {
+        let decisions: Vec<&str> = written.ask.iter().flat_map(router::Config::decisions).chain(["default"]).collect();
+        let mut built = HashMap::new();
+        for (decision, config) in &written.effort {
+            let path = format!("{path}.effort.{decision}");
+            if !decisions.contains(&decision.as_str()) {
+                let hint = nearest(decision, decisions.iter().copied());
+                self.wrong(&path, format!("no decision is named {decision}{hint}"));
+            }
+            match effort::build(config) {
+                Ok(effort) => _ = built.insert(decision.as_str().into(), effort),
+                Err(message) => self.wrong(&path, message),
+            }
+        }
+        built
+    }
+
     fn built_routers(
         &mut self,
         path: &str,
         name: &str,
         written: &file::VirtualModel,
-        known: Option<HashMap<Arc<str>, Arc<Route>>>,
+        known: Option<Known>,
+        shortlists: HashMap<Arc<str>, Shortlist>,
     ) -> Option<Routers> {
         let session_header = written.session_header.as_ref().map(|header| header.parse::<HeaderName>());
         if let (Some(Err(_)), Some(header)) = (&session_header, &written.session_header) {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
+        let effort = self.effort(path, written);
         let (mut read, directory) = (Vec::new(), self.directory.clone());
         let mut open = |path: &Path| {
             let (path, text) = beside(directory.as_deref(), path)?;
@@ -124,8 +206,9 @@ impl Compiler<'_> {
                 self.wrong(&format!("{path}.cascade{key}"), message);
             }
         });
-        if written.ask.is_empty() && written.cascade.is_none() {
-            self.wrong(path, "nothing decides: give it `ask`, or `cascade`");
+        let weighs = written.shortlists.contains_key(&written.default);
+        if written.ask.is_empty() && written.cascade.is_none() && !weighs {
+            self.wrong(path, "nothing decides: give it `ask`, or `cascade`, or a shortlist as its `default`");
         }
         let (built, cascade) = (built.ok()?, cascade.ok()?);
         for (key, message) in built.iter().flat_map(|built| &built.warnings) {
@@ -133,25 +216,30 @@ impl Compiler<'_> {
             self.warnings.push(warning);
         }
         let ask: Vec<Arc<dyn router::Router>> = built.into_iter().map(|built| built.router).collect();
+        let models = known?;
+        let can = || models.values().map(|route| route.model.can);
+        let lacks = |can: file::Abilities| !(can.images && can.tools && can.structured);
         Some(Routers {
             name: name.into(),
-            counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())),
+            counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())) || can().any(lacks),
             headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
+            measures: !shortlists.is_empty() || can().any(|can| can.context_tokens.is_some()),
             ask,
             default: written.default.as_str().into(),
-            models: known?,
+            models,
             cascade: cascade.map(Arc::new),
             keep: written.keep,
             session_header: session_header.and_then(Result::ok),
+            shortlists,
+            effort,
         })
     }
 
     /// The entry for the name itself: where it may go, the default's pools first.
     fn virtual_route(&self, name: &str, written: &file::VirtualModel, routers: Routers) -> Arc<Route> {
-        let default = routers.models.get(&routers.default);
-        let others = routers.candidates().filter_map(|name| routers.models.get(name));
+        let candidates: Vec<Arc<str>> = routers.candidates().cloned().collect();
         let mut stages: Vec<Stage> = Vec::new();
-        for stage in default.into_iter().chain(others).flat_map(|route| &route.stages) {
+        for stage in candidates.iter().filter_map(|name| routers.models.get(name)).flat_map(|route| &route.stages) {
             if !stages.iter().any(|known| Arc::ptr_eq(&known.pool, &stage.pool)) {
                 stages.push(Stage { pool: stage.pool.clone(), naming: Naming::AsAsked, on: Vec::new() });
             }
@@ -164,15 +252,43 @@ impl Compiler<'_> {
             fallbacks: Vec::new(),
             priority: None,
             tokenizer: Tokenizer::Auto,
+            can: file::Abilities::default(),
             description: written.description.clone(),
         };
         let mut route = Route::new(stages, None, model, self.world.state.density(name));
         if let Some(route) = Arc::get_mut(&mut route) {
-            route.verdict = routers.candidates().map(|name| &**name).collect::<Vec<_>>().join(", ").into();
+            route.verdict = candidates.join(", ").into();
             route.routers = Some(Arc::new(routers));
         }
         route
     }
+}
+
+/// What decisions name, with the key of each: a model or a shortlist.
+fn named<'a>(path: &str, written: &'a file::VirtualModel) -> Vec<(String, &'a str)> {
+    let asked = written.ask.iter().enumerate().flat_map(|(at, config)| {
+        config.models().into_iter().map(move |(key, model)| (format!("{path}.ask[{at}]{key}"), model))
+    });
+    std::iter::once((format!("{path}.default"), written.default.as_str())).chain(asked).collect()
+}
+
+fn shortlist(name: &str, list: &score::Config, known: &Known, prices: Option<&Arc<Book>>) -> Shortlist {
+    let listed = list.models.iter().filter_map(|listed| {
+        let route = known.get(listed.model.as_str())?.clone();
+        Some(Listed { model: listed.model.as_str().into(), route, quality: listed.quality.unwrap_or(0.0) })
+    });
+    let (weights, holds) = (list.weigh, Duration::from_secs(list.held_s));
+    Shortlist { name: name.into(), weights, models: listed.collect(), holds, prices: prices.cloned() }
+}
+
+/// Whether the model has a price today at each upstream of the stage.
+fn has_price(shortlist: &Shortlist, listed: &Listed, stage: &Stage) -> bool {
+    let (pool, now) = (&stage.pool, SystemTime::now());
+    let Some(book) = &shortlist.prices else { return false };
+    pool.upstreams.iter().all(|upstream| {
+        let model = stage.other_name(upstream, Some(&listed.model)).unwrap_or(&listed.model);
+        book.find(model, &pool.name, upstream.provider.kind(), now).is_some()
+    })
 }
 
 #[cfg(test)]
@@ -185,6 +301,7 @@ mod tests {
     use crate::policy::tests::{POOLS, compiled, problems};
     use crate::routers::Whose;
     use crate::routers::conversations::Conversations;
+    use crate::scan;
     use crate::text::Reading;
 
     const MODELS: &str = "models:\n  - {name: small, pool: fast}\n  - {name: big, pool: slow, aliases: [large]}\n";
@@ -245,12 +362,40 @@ mod tests {
         let policy = compiled(&auto("").replace("'http://127.0.0.1:2'", "'http://127.0.0.1:2', provider: anthropic"));
         let routers = policy.unwrap().route(Some("auto")).unwrap().routers.clone().unwrap();
         let body = br#"{"messages":[{"role":"user","content":"explain this sql query"}]}"#;
+        let scan = scan::json(body).unwrap();
         let decide = |operation| {
-            routers.decide(&Reading::of(operation, body.as_slice()), &Conversations::default(), &Whose::default())
+            let reading = Reading::of(operation, body.as_slice());
+            routers.decide(&reading, &scan, &Conversations::default(), &Whose::default())
         };
         assert_eq!(&*decide(Operation::Messages).model, "large");
         let passed = decide(Operation::Chat);
         assert_eq!((&*passed.model, passed.why.as_str()), ("small", "semantic: large cannot do this"));
+    }
+
+    #[test]
+    fn a_decision_allocates_no_more_where_a_shortlist_is_not_asked_and_a_handful_where_it_is() {
+        let list = "    shortlists: {best: {weigh: {quality: 1}, models: [{model: large, quality: 1}, {model: small, quality: 0}]}}\n";
+        let body = br#"{"messages":[{"role":"user","content":"explain this sql query"}]}"#;
+        let scan = scan::json(body).unwrap();
+        let allocated = |text: &str| {
+            let policy = compiled(text).unwrap();
+            let routers = policy.route(Some("auto")).unwrap().routers.clone().unwrap();
+            let (reading, kept) = (Reading::of(Operation::Chat, body.as_slice()), Conversations::default());
+            let decide = || assert_eq!(&*routers.decide(&reading, &scan, &kept, &Whose::default()).model, "large");
+            decide();
+            allocation_counter::measure(decide).count_total
+        };
+        let (plain, listed) = (allocated(&auto("")), auto(list));
+        assert_eq!(allocated(&listed), plain);
+        let weighed = allocated(&listed.replacen("model: large", "model: best", 1));
+        assert!(weighed <= plain + 8, "{weighed} and not {plain}");
+    }
+
+    #[test]
+    fn a_shortlist_that_no_decision_names_is_a_warning() {
+        let list = "    shortlists: {best: {weigh: {quality: 1}, models: [{model: small, quality: 1}, {model: big, quality: 0}]}}\n";
+        let warnings = compiled(&auto(list)).unwrap().warnings;
+        assert!(warnings.iter().any(|warning| warning.path == "routers.auto.shortlists.best"), "{warnings:?}");
     }
 
     #[test]

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use infergate_plugins::operation::Operation;
+
 use super::problem::nearest;
 use super::{Compiler, Models, Route, file, fits};
 use crate::limits::Limit;
 use crate::parameters::{Parameters, User};
+use crate::pool::Pool;
 use crate::scan::Field;
 use crate::surface;
 
@@ -19,6 +22,8 @@ pub struct Tenant {
     models: Vec<Vec<Pattern>>,
     /// The same for paths.
     surfaces: Vec<HashSet<String>>,
+    /// The same for regions.
+    regions: Vec<HashSet<String>>,
     /// Its limits and those of them above it: all hold.
     pub limits: Vec<Arc<Limit>>,
     /// The most tokens that an answer may have.
@@ -65,6 +70,21 @@ impl Tenant {
     /// Whether it may use what is served at `path`: a row of the table of endpoints, or a path that passes through.
     pub fn may_ask(&self, path: &str) -> bool {
         self.surfaces.iter().all(|list| list.contains(path))
+    }
+
+    /// Whether what it asks may not go everywhere.
+    pub fn is_bound(&self) -> bool {
+        !self.regions.is_empty()
+    }
+
+    /// Whether what it asks may go to this pool.
+    pub fn may_reach(&self, pool: &Pool) -> bool {
+        self.regions.iter().all(|list| pool.region.as_deref().is_some_and(|region| list.contains(region)))
+    }
+
+    /// Whether some pool of `route` that can do `operation` is where its requests may go.
+    pub fn reaches(&self, route: &Route, operation: Operation) -> bool {
+        route.stages.iter().any(|stage| stage.pool.serves(operation) && self.may_reach(&stage.pool))
     }
 
     /// Whether its lists have this name.
@@ -152,8 +172,19 @@ impl Compiler<'_> {
         for (index, surface) in tenant.surfaces.iter().flatten().enumerate() {
             self.listed_surface(&format!("{path}.surfaces[{index}]"), surface, file);
         }
+        for (index, region) in tenant.regions.iter().flatten().enumerate() {
+            self.known_region(&format!("{path}.regions[{index}]"), region, file);
+        }
         if let Some(parameters) = &tenant.parameters {
             self.tenant_parameters(&format!("{path}.parameters"), parameters);
+        }
+    }
+
+    fn known_region(&mut self, path: &str, region: &str, file: &file::File) {
+        let mut known = file.pools.values().filter_map(|pool| pool.region.as_deref());
+        if !known.clone().any(|known| known == region) {
+            let hint = nearest(region, &mut known);
+            self.wrong(path, format!("no pool has the region {region}{hint}"));
         }
     }
 
@@ -234,6 +265,10 @@ fn built(name: &str, tenants: &BTreeMap<String, file::Tenant>, limits: &HashMap<
         name: name.into(),
         models: line.iter().filter_map(|(_, tenant)| tenant.models.as_ref().map(patterns)).collect(),
         surfaces: line.iter().filter_map(|(_, tenant)| surfaces(tenant)).collect(),
+        regions: line
+            .iter()
+            .filter_map(|(_, tenant)| Some(tenant.regions.as_ref()?.iter().cloned().collect()))
+            .collect(),
         limits: line.iter().filter_map(|(name, _)| limits.get(name)).flatten().cloned().collect(),
         share: line.first().and_then(|(_, tenant)| tenant.share).unwrap_or(1),
         output_tokens_max: line.iter().filter_map(|(_, tenant)| tenant.output_tokens_max).min(),

@@ -99,7 +99,7 @@ impl Pool {
         })
     }
 
-    fn candidate(
+    pub(super) fn candidate(
         &self,
         wanted: &Wanted<'_>,
         prompt: &Prompt<'_>,
@@ -144,13 +144,13 @@ impl Pool {
 }
 
 /// What is known of a prompt, once for all endpoints.
-struct Prompt<'a> {
+pub(super) struct Prompt<'a> {
     usual: Usual,
     held: Option<(&'a Chain, Held)>,
 }
 
 impl<'a> Prompt<'a> {
-    fn of(pool: &Pool, wanted: &Wanted<'a>) -> Self {
+    pub(super) fn of(pool: &Pool, wanted: &Wanted<'a>) -> Self {
         let chain = wanted.chain.filter(|chain| !chain.is_empty());
         let held = pool.prefixes.as_ref().zip(chain).map(|(prefixes, chain)| (chain, prefixes.held(chain)));
         Self { usual: pool.state.paces.usual(), held }
@@ -219,6 +219,33 @@ mod tests {
                 "{balance}: {chosen} and not the one that has it"
             );
         }
+    }
+
+    #[test]
+    fn looking_ahead_allocates_nothing_and_takes_nothing() {
+        let (pool, now) = (pool(100, "expected_time"), Instant::now());
+        let asked = Asked { prompt: 8_000, output: 200, ..Asked::default() };
+        let wanted = Wanted { asked, ..Wanted::of(Operation::Chat) };
+        let running: Vec<_> = (0..96).map(|_| pool.pick(&wanted, &[], now).unwrap()).collect();
+        let mut seen = None;
+        let mut look = || seen = pool.outlook(&wanted, now);
+        look();
+        assert_eq!(allocation_counter::measure(look).count_total, 0);
+        let outlook = seen.unwrap();
+        // 8,000 tokens a second, and each of a hundred would have one of these.
+        let near = |is: f32, should: f32| (is - should).abs() < 0.01;
+        assert!(near(outlook.first_token_s(0).unwrap(), 1.0) && near(outlook.first_token_s(6_000).unwrap(), 0.25));
+        assert!(near(outlook.load(), 0.01), "{}", outlook.load());
+        assert!(outlook.works_s(0) > outlook.works_s(6_000));
+        drop(running);
+        assert_eq!(pool.outlook(&wanted, now).unwrap().load(), 0.0);
+    }
+
+    #[test]
+    fn a_pool_that_measures_no_time_tells_none() {
+        let pool = pool(2, "p2c");
+        let outlook = pool.outlook(&Wanted::of(Operation::Chat), Instant::now()).unwrap();
+        assert_eq!((outlook.first_token_s(0), outlook.held()), (None, None));
     }
 
     #[test]

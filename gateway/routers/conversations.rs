@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::audit::record::Text;
+
 const SHARDS: usize = 16;
 /// Conversations in half a shard: 65,536 in all at least, twice as many at most.
 const HALF: usize = 4096;
-/// How long a choice is kept after it was last of use.
+/// How long a choice is kept after its model was last asked.
 pub const KEPT: Duration = Duration::from_secs(3600);
 /// How much of each end of a long text tells conversations apart, beside its length.
 const END: usize = 2048;
@@ -32,10 +34,17 @@ struct Shard {
     old: HashMap<u64, Kept>,
 }
 
+/// What is known of a conversation.
 #[derive(Clone, Debug)]
-struct Kept {
-    model: Arc<str>,
-    until: Instant,
+pub struct Kept {
+    /// Its model.
+    pub model: Arc<str>,
+    /// The decision that chose it.
+    pub by: Text,
+    /// Tokens of its last prompt, where somebody measures them.
+    pub tokens: u32,
+    /// When the model was last asked.
+    pub at: Instant,
 }
 
 impl Default for Conversations {
@@ -57,18 +66,23 @@ impl Conversations {
         hasher.finish()
     }
 
-    /// The model of a conversation, which has it for another hour then.
-    pub fn get(&self, key: u64, now: Instant) -> Option<Arc<str>> {
-        let mut shard = self.shard(key).lock();
-        let kept = shard.young.get(&key).or_else(|| shard.old.get(&key)).filter(|kept| kept.until > now)?;
-        let model = kept.model.clone();
-        shard.put(key, Kept { model: model.clone(), until: now + KEPT });
-        Some(model)
+    /// What is known of a conversation, if its model was asked within the last hour.
+    pub fn get(&self, key: u64, now: Instant) -> Option<Kept> {
+        let shard = self.shard(key).lock();
+        let kept = shard.young.get(&key).or_else(|| shard.old.get(&key));
+        kept.filter(|kept| now.saturating_duration_since(kept.at) < KEPT).cloned()
     }
 
-    /// This conversation has this model from now on.
-    pub fn put(&self, key: u64, model: Arc<str>, now: Instant) {
-        self.shard(key).lock().put(key, Kept { model, until: now + KEPT });
+    /// This is known of a conversation from now on.
+    pub fn put(&self, key: u64, kept: Kept) {
+        self.shard(key).lock().put(key, kept);
+    }
+
+    /// This conversation has another model from now on, by the same decision.
+    pub fn goes_to(&self, key: u64, model: &Arc<str>, now: Instant) {
+        if let Some(kept) = self.get(key, now) {
+            self.put(key, Kept { model: model.clone(), at: now, ..kept });
+        }
     }
 
     fn shard(&self, key: u64) -> &Mutex<Shard> {
@@ -89,13 +103,19 @@ impl Shard {
 mod tests {
     use super::*;
 
+    fn known(at: Instant) -> Kept {
+        Kept { model: "m".into(), by: "default".into(), tokens: 0, at }
+    }
+
     #[test]
-    fn a_conversation_keeps_its_model_for_an_hour_after_it_was_last_of_use() {
+    fn a_conversation_keeps_its_model_for_an_hour_after_it_was_last_asked() {
         let (kept, now) = (Conversations::default(), Instant::now());
         let key = kept.key(("auto", None), &[b"hello"]);
-        kept.put(key, "m".into(), now);
-        let at = |share: f64| kept.get(key, now + KEPT.mul_f64(share)).is_some();
-        assert_eq!([at(0.9), at(1.8), at(2.9)], [true, true, false]);
+        let at = |share: f64| now + KEPT.mul_f64(share);
+        kept.put(key, known(at(0.0)));
+        assert!(kept.get(key, at(0.9)).is_some() && kept.get(key, at(1.1)).is_none());
+        kept.put(key, known(at(0.9)));
+        assert!(kept.get(key, at(1.8)).is_some() && kept.get(key, at(2.0)).is_none());
     }
 
     #[test]
@@ -118,7 +138,7 @@ mod tests {
     fn there_is_an_end_to_what_is_remembered_and_the_newest_is() {
         let (kept, now) = (Conversations::default(), Instant::now());
         let many = 4 * SHARDS * HALF;
-        (0..many as u64).for_each(|key| kept.put(key, "m".into(), now));
+        (0..many as u64).for_each(|key| kept.put(key, known(now)));
         let held = |shard: &Shard| shard.young.len() + shard.old.len();
         let held: usize = kept.shards.iter().map(|shard| held(&shard.lock())).sum();
         assert!(held <= 2 * SHARDS * HALF, "{held}");

@@ -147,11 +147,26 @@ pub fn form(operation: Operation, body: &[u8], content_type: &[u8]) -> Result<Ve
 
 /// How many images and how many tools a request has.
 pub fn extras(body: &[u8]) -> (u64, u64) {
-    static IMAGES: LazyLock<[Finder<'static>; 3]> =
-        LazyLock::new(|| ["\"image_url\":", "\"type\":\"image\"", "\"type\":\"input_image\""].map(Finder::new));
-    let images = IMAGES.iter().map(|kind| kind.find_iter(body).count() as u64).sum();
+    static IMAGES: LazyLock<[(Finder<'static>, bool); 3]> = LazyLock::new(|| {
+        [("\"image_url\"", true), ("\"image\"", false), ("\"input_image\"", false)]
+            .map(|(word, is_key)| (Finder::new(word), is_key))
+    });
+    let is_there = |at: usize, word: usize, is_key: bool| match is_key {
+        true => body[at + word..].trim_ascii_start().first() == Some(&b':'),
+        false => is_type(&body[..at]),
+    };
+    let count = |(word, is_key): &(Finder<'_>, bool)| {
+        word.find_iter(body).filter(|at| is_there(*at, word.needle().len(), *is_key)).count() as u64
+    };
+    let images = IMAGES.iter().map(count).sum();
     let tools = serde_json::from_slice::<Request<'_>>(body).ok().and_then(|request| request.tools);
     (images, tools.map_or(0, |tools| tools.len() as u64))
+}
+
+/// Whether what ends here is `"type":`, however it is spaced.
+fn is_type(before: &[u8]) -> bool {
+    let key = before.trim_ascii_end().strip_suffix(b":").map(<[u8]>::trim_ascii_end);
+    key.is_some_and(|key| key.ends_with(b"\"type\""))
 }
 
 impl<'a> Collector<'a> {
