@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use infergate::identity;
+use infergate::limits::effort::Work;
 use infergate::limits::{Costs, Counted, Outcome, Used, millis};
 use infergate::money::Cached;
 use infergate::policy::{Policy, World, compile};
@@ -65,7 +66,9 @@ fn admitted(policy: &Policy, state: &State, headers: &http::HeaderMap) -> u64 {
             prices: price.map(std::slice::from_ref).unwrap_or_default(),
             cached: Cached::Within,
             besides: Usage::default(),
+            work: Work::default(),
         },
+        held: None,
         now: millis(now),
     };
     let Some(Outcome::Reserved(mut reservation)) = state.limits.reserve(policy.limits.iter(), &counted) else {

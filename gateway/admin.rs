@@ -355,16 +355,22 @@ impl Admin {
         let Some(path) = &self.policy else {
             return json_answer(StatusCode::CONFLICT, &json!({"error": "this gateway runs without a policy file"}));
         };
-        match reload(&self.house, path, by) {
-            Ok(Reloaded::Swapped(revision, hash)) => {
-                json_answer(StatusCode::OK, &json!({"reloaded": true, "revision": revision, "hash": hash}))
-            }
-            Ok(Reloaded::Unchanged) => json_answer(StatusCode::OK, &json!({"reloaded": false})),
+        // Whether it was this call or the watch that was faster: what is in force is the newest file, or it is not.
+        let (status, reloaded, problems) = match reload(&self.house, path, by) {
+            Ok(Reloaded::Swapped(..)) => (StatusCode::OK, true, None),
+            Ok(Reloaded::Unchanged) => (StatusCode::OK, false, None),
             Err(problems) => {
-                let lines = problems.lines(&path.display().to_string());
-                json_answer(StatusCode::UNPROCESSABLE_ENTITY, &json!({"reloaded": false, "problems": lines}))
+                (StatusCode::UNPROCESSABLE_ENTITY, false, Some(problems.lines(&path.display().to_string())))
             }
+        };
+        let policy = self.house.policy.get();
+        let mut told = json!({
+            "reloaded": reloaded, "newest": problems.is_none(), "revision": policy.revision, "hash": policy.hash,
+        });
+        if let Some(problems) = problems {
+            told["problems"] = problems.into();
         }
+        json_answer(status, &told)
     }
 }
 

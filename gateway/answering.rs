@@ -57,7 +57,9 @@ pub async fn relay(
     let guards = status.is_success() && exchange.tally.guard.as_mut().is_some_and(|guard| guard.answers(operation));
     let holds = !is_events || exchange.tally.guard.as_ref().is_some_and(|guard| guard.holds());
     if is_known && guards && holds {
-        passes = relay::whole(downstream, &mut answer, &pace, guard::WHOLE_MAX).await.map_err(unread);
+        let mut waits = pipeline::waiting(downstream, exchange, &planned);
+        waits.heartbeat = pace.heartbeat.filter(|_| is_events);
+        passes = relay::whole(&mut waits, &mut answer, pace.between, guard::WHOLE_MAX).await.map_err(unread);
         if passes.is_ok() {
             let body = answer.body();
             passes = match is_events {

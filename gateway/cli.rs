@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::audit::story::counted;
 use crate::logging::{self, Levels};
 
 /// An inference gateway: one process between your applications and your model servers.

@@ -20,8 +20,8 @@ use crate::identity::{Hold, Who};
 use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
 use crate::limits::{Reservation, Used, millis};
-use crate::money::NanoUsd;
 use crate::money::bill::{self, Bill, Cost, End as Whole};
+use crate::money::{Cached, NanoUsd};
 use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
 use crate::pool::{Picked, Pool};
@@ -95,10 +95,10 @@ pub struct Heard {
 }
 
 /// What answers used and cost that were read and not passed on, all together.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Aside {
     usage: Usage,
-    nanousd: u64,
+    nanousd: NanoUsd,
     unpriced: bool,
 }
 
@@ -340,7 +340,8 @@ impl Exchange {
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
     pub fn settle(&mut self) {
         let Some(mut reservation) = self.tally.reservation.take() else { return };
-        let used = self.used(&reservation, self.passed_on());
+        let mut used = self.used(&reservation, self.passed_on());
+        used.nanousd = used.nanousd.saturating_add(self.worked_in_vain().map_or(0, |(_, nanousd)| nanousd.0));
         reservation.settle(&used, millis(SystemTime::now()));
         self.tally.reservation = Some(reservation);
     }
@@ -365,6 +366,9 @@ impl Exchange {
         };
         if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
             route.density.learn(reservation.text_bytes, used.input);
+            if let Some((attempt, micros)) = self.attempts.last().and_then(|last| Some((last, last.gpu_us()?))) {
+                attempt.pool().state.effort.learn(used.input, used.output, micros);
+            }
         }
         used
     }
@@ -379,7 +383,7 @@ impl Exchange {
         }
         let aside = self.aside.get_or_insert_default();
         aside.usage = aside.usage.and(usage);
-        aside.nanousd = aside.nanousd.saturating_add(nanousd.unwrap_or_default());
+        aside.nanousd = aside.nanousd.plus(NanoUsd(nanousd.unwrap_or_default()));
         aside.unpriced |= unpriced;
         self.attempt_ends(result, Some(why));
         self.unread();
@@ -495,7 +499,7 @@ impl Exchange {
         meter.push(body);
         let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
         let cost = bill.settle(meter.usage(), whole).1.flatten()?;
-        Some(NanoUsd(cost.0.saturating_add(self.aside.as_ref().map_or(0, |aside| aside.nanousd))))
+        Some(cost.plus(self.besides().nanousd))
     }
 
     /// What it cost, once it is over.
@@ -510,11 +514,38 @@ impl Exchange {
     /// What it used, what that cost, and whether something of it has no price: all its answers together.
     fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
         let (usage, cost, unpriced) = self.answer_spent(self.passed_on());
-        let Some(aside) = &self.aside else { return (usage, cost, unpriced) };
-        let nanousd = cost.map_or(0, |cost| cost.nanousd.0).saturating_add(aside.nanousd);
-        let book = self.policy.prices.as_ref().filter(|_| cost.is_some() || aside.nanousd > 0);
-        let cost = book.map(|book| Cost { nanousd: NanoUsd(nanousd), prices: &book.version });
-        (aside.usage.and(usage), cost, unpriced || aside.unpriced)
+        let besides = self.besides();
+        let nanousd = cost.map_or(NanoUsd(0), |cost| cost.nanousd).plus(besides.nanousd);
+        let book = self.policy.prices.as_ref().filter(|_| cost.is_some() || nanousd.0 > 0);
+        let cost = book.map(|book| Cost { nanousd, prices: &book.version });
+        (besides.usage.and(usage), cost, unpriced || besides.unpriced)
+    }
+
+    /// What was used besides the answer: by answers that were set aside, and by attempts that gave none.
+    fn besides(&self) -> Aside {
+        let mut besides = self.aside.as_deref().copied().unwrap_or_default();
+        if let Some((gpu_us, nanousd)) = self.worked_in_vain() {
+            besides.usage.gpu_us = Some(besides.usage.gpu_us.unwrap_or(0).saturating_add(gpu_us));
+            besides.nanousd = besides.nanousd.plus(nanousd);
+        }
+        besides
+    }
+
+    /// How long servers that are paid by the hour worked for attempts that gave no answer, in microseconds, and what
+    /// that cost. An attempt that reached nobody was no work, and one that was metered is counted with that.
+    fn worked_in_vain(&self) -> Option<(u64, NanoUsd)> {
+        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let answered = usize::from(self.bill.is_some());
+        let in_vain = &self.attempts[..self.attempts.len().saturating_sub(answered)];
+        let counts = |attempt: &&Attempt| attempt.result != Ending::Connect && attempt.metered.is_none();
+        let worked = in_vain.iter().filter(counts).filter_map(|attempt| {
+            let provider = attempt.upstream()?.provider.kind();
+            let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
+            let gpu_us = attempt.gpu_us().filter(|_| price.gpu_hour.is_some());
+            let cost = price.cost(&Usage { gpu_us, ..Usage::default() }, Cached::Within)?;
+            Some((gpu_us?, cost))
+        });
+        worked.reduce(|(one, cost), (other, more)| (one + other, cost.plus(more)))
     }
 
     /// How much of the answer its client has.
@@ -522,7 +553,7 @@ impl Exchange {
         Heard { whole: self.ending.outcome == Outcome::Ok, bytes: self.tally.bytes }
     }
 
-    /// The same of the answer alone that was read last.
+    /// What the answer used that was read last, what that cost, and whether something of it has no price.
     fn answer_spent(&self, Heard { whole, bytes }: Heard) -> (Usage, Option<Cost<'_>>, bool) {
         let told = self.tally.usage(whole);
         let Some(bill) = &self.bill else { return (told, None, false) };
@@ -533,12 +564,16 @@ impl Exchange {
     }
 
     fn models(&self) -> Models<'_> {
-        let Some(route) = &self.route else { return Models { asked: self.asked.as_deref(), ..Models::default() } };
-        let used = self.attempts.last().and_then(|attempt| {
-            let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-            stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
-        });
-        Models { asked: self.asked.as_deref(), route: Some(&route.model.name), used }
+        let route = self.route.as_ref().map(|route| route.model.name.as_str());
+        let used = self.attempts.last().and_then(|attempt| self.model_of(attempt));
+        Models { asked: self.asked.as_deref(), route, used }
+    }
+
+    /// The model that an attempt asked for, as its upstream knows it.
+    fn model_of<'a>(&'a self, attempt: &'a Attempt) -> Option<&'a str> {
+        let route = self.route.as_ref()?;
+        let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
+        stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::HeaderValue;
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_LOCATION, LOCATION};
 use http::response::Parts;
+use http::{HeaderMap, HeaderValue};
+use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::Reason;
 
 use crate::audit::record::{Ending, Text};
@@ -29,8 +30,8 @@ use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Balance;
 use crate::pool::{Picked, Pool, Upstream, Wanted, told};
 use crate::refusal::{Code, Refusal};
-use crate::relay::headers::{HOP_BY_HOP, RequestHead};
-use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Tunnelled};
+use crate::relay::headers::{HOP_BY_HOP, RequestHead, led};
+use crate::relay::{self, Answer, AnswerHead, Downstream, Failure, Interrupted, Order, Parting, Tunnel, Tunnelled};
 use crate::routers::Chosen;
 use crate::scan::{self, Edit};
 use crate::telemetry::server_timing;
@@ -524,6 +525,7 @@ pub fn head_for_client(
     if let Some(theirs) = to.remove(headers::REQUEST_ID) {
         set(to, headers::UPSTREAM_REQUEST_ID, theirs)?;
     }
+    redirect(to, upstream, exchange)?;
     if is_event_stream {
         to.remove(CONTENT_LENGTH);
         set(to, CACHE_CONTROL, "no-cache")?;
@@ -552,6 +554,21 @@ pub fn head_for_client(
         set(to, headers::OVERHEAD_US, own as u64)?;
     }
     Ok(head)
+}
+
+/// Says where an answer leads without telling where its upstream is. Only what passes unread may lead elsewhere: the
+/// prompt and the key of any other request would follow.
+fn redirect(to: &mut HeaderMap, upstream: &Upstream, exchange: &Exchange) -> Result<(), Refusal> {
+    for name in [LOCATION, CONTENT_LOCATION] {
+        let Some(told) = to.remove(&name) else { continue };
+        let led = told.to_str().ok().and_then(|told| led(told, |host| upstream.is_at(host), &upstream.path));
+        match led {
+            Some(path) => set(to, name, path)?,
+            None if exchange.surface.operation == Operation::Passthrough => set(to, name, told)?,
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 fn timing(exchange: &Exchange, first_at: Instant, now: Instant) -> Vec<u8> {
@@ -595,22 +612,8 @@ pub async fn tunnel(
             relay::tunnel(&house.connections, &picked.endpoint.target, &head, &pool.timeouts, &mut waits).await;
         match opened {
             Ok(Tunnelled::Open(tunnel)) => {
-                let now = Instant::now();
-                picked.endpoint.breaker.success(&pool.breaker, now);
-                exchange.attempt_answers(now, 101);
-                exchange.answering(now, 101);
-                exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
-                let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
-                let (from, to) = (&mut exchange.body_bytes, &mut exchange.tally.bytes);
-                if relay::carry(*tunnel, downstream, from, to, cut).await {
-                    picked.upstream.attempts.cancelled.inc();
-                    exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
-                    exchange.refused(&identity::revoked_refusal());
-                    return Ok(());
-                }
-                picked.upstream.attempts.answered.inc();
-                exchange.attempt_ends(Ending::Answered, None);
-                exchange.completed();
+                picked.endpoint.breaker.success(&pool.breaker, Instant::now());
+                carried(house, exchange, downstream, *tunnel, &picked).await;
                 return Ok(());
             }
             Ok(Tunnelled::Refused(answer)) => {
@@ -631,6 +634,38 @@ pub async fn tunnel(
             }
         }
     }
+}
+
+/// Carries a tunnel that stands, to its end. Where records must be durable first, the client has neither the upstream's
+/// goodbye nor the end of its connection before this one's is.
+async fn carried(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    mut tunnel: Tunnel,
+    picked: &Picked<'_>,
+) {
+    let now = Instant::now();
+    exchange.attempt_answers(now, 101);
+    exchange.answering(now, 101);
+    exchange.bill = exchange.policy.prices.as_ref().map(|_| Bill::unknown());
+    let cut = pin!(identity::revoked(house, exchange.policy.clone(), exchange.hold()));
+    let (durable, counts) = (exchange.is_durable(), (&mut exchange.body_bytes, &mut exchange.tally.bytes));
+    let parting = relay::carry(&mut tunnel, downstream, counts, durable, cut).await;
+    if matches!(parting, Parting::Cut) {
+        picked.upstream.attempts.cancelled.inc();
+        exchange.attempt_ends(Ending::Cancelled, Some("the caller's key was revoked".into()));
+        exchange.refused(&identity::revoked_refusal());
+    } else {
+        picked.upstream.attempts.answered.inc();
+        exchange.attempt_ends(Ending::Answered, None);
+        exchange.completed();
+    }
+    exchange.settle();
+    let on_record = exchange.put_on_record().await;
+    let goodbye = if let Parting::Goodbye(bytes) = parting { Some(bytes) } else { None };
+    // A connection that ends without a goodbye tells the client that not all is well.
+    relay::part(tunnel, downstream, goodbye.filter(|_| on_record)).await;
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use self::shape::named;
 use crate::refusal::{Code, Refusal};
 use crate::scan::{Edit, splice};
 use crate::telemetry::GuardMeters;
-use crate::text::{self, Text, Tool};
+use crate::text::{self, Reading, Text, Texts, Tool};
 
 /// The guardrails of a policy, with where they count.
 #[derive(Debug)]
@@ -126,8 +126,6 @@ impl Rails {
 pub struct Prompt {
     /// The guardrails, as far as they have come.
     pub guard: Guard,
-    /// The texts that were read.
-    pub texts: Vec<Text>,
     /// What changes in the body.
     pub edits: Vec<Edit>,
     /// Why it goes nowhere.
@@ -138,40 +136,29 @@ pub struct Prompt {
 
 impl Prompt {
     fn new(guard: Guard) -> Self {
-        Self { guard, texts: Vec::new(), edits: Vec::new(), blocked: None, what: Cow::Borrowed("the prompt") }
+        Self { guard, edits: Vec::new(), blocked: None, what: Cow::Borrowed("the prompt") }
     }
 }
 
 impl Guard {
-    /// Judges the request `body` to `operation`; `form` is its content type, if it is a form. `tokens` is what is known of
-    /// its length.
-    pub fn prompt(
-        rails: Arc<Rails>,
-        operation: Operation,
-        body: &[u8],
-        form: Option<&[u8]>,
-        tokens: Option<u64>,
-    ) -> Prompt {
+    /// Judges what a request says. `tokens` is what is known of its length.
+    pub fn prompt(rails: Arc<Rails>, reading: &Reading, tokens: Option<u64>) -> Prompt {
         let mut prompt = Prompt::new(Self::new(rails));
-        if let Err((message, blocked)) = prompt.guard.asks(operation, body) {
+        if let Err((message, blocked)) = prompt.guard.asks(reading.operation, &reading.body) {
             (prompt.what, prompt.blocked) = (Cow::Owned(message), blocked);
         }
         if !prompt.guard.rails.looks_at(true) {
             return prompt;
         }
         let guard = &mut prompt.guard;
-        let texts = match form {
-            Some(content_type) => text::form(operation, body, content_type),
-            None => text::prompt(operation, body),
-        };
-        let Ok(texts) = texts else {
+        let Ok(texts) = reading.texts() else {
             let unread = guard.unread(true);
             return Prompt { blocked: prompt.blocked.or(unread), ..prompt };
         };
-        let exceeded = guard.exceeded(body, &texts, tokens);
-        let found = guard.judge(&texts, &[], body, &mut prompt.edits);
+        let exceeded = guard.exceeded(&reading.body, &texts.all, tokens);
+        let found = guard.judge(texts, &[], &reading.body, &mut prompt.edits);
         guard.passed(true);
-        Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), texts, ..prompt }
+        Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), ..prompt }
     }
 
     fn new(rails: Arc<Rails>) -> Self {
@@ -194,10 +181,21 @@ impl Guard {
             return self.unread(false).map_or(Ok(body), Err);
         };
         let mut edits = Vec::new();
-        self.judge(&texts, &tools, &body, &mut edits)?;
+        self.judge(&texts.into(), &tools, &body, &mut edits)?;
         self.passed(false);
         text::forget_tokens(operation, &body, &mut edits);
         Ok(splice(&body, &mut edits))
+    }
+
+    /// What the rules that read here would change in texts of an answer that they have yet to read. Nothing is noted.
+    pub fn foreseen(&self, texts: &Texts, document: &[u8]) -> Result<Vec<Edit>, Blocked> {
+        let mut edits = Vec::new();
+        Self::new(self.rails.clone()).judge(texts, &[], document, &mut edits).map(|()| edits)
+    }
+
+    /// Notes what the rules find in texts of an answer of which nothing leaves.
+    pub fn note(&mut self, texts: &Texts, document: &[u8]) {
+        let _known = self.judge(texts, &[], document, &mut Vec::new());
     }
 
     /// Brings originals back into an answer that is here as a whole.
@@ -288,9 +286,9 @@ impl Guard {
     }
 
     /// Judges texts one after another, with the tools that they are for; the edits are of `document`.
-    fn judge(&mut self, texts: &[Text], tools: &[Tool], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
+    fn judge(&mut self, texts: &Texts, tools: &[Tool], document: &[u8], edits: &mut Vec<Edit>) -> Result<(), Blocked> {
         self.inputs(tools, document)?;
-        for text in texts {
+        for text in &texts.all {
             let encoded = &document[text.span.clone()];
             // Only what has such a sign can look like a placeholder.
             if memchr::memchr(b'<', encoded).is_some() {
@@ -298,12 +296,15 @@ impl Guard {
             }
         }
         let mut room = String::new();
-        for text in texts {
+        for (number, text) in texts.all.iter().enumerate() {
             let tool = tools.iter().find(|tool| tool.channel == text.channel).map(|tool| named(document, tool));
             let (rules, shapes) = (self.rails.rules.scanner(text.place), self.shapes(text, tool.as_deref()));
             let encoded = &document[text.span.clone()];
             // Nearly always, and at half the cost.
-            let finds_nothing = |rules: &Arc<Scanner>| rules.finds_nothing(decoded(encoded, text, &mut room));
+            let undone = || if text.is_json { None } else { texts.undone(number, document) };
+            let finds_nothing = |rules: &Arc<Scanner>| {
+                rules.finds_nothing(undone().unwrap_or_else(|| decoded(encoded, text, &mut room)))
+            };
             if shapes.is_none() && rules.is_none_or(finds_nothing) {
                 self.noted(text.place, &Progress::default(), encoded.len());
                 continue;

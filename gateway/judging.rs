@@ -9,7 +9,8 @@ use crate::house::House;
 use crate::pipeline::{Planned, Stop, waiting};
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Downstream, Interrupted};
-use crate::text::{self, Text};
+use crate::scan::Edit;
+use crate::text::{self, Text, Texts};
 
 /// Judges an answer in one piece; returns it as it may leave.
 pub async fn whole(
@@ -23,13 +24,14 @@ pub async fn whole(
     let judged = beside(exchange, body, move |guard, body| guard.whole(operation, body)).await?;
     let body = judged.map_err(|blocked| refused(exchange, &blocked))?;
     let texts = |body: &Bytes| text::answer(operation, body).unwrap_or_default();
-    asked(house, exchange, downstream, planned, (&body, texts)).await?;
+    asked(house, exchange, downstream, planned, (&body, texts(&body), Vec::new())).await?;
     relay::redacted(&mut exchange.tally.capture, &body);
     let restored = beside(exchange, body, move |guard, body| guard.restored(operation, body)).await;
     restored.map_err(Stop::from)
 }
 
-/// Asks other services about a stream that was held to its end. The rules that read as it comes are asked when it leaves.
+/// Asks other services about a stream that was held to its end, as the rules that read as it comes leave it. Those note what
+/// they find when it leaves; where one of them stops it, nothing does, and nobody else is asked.
 pub async fn held(
     house: &House,
     exchange: &mut Exchange,
@@ -42,7 +44,15 @@ pub async fn held(
         let unread = exchange.tally.guard.as_mut().and_then(|guard| guard.unread(false));
         return unread.map_or(Ok(()), |blocked| Err(refused(exchange, &blocked).into()));
     };
-    asked(house, exchange, downstream, planned, (&document, |_: &Bytes| texts)).await
+    let Some(guard) = &mut exchange.tally.guard else { return Ok(()) };
+    let texts = Texts::from(texts);
+    match guard.foreseen(&texts, &document) {
+        Ok(edits) => asked(house, exchange, downstream, planned, (&document, texts.all, edits)).await,
+        Err(blocked) => {
+            guard.note(&texts, &document);
+            Err(refused(exchange, &blocked).into())
+        }
+    }
 }
 
 /// Asks other services about these texts, and waits for what they say.
@@ -51,13 +61,13 @@ async fn asked(
     exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &Planned,
-    (document, texts): (&Bytes, impl FnOnce(&Bytes) -> Vec<Text>),
+    (document, texts, mut edits): (&Bytes, Vec<Text>, Vec<Edit>),
 ) -> Result<(), Stop> {
     let Some(guard) = exchange.tally.guard.as_ref().filter(|guard| guard.holds()) else { return Ok(()) };
-    let Some(asked) = guard.ask(house, &texts(document), document, &[], (false, false)) else { return Ok(()) };
+    let Some(asked) = guard.ask(house, &texts, document, &edits, (false, false)) else { return Ok(()) };
     let said = waiting(downstream, exchange, planned).until(planned.total, asked.said()).await;
     let guard = exchange.tally.guard.as_mut();
-    let heard = guard.map_or(Ok(()), |guard| guard.hear(&asked, document, &mut Vec::new(), false));
+    let heard = guard.map_or(Ok(()), |guard| guard.hear(&asked, document, &mut edits, false));
     match said {
         Ok(()) => heard.map_err(|blocked| refused(exchange, &blocked).into()),
         Err(Interrupted::Gone) => Err(Stop::Gone),

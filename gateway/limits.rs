@@ -3,7 +3,9 @@
 
 pub mod admit;
 pub mod density;
+pub mod effort;
 pub mod level;
+pub mod ratio;
 pub mod restore;
 pub mod shared;
 pub mod standing;
@@ -21,6 +23,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
 
+use self::effort::Work;
 use self::level::{Count, Id, Level, Terms};
 use self::shared::Shared;
 use self::standing::Standing;
@@ -152,11 +155,14 @@ pub struct Costs<'a> {
     pub cached: Cached,
     /// What it uses besides text.
     pub besides: Usage,
+    /// How much work it may be for servers that are paid by the hour.
+    pub work: Work,
 }
 
 impl Costs<'_> {
     fn of(&self, input: u64, output: u64) -> u64 {
-        let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), ..self.besides };
+        let gpu_us = Some(self.work.micros(input, output));
+        let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), gpu_us, ..self.besides };
         let dearest = self.prices.iter().filter_map(|price| price.cost(&usage, self.cached)).max();
         dearest.map_or(0, |cost| cost.0)
     }
@@ -204,6 +210,7 @@ pub struct Reservation {
     /// Bytes of text of the request.
     pub text_bytes: u64,
     prices: SmallVec<[Arc<Price>; 2]>,
+    work: Work,
     way: Way,
     /// Where the levels are shared, if they are.
     shared: Option<Arc<Shared>>,
@@ -463,6 +470,9 @@ impl Unit {
     pub fn spelt(self, amount: u64) -> String {
         match self {
             Self::Nanousd => format!("${}", crate::money::NanoUsd(amount)),
+            _ if amount == 1 => {
+                format!("1 {}", self.name().replacen("requests", "request", 1).replacen("tokens", "token", 1))
+            }
             _ => format!("{amount} {}", self.name()),
         }
     }
@@ -640,6 +650,7 @@ impl Reservation {
     /// The same, made for `request`, whose answer may have `output` tokens.
     fn of(mut self, request: &Counted<'_>, output: u64) -> Self {
         self.prices = request.cost.prices.iter().cloned().collect();
+        self.work = request.cost.work;
         (self.input, self.output) = (request.input, output);
         self
     }
@@ -685,7 +696,7 @@ impl Reservation {
     pub fn extend(&mut self, output: u64, cached: Cached, now: u64) -> bool {
         const AHEAD: u64 = 16;
         let wanted = output.saturating_add(AHEAD);
-        let costs = Costs { prices: &self.prices, cached, besides: Usage::default() };
+        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work: self.work };
         let input = self.input;
         let counted = Counted::of_tokens(input, wanted, costs, now);
         let grows =
@@ -756,7 +767,12 @@ impl Reservation {
             }
             let terms = hold.limit.terms(now);
             count.roll(&terms);
-            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at) {
+            // Where levels are shared, the store says which replica tells it.
+            let asks = self.shared.as_ref().is_some_and(|shared| shared.answers());
+            if let Some(passed) = count.warns(&terms, &hold.limit.warn_at)
+                && !asks
+                && count.announces(passed)
+            {
                 hold.limit.warned(&hold.level.whose, passed);
             }
         }
@@ -778,7 +794,7 @@ impl<'a> Counted<'a> {
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         Self::of_tokens(0, 0, cost, now)
     }
 }

@@ -35,6 +35,7 @@ use crate::routers;
 use crate::scan::{self, Edit, Scan};
 use crate::state::Lease;
 use crate::surface::{self, Body, Surface};
+use crate::text::Reading;
 
 impl Planned {
     /// How many answers are asked for.
@@ -136,11 +137,12 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     exchange.body_bytes = received.body.len() as u64;
     exchange.capture(CaptureText::Full, || received.body.clone());
     let mut planned = admit(exchange, downstream, identified, received)?;
+    let reading = reading(downstream, &planned);
     if planned.route.routers.is_some() {
-        Box::pin(routers::choose(house, exchange, downstream, &mut planned)).await?;
+        Box::pin(routers::choose(house, exchange, downstream, &mut planned, &reading)).await?;
     }
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
-    judge(house, exchange, downstream, &mut planned).await?;
+    judge(house, exchange, downstream, &mut planned, reading).await?;
     exchange.capture(CaptureText::Redacted, || scan::splice(&planned.received.body, &mut planned.guard_edits.clone()));
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
@@ -334,46 +336,50 @@ fn admit(
     })
 }
 
+/// What the request says, for whoever reads prompts.
+fn reading(downstream: &Downstream, planned: &Planned) -> Arc<Reading> {
+    let surface = planned.identified.surface;
+    let reading = Reading::of(surface.operation, planned.received.body.clone());
+    let is_form = surface.body == Body::Multipart;
+    Arc::new(reading.in_form(downstream.head().headers.get(CONTENT_TYPE).filter(|_| is_form).cloned()))
+}
+
 /// Lets the guardrails read the prompt. A long one is read beside the threads that carry requests.
 async fn judge(
     house: &House,
     exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &mut Planned,
+    reading: Arc<Reading>,
 ) -> Result<(), Stop> {
     let Some(rails) = exchange.policy.guardrails.clone() else { return Ok(()) };
-    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
     if planned.identified.passthrough.is_some() {
         // The policy says that it is meant to pass unread.
         return Ok(());
     }
-    if operation == Operation::Realtime
+    if reading.operation == Operation::Realtime
         && let Some(rule) = rails.insists(true).or_else(|| rails.insists(false))
     {
         return Err(Blocked::Unread(rule.clone()).refusal("a WebSocket").into());
     }
     let tokens = exchange.tally.reservation.as_ref().map(|reservation| reservation.input);
-    let is_form = planned.identified.surface.body == Body::Multipart;
-    let content_type = downstream.head().headers.get(CONTENT_TYPE).filter(|_| is_form).cloned();
-    let judged = if body.len() > rails.beside() {
-        let judging = tokio::task::spawn_blocking(move || {
-            Guard::prompt(rails, operation, &body, content_type.as_ref().map(HeaderValue::as_bytes), tokens)
-        })
-        .await;
+    let judged = if reading.body.len() > rails.beside() {
+        let read = reading.clone();
+        let judging = tokio::task::spawn_blocking(move || Guard::prompt(rails, &read, tokens)).await;
         judging.map_err(|_| Refusal::new(Code::Internal, "a guardrail broke"))?
     } else {
-        Guard::prompt(rails, operation, &body, content_type.as_ref().map(HeaderValue::as_bytes), tokens)
+        Guard::prompt(rails, &reading, tokens)
     };
     let mut guard = Box::new(judged.guard);
-    let (texts, body) = (judged.texts, planned.received.body.clone());
-    let ask = |beside| guard.ask(house, &texts, &body, &judged.edits, (true, beside));
+    let texts = reading.texts().map_or(&[][..], |texts| &texts.all);
+    let ask = |beside| guard.ask(house, texts, &reading.body, &judged.edits, (true, beside));
     let (now, beside) = if judged.blocked.is_none() { (ask(false), ask(true)) } else { (None, None) };
     planned.guard_edits = judged.edits;
     planned.beside = beside;
     let mut blocked = judged.blocked;
     if let Some(asked) = now {
         let said = waiting(downstream, exchange, planned).until(planned.total, asked.said()).await;
-        let heard = guard.hear(&asked, &body, &mut planned.guard_edits, true);
+        let heard = guard.hear(&asked, &reading.body, &mut planned.guard_edits, true);
         exchange.tally.guard = Some(guard);
         said.map_err(|interrupted| cut_short(interrupted, planned))?;
         blocked = heard.err();

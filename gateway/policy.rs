@@ -3,6 +3,7 @@
 mod authenticators;
 pub mod file;
 mod guardrails;
+mod kept;
 pub mod key_file;
 mod limits;
 pub mod prices;
@@ -877,6 +878,23 @@ mod tests {
         assert!(told.iter().any(|t| t.contains("NONE is not set")));
         let policy = compiled("version: 1\npools: {p: {upstreams: [{url: 'http://x', key: {env: KEY}}]}}\n").unwrap();
         assert!(!format!("{policy:?}").contains("canary"));
+    }
+
+    #[test]
+    fn a_status_needs_no_quotes_to_be_a_cause() {
+        let told = |on: &str| {
+            let fallback = format!("fallbacks: [{{pool: slow, on: {on}}}]");
+            let retry = POOLS.replacen("1'}]}", &format!("1'}}], retry: {{on: {on}}}}}"), 1);
+            compiled(&format!("{retry}models: [{{name: m, pool: fast, {fallback}}}]\n"))
+        };
+        let policy = told("[5xx, 429]").unwrap();
+        assert_eq!(policy.hash.len(), told("[5xx, '429']").unwrap().hash.len());
+        let route = policy.route(Some("m")).unwrap();
+        let causes = [Cause::Status5xx, Cause::Status429];
+        assert_eq!((&route.stages[0].pool.retry.on[..], &route.stages[1].on[..]), (&causes[..], &causes[..]));
+        let wrong = told("[5xx, 430]").unwrap_err().lines("policy.yaml");
+        assert!(wrong[0].starts_with("policy.yaml:3:") && wrong[0].contains("430 is none of connect"), "{wrong:?}");
+        assert_eq!(wrong.len(), 2, "{wrong:?}");
     }
 
     #[test]

@@ -27,6 +27,7 @@ use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
 use self::prefix::Prefixes;
 use self::score::Balance;
+use crate::limits::effort::Effort;
 use crate::policy::file;
 use crate::telemetry::{AttemptCounters, HedgeCounters};
 
@@ -88,6 +89,17 @@ pub struct Upstream {
     pub attempts: Arc<AttemptCounters>,
 }
 
+impl Upstream {
+    /// Whether `authority` (a host, and a port where it is not the usual one) is its name or one of its addresses.
+    pub fn is_at(&self, authority: &str) -> bool {
+        let is = |own: &str| own.eq_ignore_ascii_case(authority);
+        let origin = &self.origin.origin;
+        is(&origin.authority())
+            || is(&origin.host.to_string())
+            || self.origin.endpoints().iter().any(|endpoint| is(&endpoint.address.to_string()))
+    }
+}
+
 /// A pool's levels.
 #[derive(Debug)]
 pub struct PoolState {
@@ -99,6 +111,8 @@ pub struct PoolState {
     pub retries_refused: Counter,
     /// How fast its endpoints usually are.
     pub paces: Paces,
+    /// How long its servers work for a request, where they are paid by the hour.
+    pub effort: Effort,
     /// How long its first tokens take.
     pub first_tokens: FirstTokens,
     /// How long its answers take that come as a whole.

@@ -31,7 +31,7 @@ pub use attempt::{Answer, Failure, Order, Rest, ask, fetch, fetch_until};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
 pub use stream::{Pace, Passed, Reading, Tally, WholeFault, hold, pass_on, redacted, whole};
-pub use upgrade::{Tunnelled, carry, tunnel};
+pub use upgrade::{Parting, Tunnel, Tunnelled, carry, part, tunnel};
 pub use waiting::{Interrupted, Waiting};
 
 /// What is heard of Pingora in the log.

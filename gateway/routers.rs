@@ -32,6 +32,7 @@ use crate::policy::Route;
 use crate::policy::file::Keep;
 use crate::refusal::{Code, Refusal};
 use crate::relay::Downstream;
+use crate::text::Reading;
 
 /// A virtual model.
 #[derive(Debug)]
@@ -88,13 +89,14 @@ pub async fn choose(
     exchange: &mut Exchange,
     downstream: &Downstream,
     planned: &mut Planned,
+    reading: &Arc<Reading>,
 ) -> Result<(), Refusal> {
     let Some(routers) = planned.route.routers.clone() else { return Ok(()) };
-    let (operation, body) = (planned.identified.surface.operation, planned.received.body.clone());
+    let (operation, reading) = (planned.identified.surface.operation, reading.clone());
     let conversations = house.state.conversations.clone();
     let whose = Whose::of(exchange, &routers, &downstream.head().headers);
     let deciding = routers.clone();
-    let decide = move || deciding.decide(operation, &body, &conversations, &whose);
+    let decide = move || deciding.decide(&reading, &conversations, &whose);
     let mut decided = if planned.received.body.len() > BESIDE {
         let broke = |_| Refusal::new(Code::Internal, "a router broke");
         tokio::task::spawn_blocking(decide).await.map_err(broke)?
@@ -174,13 +176,12 @@ impl Routers {
         std::iter::once(&self.default).chain(others)
     }
 
-    /// The model for the request `body` to `operation`.
-    pub fn decide(&self, operation: Operation, body: &[u8], kept: &Conversations, whose: &Whose) -> Decided {
-        let Ok(words) = Words::of(operation, body, self.counts) else {
+    /// The model for the request that says this.
+    pub fn decide(&self, reading: &Reading, kept: &Conversations, whose: &Whose) -> Decided {
+        let Ok(words) = Words::of(reading, self.counts) else {
             return self.by_default("the prompt cannot be read".into());
         };
-        let spans = words.spans();
-        let prompt = words.prompt(&spans);
+        let (operation, prompt) = (reading.operation, words.prompt());
         let key = (self.keep != Keep::Never).then(|| self.key(&prompt, kept, whose)).flatten();
         let holds = self.keep == Keep::Conversation || words.in_loop(&prompt);
         let now = Instant::now();

@@ -25,6 +25,8 @@ pub struct Settings {
     /// Threads that serve requests. Absent: one a core.
     #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<usize>,
+    /// What is served by a process that starts with a policy file that is broken.
+    pub start_with: StartWith,
     /// Where the journal lies.
     pub audit: Audit,
     /// Where the account of what was spent is.
@@ -53,6 +55,7 @@ impl Default for Settings {
             listeners: vec![Listener::default()],
             admin: Admin::default(),
             threads: None,
+            start_with: StartWith::File,
             audit: Audit::default(),
             ledger: Ledger::default(),
             shutdown: Shutdown::default(),
@@ -64,6 +67,19 @@ impl Default for Settings {
             upgrade_socket: None,
         }
     }
+}
+
+/// What a process begins with. A running one keeps to its last good policy in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StartWith {
+    /// The policy file or nothing: if it is broken, the process says why and ends.
+    #[default]
+    File,
+    /// The policy file, or, if it is broken, the last text of it that was good, which is kept in the journal's directory.
+    /// The log, `/admin/policy` and `infergate_policy_failed` say so until the file is mended. Files that a policy names,
+    /// and its secrets, are not kept: they are read where they are.
+    LastGood,
 }
 
 /// One place where clients connect.

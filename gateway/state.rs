@@ -12,6 +12,7 @@ use infergate_plugins::authenticator::jwt::{KeySet, Source};
 
 use crate::issuers::Kept;
 use crate::limits::density::Density;
+use crate::limits::effort::Effort;
 use crate::limits::{self, Levels};
 use crate::pool::PoolState;
 use crate::pool::load::{FirstTokens, Paces};
@@ -69,6 +70,7 @@ impl State {
             retries: Budget::new(now),
             retries_refused: telemetry.retries_refused(name),
             paces: Paces::default(),
+            effort: Effort::default(),
             first_tokens: FirstTokens::default(),
             whole_answers: FirstTokens::default(),
             hedges: Budget::new(now),

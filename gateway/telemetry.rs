@@ -9,6 +9,7 @@ mod issuers;
 mod limits;
 pub mod names;
 mod process;
+mod shown;
 mod spent;
 pub mod trace;
 

@@ -8,6 +8,7 @@ mod answer;
 pub mod asked;
 mod event;
 mod prompt;
+mod reading;
 mod traces;
 
 use std::borrow::Cow;
@@ -20,6 +21,7 @@ pub use self::answer::{answer, answer_with_tools};
 pub use self::asked::schemas;
 pub use self::event::{Event, data, each, event, told};
 pub use self::prompt::{extras, form, prompt};
+pub use self::reading::{Reading, Texts, unescaped, written};
 pub use self::traces::{forget_end, forget_tokens};
 pub use infergate_plugins::guardrail::Place;
 

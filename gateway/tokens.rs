@@ -18,7 +18,7 @@ use tiktoken_rs::tokenizer::{Tokenizer as Known, get_tokenizer};
 
 pub use self::said::Said;
 use crate::scan;
-use crate::text::{self, Text};
+use crate::text;
 
 /// How the tokens of a model's texts are counted, where its upstreams do not say how many there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -104,7 +104,7 @@ impl Encoding {
         let texts = text::prompt(operation, body).ok().filter(|_| images == 0)?;
         let mut tokens = MESSAGE * (1 + u64::from(texts.iter().map(|text| text.turn).max().unwrap_or_default()));
         for text in &texts {
-            tokens += self.count(&decoded(body, text)?)?;
+            tokens += self.count(&text::unescaped(body, text)?)?;
         }
         for (_, tools) in scan::members(body)?.iter().filter(|(name, _)| name == "tools" || name == "functions") {
             tokens += self.count(std::str::from_utf8(body.get(tools.clone())?).ok()?)?;
@@ -116,13 +116,6 @@ impl Encoding {
     pub fn load(self) {
         self.vocabulary.load();
     }
-}
-
-/// What a text says.
-fn decoded(document: &[u8], text: &Text) -> Option<String> {
-    // With its quotes.
-    let token = document.get(text.span.start.checked_sub(1)?..text.span.end + 1)?;
-    serde_json::from_slice(token).ok()
 }
 
 /// A vocabulary's words, and whether somebody loads them.

@@ -75,7 +75,12 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Whether nothing is known.
+    /// Whether nothing was used.
+    pub fn says_nothing(&self) -> bool {
+        self.is_unknown() && self.gpu_us.is_none()
+    }
+
+    /// Whether no tokens are known, nor anything else that an answer tells.
     pub fn is_unknown(&self) -> bool {
         self.source == Source::None
     }

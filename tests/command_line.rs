@@ -99,7 +99,7 @@ fn check_is_content_with_a_good_file_and_looks_at_all_of_them() {
     let (_good, good) = file(&policy(&["http://127.0.0.1:1"], ""));
     let (code, out, _) = Process::run(&["check", &good]);
     assert_eq!(code, Some(0));
-    assert!(out.contains("good (1 models, 1 pools, 1 upstreams"), "{out}");
+    assert!(out.contains("good (1 model, 1 pool, 1 upstream,"), "{out}");
     let (_bad, bad) = file(BROKEN);
     let (code, out, _) = Process::run(&["check", &bad, &good]);
     assert!(code == Some(1) && out.contains("good (") && out.contains("to mend"), "{out}");

@@ -12,14 +12,15 @@ use tokio::task::JoinHandle;
 
 use crate::support::http::post;
 use crate::support::prometheus::{Prometheus, command, shipped};
+use crate::support::redis::Redis;
 use crate::support::{Client, Gateway, Options, Simulated, chat, eventually, faulty_server, model_server};
 
 const CHAT: &str = "/v1/chat/completions";
 
 /// Good, bad, slow and dead upstreams; a fallback; a queue with one place; a budget that soon refuses retries; a limit
 /// that is soon spent; guardrails that block, take out and tell.
-fn policy(good: &Simulated, bad: &Simulated, slow: &Simulated, comment: &str) -> String {
-    let (good, bad, slow) = (good.url(), bad.url(), slow.url());
+fn policy([good, bad, slow]: [&Simulated; 3], store: &Redis, comment: &str) -> String {
+    let (good, bad, slow, store) = (good.url(), bad.url(), slow.url(), store.url());
     format!(
         "# {comment}
 version: 1
@@ -28,6 +29,7 @@ audit:
     - {{name: disk, file: {{path: records.jsonl}}}}
     - {{name: nowhere, webhook: {{url: 'http://127.0.0.1:9/'}}}}
 telemetry: {{traces: {{endpoint: 'http://127.0.0.1:9', share: 1}}}}
+shared: {{redis: {{url: '{store}'}}, replicas: 1, timeout_ms: 1000}}
 prices: {{list: [{{models: [m], pool: good, input: 1, output: 4}}]}}
 models:
   - {{name: m, pool: good}}
@@ -133,13 +135,14 @@ async fn no_panel_is_empty_and_every_alert_can_be_evaluated() {
     let options = Options { models: vec!["m".to_owned()], ..Options::default() };
     let slow = Simulated::start(options).await.unwrap();
     slow.set_faults(vec!["slow-first=700".parse().unwrap()]);
-    let gateway = Gateway::start(&policy(&good, &bad, &slow, "first")).await;
+    let (servers, mut store) = ([&good, &bad, &slow], Redis::start().await);
+    let gateway = Gateway::start(&policy(servers, &store, "first")).await;
     let prometheus = Prometheus::start(gateway.admin).await;
     let mut tasks = crowd(gateway.address);
     tasks.push(traffic(gateway.address));
 
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(gateway.reload(&policy(&good, &bad, &slow, "second")).await.status, 200);
+    assert_eq!(gateway.reload(&policy(servers, &store, "second")).await.status, 200);
     assert_eq!(gateway.reload("version: 1\nmodels: nonsense\n").await.status, 422);
 
     let mut empty = panels();
@@ -162,6 +165,9 @@ async fn no_panel_is_empty_and_every_alert_can_be_evaluated() {
     }
     assert!(empty.is_empty(), "{empty:#?}");
     alerts_evaluate(&prometheus).await;
+    store.kill();
+    let stirs = async || rules(&prometheus).await.iter().any(|rule| is(rule, "InfergateStoreAway") && !is_quiet(rule));
+    eventually("the store is missed", Duration::from_secs(60), stirs).await;
     every_metric_of_an_alert_exists(&gateway).await;
     tasks.iter().for_each(JoinHandle::abort);
 }
@@ -178,17 +184,19 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
         "InfergateRetryBudgetSpent",
         "InfergateSinkFails",
     ];
-    const QUIET: [&str; 6] = [
+    const QUIET: [&str; 8] = [
         "InfergateDown",
         "InfergateSheds",
         "InfergatePoliciesDiffer",
         "InfergateJournalFails",
         "InfergateGuardrailCannotRead",
         "InfergateLedgerBehind",
+        "InfergateLimitsUnavailable",
+        "InfergateStoreAway",
     ];
     let stirred = async || {
         let rules = rules(prometheus).await;
-        STIR.iter().all(|name| rules.iter().any(|rule| rule["name"] == *name && rule["state"] != "inactive"))
+        STIR.iter().all(|name| rules.iter().any(|rule| is(rule, name) && !is_quiet(rule)))
     };
     eventually("the alerts stir", Duration::from_secs(30), stirred).await;
     let rules = rules(prometheus).await;
@@ -197,9 +205,16 @@ async fn alerts_evaluate(prometheus: &Prometheus) {
         assert_eq!((rule["health"].as_str(), rule["lastError"].as_str()), (Some("ok"), None), "{rule}");
     }
     for quiet in QUIET {
-        let rule = rules.iter().find(|rule| rule["name"] == quiet).unwrap();
-        assert_eq!(rule["state"], "inactive", "{quiet}");
+        assert!(rules.iter().any(|rule| is(rule, quiet) && is_quiet(rule)), "{quiet}");
     }
+}
+
+fn is(rule: &Value, name: &str) -> bool {
+    rule["name"] == name
+}
+
+fn is_quiet(rule: &Value) -> bool {
+    rule["state"] == "inactive"
 }
 
 async fn rules(prometheus: &Prometheus) -> Vec<Value> {

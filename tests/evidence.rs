@@ -14,9 +14,10 @@ use http_body_util::Full;
 use infergate::surface::{Surface, TABLE};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::requests::{STREAMING, body, every_surface, passed_on, policy_for_every_surface, request};
+use crate::support::socket::Socket;
 use crate::support::wire::{Framing, Step, Wire, read_until};
 use crate::support::{
     Answer, Client, Gateway, Journal, Simulated, chat, eventually, faulty_server, model_server, policy,
@@ -442,6 +443,60 @@ async fn whoever_has_a_whole_answer_finds_its_record_on_disk() {
         }
     }
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[tokio::test]
+async fn whoever_has_the_goodbye_or_the_end_of_a_websocket_finds_its_record_on_disk() {
+    let server = model_server().await;
+    let rude = rude_server().await;
+    // So late that nothing is there by chance.
+    let text = format!(
+        "{}  q: {{upstreams: [{{url: '{}'}}], health: {{enabled: false}}}}\n\
+         passthrough: [{{path: /rude, pool: q, websocket: true}}]\naudit: {{durable: before_response_end, commit_ms: 20000}}\n",
+        policy(&[&server.url()], ""),
+        rude
+    );
+    let gateway = Gateway::start(&text).await;
+    let journal = Journal::of(&gateway);
+    for round in 0..8 {
+        let (_, mut socket) = Socket::open(gateway.address, "/v1/realtime?model=m", "").await;
+        socket.send(0x81, b"hello").await;
+        assert_eq!(socket.receive().await, Some((0x81, b"hello".to_vec())));
+        assert_eq!(count(&journal, "/v1/realtime"), round, "it is still open");
+        socket.send(0x88, &[3, 232]).await;
+        assert_eq!(socket.receive().await, Some((0x88, vec![3, 232])));
+        assert_eq!(count(&journal, "/v1/realtime"), round + 1, "with the goodbye");
+        assert_eq!(socket.receive().await, None);
+        let (head, mut socket) = Socket::open(gateway.address, "/rude", "").await;
+        assert_eq!(socket.receive().await, Some((0x81, b"hi".to_vec())), "{head}");
+        assert_eq!(socket.receive().await, None);
+        assert_eq!(count(&journal, "*"), round + 1, "with the end");
+    }
+    let kept = journal.of_kind("request");
+    assert!(kept.iter().all(|record| record["outcome"] == "ok" && record["status"] == 101), "{kept:?}");
+}
+
+/// A WebSocket's server that says something and goes, without a goodbye. Its URL.
+async fn rude_server() -> String {
+    const SAID: &[u8] =
+        b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n\x81\x02hi";
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_until(&mut stream, "\r\n\r\n").await;
+            stream.write_all(SAID).await.unwrap();
+        }
+    });
+    url
+}
+
+/// How many records of requests for `path` are in the journal's files at this moment.
+fn count(journal: &Journal, path: &str) -> usize {
+    let wanted = format!("\"surface\":\"{path}\"");
+    let files = journal.segments().into_iter().map(|path| std::fs::read(path).unwrap());
+    files.map(|file| memchr::memmem::find_iter(&file, wanted.as_bytes()).count()).sum()
 }
 
 #[tokio::test]

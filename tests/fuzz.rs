@@ -16,6 +16,7 @@ use infergate::settings::Settings;
 use infergate::sse::Framer;
 use infergate::state::State;
 use infergate::telemetry::Telemetry;
+use infergate::text::Reading;
 use infergate_plugins::operation::Operation;
 use serde_json::{Map, Value};
 
@@ -168,7 +169,7 @@ fn rails(rules: &str) -> Arc<Rails> {
 
 /// What leaves of a stream that comes in these pieces, and what ended it.
 fn guarded(rails: &Arc<Rails>, operation: Operation, pieces: &[&[u8]]) -> (String, Option<Blocked>) {
-    let mut guard = Guard::prompt(rails.clone(), operation, b"{}", None, None).guard;
+    let mut guard = Guard::prompt(rails.clone(), &Reading::of(operation, "{}"), None).guard;
     assert!(guard.answers(operation));
     let (mut framer, mut held, mut out) = (Framer::default(), BytesMut::new(), Vec::new());
     for piece in pieces {

@@ -327,10 +327,10 @@ fn the_prices_that_are_shipped_are_good_and_litellms_can_be_taken_over() {
     let (code, out, told) = Process::run(&["prices", "import", "--only", "openai", theirs.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{told}");
     assert!(out.contains("input: 0.075\n") && !out.contains("[\"b\"]"), "{out}");
-    assert!(told.contains("a: not imported: odd_cost") && told.contains("1 prices, 1 findings"), "{told}");
+    assert!(told.contains("a: not imported: odd_cost") && told.contains("1 price, 1 finding"), "{told}");
     std::fs::write(&ours, out).unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
-    assert!(code == Some(0) && out.contains("good (1 names, version "), "{out}");
+    assert!(code == Some(0) && out.contains("good (1 name, version "), "{out}");
     std::fs::write(&ours, "version: 1\nlist: [{models: [a]}]\n").unwrap();
     let (code, out, _) = Process::run(&["prices", "check", ours.to_str().unwrap()]);
     assert!(code == Some(1) && out.contains("ours.yaml:2:"), "{out}");
@@ -413,6 +413,64 @@ async fn an_own_server_costs_its_time_shared_among_those_who_ran_on_it() {
         // Two GPUs at a cent a second each.
         let expected = micros as u128 * 20_000 / 1_000;
         assert!(record["cost"]["nanousd"].as_u64().unwrap().abs_diff(expected as u64) <= 1, "{record:#}");
+    }
+}
+
+#[tokio::test]
+async fn a_budget_holds_for_an_own_server_while_nobody_knows_what_the_work_will_cost() {
+    let server = faulty_server(&["slow-first=1000"]).await;
+    // A cent a second. Before anything was learned, a hundred tokens are taken to be three seconds and a half.
+    let money = "prices: {list: [{models: [m], gpu_hour: 36}]}\nlimits: [{name: purse, usd: 0.075, per: day}]\n";
+    let gateway = Gateway::start(&format!("{}{money}", policy(&[&server.url()], "health: {enabled: false}"))).await;
+    let mut running = JoinSet::new();
+    for _ in 0..8 {
+        let address = gateway.address;
+        running.spawn(async move { Client::h1().post(address, CHAT, chat(false, 100)).await.status });
+    }
+    let mut told: Vec<u16> = Vec::new();
+    while let Some(done) = running.join_next().await {
+        told.push(done.unwrap());
+    }
+    told.sort_unstable();
+    assert_eq!(told, [200, 200, 429, 429, 429, 429, 429, 429]);
+    gateway.comes_to("infergate_limit_reserved", 0.0).await;
+    assert_eq!(gateway.metric("infergate_limit_overshoot_total{limit=\"purse\"}").await, 0.0);
+    // They used less, and the rest is there for the next.
+    assert_eq!(Client::h1().post(gateway.address, CHAT, chat(false, 100)).await.status, 200);
+}
+
+#[tokio::test]
+async fn the_time_of_an_own_server_that_gave_no_answer_is_paid_for_too() {
+    let (bad, good) = (faulty_server(&["hang"]).await, model_server().await);
+    let pool = |url: &str| {
+        format!(
+            "{{upstreams: [{{url: '{url}'}}], health: {{enabled: false}}, retry: {{attempts: 2}}, timeouts: {{answer_ms: 300}}}}"
+        )
+    };
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: m, pool: p, fallbacks: [{{pool: q}}]}}\n  - {{name: alone, pool: p, rename: m}}\n  - {{name: dead, pool: r, rename: m}}\n\
+         pools:\n  p: {}\n  q: {}\n  r: {}\n\
+         prices: {{list: [{{models: [m], gpu_hour: 36}}]}}\nlimits: [{{name: purse, usd: 9, per: day}}]\n",
+        pool(&bad.url()),
+        pool(&good.url()),
+        pool("http://127.0.0.1:9")
+    );
+    let gateway = Gateway::start(&text).await;
+    for (model, status) in [("m", 200), ("alone", 504), ("dead", 502)] {
+        let body = chat(false, 4).replace("\"m\"", &format!("\"{model}\""));
+        let answer = Client::h1().post(gateway.address, CHAT, body).await;
+        assert_eq!(answer.status, status, "{}", answer.text());
+        let record = record_of(&gateway, &answer).await;
+        let (worked, cost) = (record["usage"]["gpu_us"].as_u64(), record["cost"]["nanousd"].as_u64());
+        assert_eq!(record["limits"][0]["used"].as_u64(), Some(cost.unwrap_or(0)), "{record:#}");
+        if model == "dead" {
+            assert_eq!((worked, cost), (None, None), "nobody was reached: {record:#}");
+            continue;
+        }
+        assert_eq!(record["attempts"][0]["result"], "timeout");
+        // A cent a second.
+        let (worked, cost) = (worked.unwrap(), cost.unwrap());
+        assert!(worked >= 300_000 && cost.abs_diff(worked * 10) <= 2, "{record:#}");
     }
 }
 

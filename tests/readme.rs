@@ -30,10 +30,14 @@ fn infergate(arguments: &[&str]) -> (bool, String) {
 
 #[test]
 fn the_reference_is_what_the_code_says() {
-    let (_, reference) = infergate(&["reference"]);
-    let page = std::fs::read_to_string(Path::new(HOME).join("config/reference.md")).unwrap();
-    let told = "the reference is out of date: run `cargo run -- reference --into config/reference.md`";
-    assert!(page.contains(&format!("<!-- reference -->\n{reference}<!-- /reference -->")), "{told}");
+    for of in ["policy", "settings", "metrics", "headers", "commands"] {
+        let file = if of == "policy" { "config/reference.md".to_owned() } else { format!("config/reference/{of}.md") };
+        let (_, reference) = infergate(&["reference", "--of", of]);
+        assert!(reference.lines().count() > 20, "{of}: {reference}");
+        let page = std::fs::read_to_string(Path::new(HOME).join(&file)).unwrap();
+        let told = format!("{file} is out of date: run `cargo run -- reference --of {of} --into {file}`");
+        assert!(page.contains(&format!("<!-- reference -->\n{reference}<!-- /reference -->")), "{told}");
+    }
 }
 
 #[test]

@@ -92,7 +92,9 @@ async fn a_hangup_and_a_request_reload_too() {
     let answer = Client::h1().post(gateway.admin, "/admin/reload", "").await;
     assert_eq!((answer.status, &answer.json()["revision"]), (200, &4.into()));
     let again = Client::h1().post(gateway.admin, "/admin/reload", "").await;
-    assert_eq!((again.status, &again.json()["reloaded"]), (200, &false.into()));
+    let told = again.json();
+    assert_eq!((again.status, &told["reloaded"], &told["newest"]), (200, &false.into(), &true.into()), "{told}");
+    assert_eq!((&told["revision"], &told["hash"]), (&4.into(), &answer.json()["hash"]), "what is in force is told");
     ask(&gateway, "one").await;
     assert_eq!(server.seen().pop().unwrap().headers["authorization"], "Bearer third");
 }
@@ -148,6 +150,7 @@ async fn a_bad_policy_changes_nothing_and_everybody_is_told() {
         assert!(gateway.metric("infergate_policy_reloads_failed_total").await > count as f64);
     }
     let answer = gateway.reload(&bad[0]).await.json();
+    assert_eq!((&answer["newest"], &answer["hash"]), (&false.into(), &hash.as_str().into()), "{answer}");
     assert!(
         answer["problems"][0].as_str().unwrap().contains("policy.yaml:5:5: models[0].pool: no pool is named q"),
         "{answer}"
@@ -251,4 +254,43 @@ async fn a_policy_that_was_taken_away_stays_in_force() {
     eventually("told", SOON, || async { gateway.metric("infergate_policy_failed").await == 1.0 }).await;
     assert_eq!(ask(&gateway, "m").await.status, 200);
     assert!(!Path::new(&gateway.policy_path()).exists());
+}
+
+#[tokio::test]
+async fn a_process_that_starts_with_a_broken_file_serves_the_last_good_one_if_the_settings_say_so() {
+    const END: Duration = Duration::from_secs(20);
+    let server = model_server().await;
+    let (good, better) = (named(&server, "one"), named(&server, "two"));
+    for (settings, serves) in [("start_with: last_good\n", true), ("", false)] {
+        let mut gateway = Gateway::with(&good, &format!("threads: 1\n{settings}"), &[]).await;
+        let reloaded = gateway.reload(&better).await;
+        assert_eq!(reloaded.status, 200);
+        assert_eq!(gateway.reload(&better.replace("pool: p", "pool: q")).await.status, 422);
+        gateway.signal("TERM");
+        assert_eq!(gateway.ended(END).await, Some(0));
+        gateway.again();
+        if !serves {
+            assert_eq!(gateway.ended(END).await, Some(1), "{}", gateway.log());
+            continue;
+        }
+        gateway.ready().await;
+        assert_eq!(ask(&gateway, "two").await.status, 200);
+        assert_eq!(gateway.metric("infergate_policy_failed").await, 1.0);
+        let status = gateway.admin("/admin/policy").await.json();
+        assert_eq!(status["hash"], reloaded.json()["hash"]);
+        assert!(status["problems"][0].as_str().unwrap().contains("no pool is named q"), "{status}");
+        assert!(gateway.log().contains("the last good one is in force"), "{}", gateway.log());
+        // The file is mended: that is what holds, and all is well.
+        assert_eq!(gateway.reload(&good).await.status, 200);
+        assert_eq!((ask(&gateway, "one").await.status, ask(&gateway, "two").await.status), (200, 404));
+        assert_eq!(gateway.metric("infergate_policy_failed").await, 0.0);
+    }
+}
+
+#[tokio::test]
+async fn where_nothing_was_ever_good_a_broken_file_is_the_end() {
+    let settings = "threads: 1\nstart_with: last_good\n";
+    let mut gateway = Gateway::spawn("version: 1\nmodels: nonsense\n", settings, &[], &[]);
+    assert_eq!(gateway.ended(Duration::from_secs(20)).await, Some(1));
+    assert!(gateway.log().contains("policy.yaml:2:1: models: must be a list"), "{}", gateway.log());
 }

@@ -315,22 +315,32 @@ async fn a_request_goes_only_to_upstreams_that_can_do_it() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_passed_on_and_never_followed() {
+async fn a_redirect_is_never_followed_and_does_not_tell_where_the_upstream_is() {
     let (server, elsewhere) = (model_server().await, model_server().await);
-    let gateway = Gateway::start(&policy(&[&server.url()], "")).await;
-    let to = format!("{}{CHAT}", elsewhere.url());
-    let fault = format!("redirect={to}");
+    let passthrough = format!(
+        "  q: {{upstreams: [{{url: '{}'}}], health: {{enabled: false}}}}\npassthrough: [{{path: /files, pool: q}}]\n",
+        server.url()
+    );
+    let gateway = Gateway::start(&(policy(&[&server.url()], "") + &passthrough)).await;
+    let (own, foreign) = (format!("{}{CHAT}/?a=1", server.url()), format!("{}{CHAT}", elsewhere.url()));
     for client in Client::both() {
-        for stream in [false, true] {
-            let asks = [("x-simulate-fault", fault.as_str())];
-            let answer = client.post_with(gateway.address, CHAT, &asks, chat(stream, 1)).await;
-            assert_eq!(
-                (answer.status, answer.header("location"), answer.header("x-infergate-attempts")),
-                (307, to.as_str(), "1")
-            );
+        let chats = [false, true].map(|stream| (CHAT, chat(stream, 1)));
+        for (path, body) in chats.into_iter().chain([("/files", "{}".to_owned())]) {
+            // What passes through unread may lead elsewhere, such as to a store of files.
+            let elsewhere = if path == CHAT { "" } else { &foreign };
+            for (to, leads) in [(&own, format!("{CHAT}/?a=1")), (&foreign, elsewhere.to_owned())] {
+                let fault = format!("redirect={to}");
+                let asks = [("x-simulate-fault", fault.as_str())];
+                let answer = client.post_with(gateway.address, path, &asks, body.clone()).await;
+                assert_eq!(
+                    (answer.status, answer.header("location"), answer.header("x-infergate-attempts")),
+                    (307, leads.as_str(), "1"),
+                    "{path} to {to}"
+                );
+            }
         }
     }
-    assert_eq!((posts(&server), posts(&elsewhere)), (4, 0));
+    assert_eq!((posts(&server), posts(&elsewhere)), (12, 0));
 }
 
 // Weights.

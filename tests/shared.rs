@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use infergate::house::House;
+use infergate::limits::effort::Work;
 use infergate::limits::shared::{self, Parameters};
 use infergate::limits::{Costs, Counted, Limit, Outcome, Reservation, Used, millis};
 use infergate::money::Cached;
@@ -103,6 +104,52 @@ async fn two_hundred_callers_over_three_replicas_never_spend_more_than_the_budge
                 assert_eq!(answered, most, "seed {seed}: refused with money left");
             }
         }
+    }
+}
+
+/// The thresholds of a limit that were told, by all replicas together: in their metrics, and in their journals.
+async fn warned(gateways: &[Gateway]) -> (f64, Vec<u64>) {
+    let (mut counted, mut told) = (0.0, Vec::new());
+    for gateway in gateways {
+        counted += gateway.metric("infergate_limit_warnings_total{limit=\"b\"}").await;
+        let acts = Journal::of(gateway).of_kind("act").into_iter().filter(|act| act["act"] == "limit_warning");
+        told.extend(acts.map(|act| act["percent"].as_u64().unwrap()));
+    }
+    told.sort_unstable();
+    (counted, told)
+}
+
+#[tokio::test]
+async fn of_all_replicas_one_tells_that_a_threshold_was_passed() {
+    let server = model_server().await;
+    for mode in ["exact", "lease"] {
+        let mut redis = Redis::start().await;
+        let limit = "  - {name: b, requests: 100, per: month, warn_at: [20, 50]}";
+        let how = format!("mode: {mode}, timeout_ms: 5000, on_store_error: local_share");
+        let gateways = replicas(3, &limited(&server.url(), &redis.url(), &how, limit)).await;
+        assert_eq!(admitted(&gateways, 12).await, 12);
+        for gateway in &gateways {
+            has_told(gateway).await;
+        }
+        assert_eq!(warned(&gateways).await, (0.0, vec![]), "{mode}: not yet");
+        for _ in 0..16 {
+            assert_eq!(admitted(&gateways, 3).await, 3);
+            for gateway in &gateways {
+                has_told(gateway).await;
+            }
+        }
+        let told = || async { warned(&gateways).await.1 == [20, 50] };
+        eventually("both are told", Duration::from_secs(20), told).await;
+        assert_eq!(warned(&gateways).await.0, 2.0, "{mode}: once each, though all have seen it");
+        // A store that comes back and has forgotten everything makes nobody say it twice.
+        redis.kill();
+        is_up(&gateways[0], 0.0).await;
+        redis.restart().await;
+        for gateway in &gateways {
+            is_up(gateway, 1.0).await;
+            has_told(gateway).await;
+        }
+        assert_eq!(warned(&gateways).await, (2.0, vec![20, 50]), "{mode}");
     }
 }
 
@@ -513,7 +560,7 @@ impl Replica {
 
     /// Reserves `amount` tokens; `None`: too little is left.
     async fn reserve(&self, amount: u64) -> Option<Box<Reservation>> {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default() };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         let counted = Counted {
             tenant: None,
             key: None,

@@ -427,7 +427,9 @@ pub fn chain(line: &[u8]) -> Option<(&[u8], &[u8])> {
 /// Where the value behind `name` begins, which stands near the beginning of the line.
 fn behind(line: &[u8], name: &[u8]) -> Option<usize> {
     let beginning = &line[..line.len().min(160)];
-    beginning.starts_with(b"{\"v\":").then(|| memmem::find(beginning, name).map(|at| at + name.len()))?
+    // So near that making a searcher would cost more than the search.
+    let at = beginning.windows(name.len()).position(|window| window == name)?;
+    beginning.starts_with(b"{\"v\":").then_some(at + name.len())
 }
 
 fn text<'a>(line: &'a [u8], name: &[u8]) -> &'a [u8] {

@@ -72,8 +72,8 @@ pub struct Record<'a> {
     /// Every attempt on an upstream, in order.
     #[schemars(with = "Vec<AttemptRecord<'_>>")]
     pub attempts: AttemptList<'a>,
-    /// The tokens of the answer that was passed on.
-    #[serde(skip_serializing_if = "Usage::is_unknown")]
+    /// The tokens of the answer that was passed on, and the work of servers that are paid by the hour.
+    #[serde(skip_serializing_if = "Usage::says_nothing")]
     pub usage: Usage,
     /// What it cost, where the policy has prices.
     #[serde(skip_serializing_if = "Option::is_none")]

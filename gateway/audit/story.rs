@@ -119,7 +119,7 @@ impl<'a> Record<'a> {
     fn passed(self) -> String {
         match self.number("bytes.answer") {
             Some(0) => ", before the first byte of the answer".to_owned(),
-            Some(bytes) if self.begun() => format!(", when {} had been passed on", bytes_text(bytes)),
+            Some(bytes) if self.begun() => format!(", when {} had been passed on", counted(bytes, "byte")),
             _ => String::new(),
         }
     }
@@ -219,7 +219,7 @@ impl<'a> Record<'a> {
         let status = self.number("status").map_or_else(|| "an answer".to_owned(), |status| format!("status {status}"));
         let head = after("head").unwrap_or_else(|| ended.clone());
         let received = self.number("received").or_else(|| whole.number("bytes.answer"));
-        let received = received.map(|bytes| format!(", {}", bytes_text(bytes))).unwrap_or_default();
+        let received = received.map(|bytes| format!(", {}", counted(bytes, "byte"))).unwrap_or_default();
         match self.at("result").as_str().unwrap_or_default() {
             "answered" => format!("{status}{head}{received}, complete{ended}"),
             "status" => format!("{status}{head}"),
@@ -239,11 +239,12 @@ impl<'a> Record<'a> {
     /// What was used and what it cost.
     fn usage(self) -> Option<String> {
         let (input, output) = (self.number("usage.input_tokens"), self.number("usage.output_tokens"));
-        input.or(output)?;
         let mut line = match (input, output) {
-            (Some(input), Some(output)) => format!("{} tokens in, {} out", grouped(input), grouped(output)),
-            (Some(input), None) => format!("{} tokens in", grouped(input)),
-            (None, output) => format!("{} tokens out", grouped(output.unwrap_or(0))),
+            (Some(input), Some(output)) => format!("{} in, {} out", counted(input, "token"), grouped(output)),
+            (Some(input), None) => format!("{} in", counted(input, "token")),
+            (None, Some(output)) => format!("{} out", counted(output, "token")),
+            // Servers that are paid by the hour worked for nothing.
+            (None, None) => format!("{} ms of servers' work", grouped(self.number("usage.gpu_us")? / 1_000)),
         };
         let also =
             [("usage.cached_tokens", "of the input cached"), ("usage.reasoning_tokens", "of the output reasoning")];
@@ -328,10 +329,6 @@ fn ms(micros: u64) -> String {
     }
 }
 
-fn bytes_text(bytes: u64) -> String {
-    if bytes == 1 { "1 byte".to_owned() } else { format!("{} bytes", grouped(bytes)) }
-}
-
 /// `4,711`.
 pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();
@@ -343,6 +340,11 @@ pub(crate) fn grouped(number: u64) -> String {
         text.push(digit);
     }
     text
+}
+
+/// `1 line`, `2,000 lines`.
+pub(crate) fn counted(number: u64, what: &str) -> String {
+    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

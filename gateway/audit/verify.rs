@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::audit::read::{self, Run};
+use crate::audit::story::counted;
 
 pub use key::PublicKey;
 use run::Found;
@@ -202,7 +203,7 @@ fn finish(found: Vec<Found>, mut report: Report) -> Report {
         report.unsigned += run.tip.0.saturating_sub(run.signed).min(run.lines);
         report.notes.extend(run.notes());
         if run.untold > 0 {
-            report.notes.push(format!("{}: {} more problems are not told", run.name, run.untold));
+            report.notes.push(format!("{}: {}, not told", run.name, counted(run.untold as u64, "more problem")));
         }
         report.runs.push(run.report());
         problems.extend(run.problems);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::counted;
 use crate::audit::search::{self, Filter};
 use crate::audit::story::{grouped, plain};
 use crate::audit::verify::{self, End, Options, PublicKey, Report, RunReport};
@@ -147,7 +148,7 @@ impl Verify {
         let progress = |lines: u64, bytes: u64| {
             if told.get().elapsed() >= Duration::from_secs(2) {
                 told.set(Instant::now());
-                eprintln!("{} lines, {} MiB …", grouped(lines), grouped(bytes >> 20));
+                eprintln!("{}, {} MiB …", counted(lines, "line"), grouped(bytes >> 20));
             }
         };
         let options = Options {
@@ -183,11 +184,6 @@ fn write_text(out: &mut impl Write, report: &Report) -> io::Result<()> {
         lines => format!("; {} not signed yet: the next checkpoint does that", counted(lines, "line")),
     };
     writeln!(out, "proved: {what}; none was changed, removed or added{unsigned}")
-}
-
-/// `1 line`, `2,000 lines`.
-fn counted(number: u64, what: &str) -> String {
-    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
 }
 
 /// What is told of one run.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::counted;
 use crate::policy::problem::Problem;
 use crate::policy::{Problems, World, load};
 use crate::settings::Settings;
@@ -43,7 +44,7 @@ impl Check {
             let found = match self.kind {
                 Kind::Policy => self.policy(file),
                 Kind::Settings => Settings::load(file)
-                    .map(|settings| (format!("{} listeners", settings.listeners.len()), Problems(Vec::new()))),
+                    .map(|settings| (counted(settings.listeners.len() as u64, "listener"), Problems(Vec::new()))),
             };
             match found {
                 Ok((summary, warnings)) => {
@@ -75,9 +76,10 @@ impl Check {
         let policy = load(file, &world)?;
         let upstreams: usize = policy.pools.values().map(|pool| pool.upstreams.len()).sum();
         let summary = format!(
-            "{} models, {} pools, {upstreams} upstreams, hash {}",
-            policy.listed().len(),
-            policy.pools.len(),
+            "{}, {}, {}, hash {}",
+            counted(policy.listed().len() as u64, "model"),
+            counted(policy.pools.len() as u64, "pool"),
+            counted(upstreams as u64, "upstream"),
             &policy.hash[..12]
         );
         Ok((summary, Problems(policy.warnings)))
@@ -93,7 +95,7 @@ impl Check {
     fn tell(&self, name: &str, problems: &Problems) {
         self.tell_all(name, problems, "message");
         if !self.json {
-            println!("{name}: {} to mend", counted(problems.0.len()));
+            println!("{name}: {} to mend", counted(problems.0.len() as u64, "problem"));
         }
     }
 
@@ -108,8 +110,4 @@ impl Check {
             println!("{}", json!({"file": name, "line": line, "column": column, "key": path, word: message}));
         }
     }
-}
-
-fn counted(problems: usize) -> String {
-    if problems == 1 { "1 problem".to_owned() } else { format!("{problems} problems") }
 }

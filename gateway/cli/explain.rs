@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
+use super::counted;
 use crate::audit::capture::{self, Mark};
 use crate::audit::search::{self, Filter};
 use crate::audit::{read, story};
@@ -72,7 +73,7 @@ impl Explain {
         filter.with(&["client.request_id"], &self.id);
         let (mut lines, count) = search::newest(directory, &filter, 1).map_err(unreadable)?;
         if count > 1 {
-            eprintln!("{count} requests have the client's id {}; this is the newest", self.id);
+            eprintln!("{} have the client's id {}; this is the newest", counted(count as u64, "request"), self.id);
         }
         lines.pop_back().ok_or_else(|| {
             format!(
@@ -102,7 +103,11 @@ fn print_text(directory: &Path, record: &Value) -> Result<(), String> {
             false if text.contains('\u{fffd}') => "not all of it is text, so the record cannot prove it",
             false => "CHANGED: it is not what the record proves",
         };
-        println!("\n--- {name} ({} bytes, {proof}{cut})\n{}", text.len(), shown(&text, io::stdout().is_terminal()));
+        println!(
+            "\n--- {name} ({}, {proof}{cut})\n{}",
+            counted(text.len() as u64, "byte"),
+            shown(&text, io::stdout().is_terminal())
+        );
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use infergate_plugins::guardrail::stream::Progress;
 use infergate_plugins::guardrail::{Found, Guardrails, Measure, Mode, Outcome, Place};
 use serde_json::json;
 
+use super::counted;
 use crate::guard::{Rails, word};
 use crate::policy::{World, load};
 use crate::state::State;
@@ -168,7 +169,7 @@ impl<'g> Tried<'g> {
         let looking = self.rules.rules().iter().filter(|rule| rule.places.contains(&self.place)).count();
         let (place, bytes, outcome) = (self.place.name(), self.text.len(), word(self.outcome()));
         let rules = if looking == 1 { "1 rule looks".to_owned() } else { format!("{looking} rules look") };
-        println!("{place}, {bytes} bytes, {rules} there: {outcome}");
+        println!("{place}, {}, {rules} there: {outcome}", counted(bytes as u64, "byte"));
         for found in &self.progress.found {
             let rule = &self.rules.rules()[found.rule];
             let monitored = if rule.mode == Mode::Monitor { ", only watched" } else { "" };

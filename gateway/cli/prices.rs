@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use super::counted;
 use crate::money::import;
 use crate::policy::prices;
 
@@ -56,7 +57,7 @@ impl Check {
         for file in &self.files {
             let name = file.display();
             match prices::book(&read(file)?) {
-                Ok(book) => println!("{name}: good ({} names, version {})", book.len(), book.version),
+                Ok(book) => println!("{name}: good ({}, version {})", counted(book.len() as u64, "name"), book.version),
                 Err(problems) => {
                     good = false;
                     problems.lines(&name.to_string()).iter().for_each(|line| println!("{line}"));
@@ -80,7 +81,8 @@ impl Import {
         for finding in &imported.findings {
             eprintln!("{finding}");
         }
-        eprintln!("{} prices, {} findings", imported.prices.len(), imported.findings.len());
+        let (prices, findings) = (imported.prices.len() as u64, imported.findings.len() as u64);
+        eprintln!("{}, {}", counted(prices, "price"), counted(findings, "finding"));
         Ok(ExitCode::SUCCESS)
     }
 }

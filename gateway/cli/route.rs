@@ -18,6 +18,7 @@ use infergate_plugins::router::{Answer, Router};
 use infergate_plugins::semantic::Embedding;
 use serde_json::{Value, json};
 
+use super::counted;
 use crate::policy::{Policy, World, load};
 use crate::routers::conversations::Conversations;
 use crate::routers::words::Words;
@@ -25,6 +26,7 @@ use crate::routers::{Routers, Whose, told};
 use crate::state::State;
 use crate::surface;
 use crate::telemetry::Telemetry;
+use crate::text::Reading;
 
 /// The longest request that is read.
 const LONGEST: u64 = 64 << 20;
@@ -128,7 +130,7 @@ impl Explain {
         let mut body = Vec::new();
         let read = std::io::stdin().take(LONGEST).read_to_end(&mut body);
         read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
-        let found = explained(&routers, operation, &body)?;
+        let found = explained(&routers, operation, body)?;
         if self.json {
             println!("{found}");
         } else {
@@ -139,18 +141,19 @@ impl Explain {
 }
 
 /// What a request gets, and what everybody says of it.
-fn explained(routers: &Routers, operation: Operation, body: &[u8]) -> Result<Value, String> {
+fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<Value, String> {
     let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
-    let words = Words::of(operation, body, true).map_err(|_| unreadable)?;
-    let spans = words.spans();
-    let prompt = words.prompt(&spans);
+    let request = Reading::of(operation, body);
+    let words = Words::of(&request, true).map_err(|_| unreadable)?;
+    let prompt = words.prompt();
     let kept = Conversations::default();
     // The first time the tables are cold.
-    let decided = routers.decide(operation, body, &kept, &Whose::default());
+    let decided = routers.decide(&request, &kept, &Whose::default());
     let fresh = Conversations::default();
     let began = Instant::now();
     for _ in 0..ROUNDS {
-        std::hint::black_box(routers.decide(operation, body, &fresh, &Whose::default()));
+        let unread = Reading::of(operation, request.body.clone());
+        std::hint::black_box(routers.decide(&unread, &fresh, &Whose::default()));
     }
     let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
@@ -291,12 +294,14 @@ fn measured(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) 
 fn report(found: &Evaluation, semantic: &Semantic, rows: &[Row], micros: f64) -> String {
     let (in_scope, out_of_scope) = (found.in_scope, found.out_of_scope);
     let mut told = format!(
-        "accuracy {:.1} % of {in_scope} prompts, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
+        "accuracy {:.1} % of {}, {:.1} % with each route counting alike; {micros:.0} microseconds each\n",
         100.0 * found.accuracy,
+        counted(in_scope as u64, "prompt"),
         100.0 * found.mean_accuracy
     );
     if let Some(auroc) = found.auroc {
-        told += &format!("out of scope: AUROC {:.1} % over {out_of_scope} prompts\n", 100.0 * auroc);
+        told +=
+            &format!("out of scope: AUROC {:.1} % over {}\n", 100.0 * auroc, counted(out_of_scope as u64, "prompt"));
     }
     told += &format!(
         "taken by a route: {:.1} % in scope, {:.1} % out of scope, at least_likeness {:.3}; {:.3} would keep 95 % in scope\n",

@@ -10,7 +10,7 @@ use clap::Args;
 
 use serde_json::json;
 
-use super::Logging;
+use super::{Logging, counted};
 use crate::admin::Admin;
 use crate::admin::access::Access;
 use crate::audit::fanout;
@@ -26,7 +26,7 @@ use crate::limits::restore::{keep_restored, restore};
 use crate::limits::warn::file_warnings;
 use crate::logging::Levels;
 use crate::memory;
-use crate::policy::{Problems, World, compile, load, reload};
+use crate::policy::{Problems, World, compile, reload};
 use crate::pool::watch::{self, Names};
 use crate::relay::server::{Certificates, Running};
 use crate::routers::second;
@@ -198,15 +198,17 @@ impl Source {
 
     /// Puts the first policy in force, before anything listens. What upstreams serve is asked later.
     fn load(&self, house: &House) -> Result<(), String> {
-        let env = |name: &str| std::env::var(name).ok();
-        let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
-        let (compiled, name) = match (self, self.path()) {
-            (_, Some(path)) => (load(&path, &world), path.display().to_string()),
-            (Self::Demo(_), None) => (compile(SHIPPED_POLICY, &world), SHIPPED_PATH.to_owned()),
-            (_, None) => return Ok(()),
-        };
-        let told = |problems: Problems| format!("the policy is refused:\n{}", problems.lines(&name).join("\n"));
-        reload::swap(house, compiled.map_err(told)?, By::itself("process"));
+        let told =
+            |name: &str, problems: Problems| format!("the policy is refused:\n{}", problems.lines(name).join("\n"));
+        if let Some(path) = self.path() {
+            return reload::start(house, &path).map_err(|problems| told(&path.display().to_string(), problems));
+        }
+        if let Self::Demo(_) = self {
+            let env = |name: &str| std::env::var(name).ok();
+            let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
+            let shipped = compile(SHIPPED_POLICY, &world).map_err(|problems| told(SHIPPED_PATH, problems))?;
+            reload::swap(house, shipped, By::itself("process"));
+        }
         Ok(())
     }
 }
@@ -303,7 +305,8 @@ fn greet(house: &House, source: &Source) {
     let model =
         policy.listed().iter().map(|(name, _)| name.as_str()).find(|name| !name.contains('*')).unwrap_or("MODEL");
     println!("Infergate {} listens on {address}, admin on {}", env!("CARGO_PKG_VERSION"), house.settings.admin.address);
-    println!("{} models, {} pools, policy {}", policy.listed().len(), policy.pools.len(), source.described());
+    let (models, pools) = (policy.listed().len() as u64, policy.pools.len() as u64);
+    println!("{}, {}, policy {}", counted(models, "model"), counted(pools, "pool"), source.described());
     if let Some(journal) = &house.journal {
         println!("Every request leaves a record in {}", journal.directory().display());
     }

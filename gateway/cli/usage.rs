@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
+use super::counted;
 use crate::audit::search;
 use crate::audit::story::{grouped, plain};
 use crate::ledger::report::time;
@@ -129,10 +130,12 @@ fn write_notes(out: &mut impl Write, report: &Report) -> io::Result<()> {
     writeln!(out, "\nfrom {} to {until}", time(report.since))?;
     let Spent { unpriced, estimated, .. } = report.total;
     if unpriced > 0 {
-        writeln!(out, "{} requests are unpriced: what they cost is not in the sums", grouped(unpriced))?;
+        let are = if unpriced == 1 { "is" } else { "are" };
+        writeln!(out, "{} {are} unpriced: what they cost is not in the sums", counted(unpriced, "request"))?;
     }
     if estimated > 0 {
-        writeln!(out, "{} requests have estimated tokens: no upstream reported them", grouped(estimated))?;
+        let have = if estimated == 1 { "has" } else { "have" };
+        writeln!(out, "{} {have} estimated tokens: no upstream reported them", counted(estimated, "request"))?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 
+use super::effort::Work;
 use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
 use crate::exchange::Exchange;
 use crate::house::House;
@@ -184,7 +185,12 @@ async fn attempt<'a>(
         user: asked.user.as_deref(),
         input: asked.input,
         output: asked.output.saturating_mul(asked.choices),
-        cost: Costs { prices: &prices, cached: cached(operation), besides: asked.besides },
+        cost: Costs {
+            prices: &prices,
+            cached: cached(operation),
+            besides: asked.besides,
+            work: work_of(&planned.route),
+        },
         held: exchange.tally.reservation.as_deref(),
         now: millis(SystemTime::now()),
     };
@@ -229,6 +235,12 @@ fn bound(planned: &mut Planned, asked: &Asked, reservation: &Reservation) {
     if reservation.output < asked.output.saturating_mul(asked.choices) {
         reservation.clamped();
     }
+}
+
+/// How much work it may be for whoever may answer.
+fn work_of(route: &Route) -> Work {
+    let pools = route.stages.iter().map(|stage| &stage.pool);
+    pools.map(|pool| pool.state.effort.most(pool.timeouts.total_ms)).fold(Work::default(), Work::or)
 }
 
 /// The prices of all who may answer; none if one of them has none.

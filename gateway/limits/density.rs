@@ -1,58 +1,40 @@
 //! How many tokens a model makes of a byte of a request, learned from what its upstreams report.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use super::ratio::Ratio;
 
-/// Tokens a byte: the mean and the mean deviation, as two `f32` in one word, so that both change at once.
+/// Tokens a byte.
 #[derive(Debug)]
-pub struct Density(AtomicU64);
+pub struct Density(Ratio);
 
 /// Before anything was learned: safe for prose, code and JSON in languages of Latin letters.
 const MEAN: f32 = 0.30;
 const DEVIATION: f32 = 0.05;
-/// How much a new request weighs.
-const WEIGHT: f32 = 0.125;
 /// Every chat template adds some tokens to a prompt of whatever length.
 const TEMPLATE: u64 = 8;
 
 impl Default for Density {
     fn default() -> Self {
-        Self(AtomicU64::new(packed(MEAN, DEVIATION)))
+        Self(Ratio::new(MEAN, DEVIATION))
     }
 }
 
 impl Density {
-    /// How many tokens a text of so many bytes has at most, most likely: two deviations above the mean.
+    /// How many tokens a text of so many bytes has at most, most likely.
     pub fn estimate(&self, bytes: u64) -> u64 {
-        let (mean, deviation) = self.learned();
-        TEMPLATE + (bytes as f64 * f64::from(2.0f32.mul_add(deviation, mean))).ceil() as u64
+        TEMPLATE + (bytes as f64 * f64::from(self.0.most())).ceil() as u64
     }
 
     /// How many tokens a text of so many bytes has, most likely.
     pub fn likely(&self, bytes: u64) -> u64 {
-        TEMPLATE + (bytes as f64 * f64::from(self.learned().0)) as u64
+        TEMPLATE + (bytes as f64 * f64::from(self.0.likely())) as u64
     }
 
     /// An upstream made so many tokens of so many bytes.
     pub fn learn(&self, bytes: u64, tokens: u64) {
-        if bytes == 0 || tokens == 0 {
-            return;
+        if bytes > 0 && tokens > 0 {
+            self.0.learn(tokens as f32 / bytes as f32);
         }
-        let seen = tokens as f32 / bytes as f32;
-        let (mean, deviation) = self.learned();
-        let off = (seen - mean).abs();
-        let next = packed(WEIGHT.mul_add(seen - mean, mean), WEIGHT.mul_add(off - deviation, deviation));
-        // Two at once: one of them is not learned from.
-        self.0.store(next, Ordering::Relaxed);
     }
-
-    fn learned(&self) -> (f32, f32) {
-        let both = self.0.load(Ordering::Relaxed);
-        (f32::from_bits((both >> 32) as u32), f32::from_bits(both as u32))
-    }
-}
-
-fn packed(mean: f32, deviation: f32) -> u64 {
-    u64::from(mean.to_bits()) << 32 | u64::from(deviation.to_bits())
 }
 
 #[cfg(test)]

@@ -52,8 +52,10 @@ pub struct Count {
     pub touched: u64,
     /// Whether the store has still to be told of it.
     pub untold: bool,
-    /// The threshold, in per cent, that was told last.
+    /// The highest threshold, in per cent, that was passed.
     warned: u8,
+    /// The highest of which somebody was told, from here or from elsewhere.
+    announced: u8,
 }
 
 /// What this replica has taken of a level that it shares.
@@ -125,7 +127,7 @@ impl Count {
         self.span = span;
         (self.taken, self.held_here, self.elsewhere, self.slice) = (0, 0, 0, 0);
         self.restored = 0;
-        self.warned = 0;
+        (self.warned, self.announced) = (0, 0);
     }
 
     /// What counts now.
@@ -277,7 +279,19 @@ impl Count {
         self.span.rest(now)
     }
 
-    /// The highest of `thresholds` (per cent of the limit, ascending) that was passed and not told in this span yet.
+    /// The highest threshold that was passed in this span; 0: none.
+    pub fn warned(&self) -> u8 {
+        self.warned
+    }
+
+    /// Somebody is told of a threshold. Returns whether that is news.
+    pub fn announces(&mut self, percent: u8) -> bool {
+        let is_news = percent > self.announced;
+        self.announced = self.announced.max(percent);
+        is_news
+    }
+
+    /// The highest of `thresholds` (per cent of the limit, ascending) that was passed, if that is new in this span.
     pub fn warns(&mut self, terms: &Terms<'_>, thresholds: &[u8]) -> Option<u8> {
         let used = u128::from(self.used(terms)) * 100;
         let passed = thresholds.iter().rev().find(|at| used >= u128::from(**at) * u128::from(terms.max)).copied()?;

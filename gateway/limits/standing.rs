@@ -134,6 +134,13 @@ mod tests {
     }
 
     #[test]
+    fn one_of_something_is_not_many() {
+        let told = [Unit::Requests, Unit::InputTokens, Unit::Concurrency, Unit::Nanousd].map(|unit| unit.spelt(1));
+        assert_eq!(told, ["1 request", "1 input token", "1 request at one time", "$0.000000001"]);
+        assert_eq!(Unit::Tokens.spelt(2), "2 tokens");
+    }
+
+    #[test]
     fn the_tightest_limit_of_a_kind_is_told() {
         let standing = |free| Standing { unit: Unit::Tokens, max: 100, free, rest: Duration::from_secs(1) };
         let standings = [standing(7), standing(3), standing(9)];

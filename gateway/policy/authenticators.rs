@@ -107,7 +107,7 @@ impl Compiler<'_> {
         if !self.world.secret_files {
             return Ok(keys::Listed { entries: Vec::new(), at: Box::new(|_| String::new()) });
         }
-        let text = std::fs::read_to_string(&path).map_err(|error| vec![format!("{name} cannot be read: {error}")])?;
+        let text = std::fs::read_to_string(&path).map_err(|error| vec![unread(&name, &error)])?;
         self.secrets.update(&text);
         let listed = listed(&text, name)?;
         if let Some(own) = &mut self.own_keys {
@@ -160,6 +160,17 @@ pub fn authenticators(path: &Path, world: &World<'_>) -> Result<Vec<Arc<dyn Auth
     compiler.directory = path.parent().map(Path::to_owned);
     let authenticators = compiler.authenticators(&file).unwrap_or_default();
     if compiler.problems.is_empty() { Ok(authenticators) } else { Err(Problems::in_order(compiler.problems)) }
+}
+
+/// A file of keys that is not there is made as the first step of most people.
+fn unread(name: &str, error: &std::io::Error) -> String {
+    let hint = match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            "; write `[]` into it to begin with, then the entries that `infergate key create` prints, as a YAML list"
+        }
+        _ => "",
+    };
+    format!("{name} cannot be read: {error}{hint}")
 }
 
 #[cfg(test)]
@@ -286,5 +297,8 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         let told = within(PEPPER, |world| load(&path, world).unwrap_err().lines("policy.yaml"));
         assert!(told[0].contains("keys.yaml cannot be read"), "{told:?}");
+        assert!(told[0].contains("write `[]` into it") && told[0].contains("infergate key create"), "{told:?}");
+        std::fs::write(&file, "[]\n").unwrap();
+        assert!(within(PEPPER, |world| load(&path, world)).is_ok(), "what the hint says is enough");
     }
 }

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 
 use infergate_plugins::{authenticator, guardrail, router, sink};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::limits::Each;
 use crate::money::file::Prices;
@@ -372,7 +374,7 @@ pub struct Fallback {
     /// The pool.
     pub pool: String,
     /// What must have happened. Absent: `connect`, `reset`, `timeout`, `5xx`, `429`, `unavailable`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "some_causes")]
     pub on: Option<Vec<Cause>>,
     /// The model's name there.
     #[serde(default)]
@@ -406,6 +408,21 @@ pub enum Cause {
     /// The provider's content filter refused.
     #[serde(rename = "content_filter")]
     ContentFilter,
+}
+
+/// Causes as people write them: to YAML, 429 without quotes is a number.
+fn causes<'de, D: Deserializer<'de>>(written: D) -> Result<Vec<Cause>, D::Error> {
+    let words = Vec::<Value>::deserialize(written)?.into_iter().map(|word| match word {
+        Value::Number(number) => Value::String(number.to_string()),
+        word => word,
+    });
+    words.map(|word| Cause::deserialize(word).map_err(D::Error::custom)).collect()
+}
+
+fn some_causes<'de, D: Deserializer<'de>>(written: D) -> Result<Option<Vec<Cause>>, D::Error> {
+    #[derive(Deserialize)]
+    struct Causes(#[serde(deserialize_with = "causes")] Vec<Cause>);
+    Ok(Option::<Causes>::deserialize(written)?.map(|Causes(causes)| causes))
 }
 
 /// Upstreams that can stand in for each other.
@@ -542,6 +559,7 @@ pub struct Retry {
     #[schemars(range(min = 1, max = 20))]
     pub attempts: u32,
     /// What must have happened: `connect`, `reset`, `timeout`, `5xx`, `429`.
+    #[serde(deserialize_with = "causes")]
     pub on: Vec<Cause>,
     /// The wait before an attempt on an upstream that has failed already in this request, doubled each time,
     /// with jitter, in milliseconds. Another upstream is tried without a wait.
@@ -812,7 +830,8 @@ pub struct Audit {
     #[schemars(range(min = 1))]
     pub places: u32,
     /// When a record is on disk: `soon` (within `commit_ms`; that much is lost if the machine or the process dies) or
-    /// `before_response_end` (a client that has the whole answer can be sure that its record is safe).
+    /// `before_response_end` (a client that has the whole answer can be sure that its record is safe; of a WebSocket,
+    /// one that has its upstream's goodbye, or the end of the connection).
     pub durable: Durable,
     /// How long records are gathered before they are written and flushed to disk together, in milliseconds.
     #[schemars(range(min = 1, max = 60_000))]

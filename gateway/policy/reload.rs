@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 
-use super::{Policy, Problems, World, load};
+use super::kept::Kept;
+use super::{Policy, Problems, World, compile_in, read};
 use crate::audit::journal::By;
 use crate::house::House;
 
@@ -101,26 +102,54 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
     Reloaded::Swapped(revision, hash)
 }
 
+/// Puts the first policy in force: that of the file at `path`, or, if it is broken and the settings say so, the last
+/// that was good.
+pub fn start(house: &House, path: &Path) -> Result<(), Problems> {
+    let by = || By::itself("process");
+    let Err(problems) = put_in_force(house, path, by()) else { return Ok(()) };
+    let Some(text) = Kept::of(house, path).and_then(|kept| kept.text().ok()) else { return Err(problems) };
+    // What is wrong with the file is what has to be mended, whatever may be wrong with the other.
+    let Ok(policy) = compiled(house, path, &text) else { return Err(problems) };
+    swap(house, policy, by());
+    refused(house, path, by(), &problems);
+    Ok(())
+}
+
 /// Loads the file at `path` and puts it in force, or leaves everything as it is and says what is wrong.
 pub fn reload(house: &House, path: &Path, by: By) -> Result<Reloaded, Problems> {
-    let env = |name: &str| std::env::var(name).ok();
-    let world = World::new(&env, &house.state, &house.telemetry, &house.settings);
     let _one_at_a_time = house.policy.loading.lock();
-    match load(path, &world) {
-        Ok(policy) => Ok(swap(house, policy, by)),
-        Err(problems) => {
-            house.state.sweep();
-            house.telemetry.policy_refused();
-            let lines = problems.lines(&path.display().to_string());
-            for line in &lines {
-                tracing::error!("{line}");
-            }
-            tracing::error!("the policy was refused; the one before stays in force");
-            house.act("reload_refused", by, json!({"problems": lines}));
-            house.policy.last.lock().problems = lines;
-            Err(problems)
-        }
+    put_in_force(house, path, by.clone()).inspect_err(|problems| {
+        house.state.sweep();
+        refused(house, path, by, problems);
+    })
+}
+
+fn put_in_force(house: &House, path: &Path, by: By) -> Result<Reloaded, Problems> {
+    let text = read(path)?;
+    let done = swap(house, compiled(house, path, &text)?, by);
+    if let (Some(kept), Reloaded::Swapped(..)) = (Kept::of(house, path), &done)
+        && let Err(error) = kept.keep(&text)
+    {
+        tracing::warn!(%error, ?kept, "this policy cannot be kept for a start with a broken file");
     }
+    Ok(done)
+}
+
+fn compiled(house: &House, path: &Path, text: &str) -> Result<Policy, Problems> {
+    let env = |name: &str| std::env::var(name).ok();
+    compile_in(path.parent(), text, &World::new(&env, &house.state, &house.telemetry, &house.settings))
+}
+
+/// Tells everybody what is wrong with the newest file.
+fn refused(house: &House, path: &Path, by: By, problems: &Problems) {
+    house.telemetry.policy_refused();
+    let lines = problems.lines(&path.display().to_string());
+    for line in &lines {
+        tracing::error!("{line}");
+    }
+    tracing::error!("the policy was refused; the last good one is in force");
+    house.act("reload_refused", by, json!({"problems": lines}));
+    house.policy.last.lock().problems = lines;
 }
 
 /// Why the file should be looked at.

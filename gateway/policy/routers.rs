@@ -185,6 +185,7 @@ mod tests {
     use crate::policy::tests::{POOLS, compiled, problems};
     use crate::routers::Whose;
     use crate::routers::conversations::Conversations;
+    use crate::text::Reading;
 
     const MODELS: &str = "models:\n  - {name: small, pool: fast}\n  - {name: big, pool: slow, aliases: [large]}\n";
     const ROUTES: &str = "      - semantic:\n          routes:\n            - {name: code, model: large, examples: [write a python function that sorts a list, fix the bug in this javascript loop, why does my rust program not compile, explain this sql query, refactor this class]}\n            - {name: bank, model: small, examples: [transfer fifty dollars to my savings, what is my account balance, how do i pay my credit card bill, send money to my landlord, show my transactions]}\n";
@@ -244,7 +245,9 @@ mod tests {
         let policy = compiled(&auto("").replace("'http://127.0.0.1:2'", "'http://127.0.0.1:2', provider: anthropic"));
         let routers = policy.unwrap().route(Some("auto")).unwrap().routers.clone().unwrap();
         let body = br#"{"messages":[{"role":"user","content":"explain this sql query"}]}"#;
-        let decide = |operation| routers.decide(operation, body, &Conversations::default(), &Whose::default());
+        let decide = |operation| {
+            routers.decide(&Reading::of(operation, body.as_slice()), &Conversations::default(), &Whose::default())
+        };
         assert_eq!(&*decide(Operation::Messages).model, "large");
         let passed = decide(Operation::Chat);
         assert_eq!((&*passed.model, passed.why.as_str()), ("small", "semantic: large cannot do this"));

@@ -149,6 +149,33 @@ pub fn is_sane_id(id: &str) -> bool {
     (1..=128).contains(&id.len()) && id.bytes().all(sane)
 }
 
+/// Where `told` (a `Location`) leads as a client of ours may know it: what is below an address of the upstream's own is
+/// a path here, without the `base` that its paths begin with there. `None`: it names somebody else, or nobody can say.
+pub fn led<'a>(told: &'a str, is_own: impl Fn(&str) -> bool, base: &str) -> Option<&'a str> {
+    let (authority, path) = authority(told);
+    let is_readable = !told.contains('\\') && authority.is_none_or(is_own);
+    let below = path.strip_prefix(base).filter(|rest| rest.starts_with('/')).unwrap_or(path);
+    match (authority, below) {
+        _ if !is_readable => None,
+        (Some(_), "") => Some("/"),
+        // Neither a second authority in the path, nor a query without one.
+        (Some(_), below) if !below.starts_with('/') || below.starts_with("//") => None,
+        (_, below) => Some(below),
+    }
+}
+
+/// The host and port that a reference names, if it names one, and what is behind them.
+fn authority(reference: &str) -> (Option<&str>, &str) {
+    let is_scheme = |scheme: &str| !scheme.is_empty() && !scheme.contains(['/', '?', '#']);
+    let named = match reference.split_once("//") {
+        Some(("", rest)) => rest,
+        Some((scheme, rest)) if scheme.strip_suffix(':').is_some_and(is_scheme) => rest,
+        _ => return (None, reference),
+    };
+    let (authority, path) = named.split_at(named.find(['/', '?', '#']).unwrap_or(named.len()));
+    (Some(authority.rsplit('@').next().unwrap_or_default()), path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,5 +246,32 @@ mod tests {
     fn an_id_comes_back_only_if_it_is_sane() {
         assert!(is_sane_id("req_1-a.B:2"));
         assert!(["a b", "", &"x".repeat(129), "\u{e4}"].iter().all(|id| !is_sane_id(id)));
+    }
+
+    #[test]
+    fn a_redirect_leads_to_a_path_of_ours_or_nowhere() {
+        let own = |authority: &str| authority == "gpu:8000";
+        for (told, leads) in [
+            ("http://gpu:8000/base/v1/x?y=1#z", Some("/v1/x?y=1#z")),
+            ("https://gpu:8000/other", Some("/other")),
+            ("//gpu:8000/base/v1/", Some("/v1/")),
+            ("http://user:word@gpu:8000/base/x", Some("/x")),
+            ("http://gpu:8000", Some("/")),
+            ("http://gpu:8000/base", Some("/base")),
+            ("/base/v1/x", Some("/v1/x")),
+            ("/basement/x", Some("/basement/x")),
+            ("v1/x", Some("v1/x")),
+            ("../x?next=http://gpu:8000/", Some("../x?next=http://gpu:8000/")),
+            ("http://gpu:8001/v1/x", None),
+            ("http://gpu:8000@elsewhere/x", None),
+            ("http://gpu:8000//elsewhere/x", None),
+            ("http://gpu:8000/base//elsewhere/x", None),
+            ("http://gpu:8000?x", None),
+            ("/\\elsewhere/x", None),
+            ("//elsewhere/x", None),
+        ] {
+            assert_eq!(led(told, own, "/base"), leads, "{told}");
+        }
+        assert_eq!(led("http://gpu:8000/v1/x", own, ""), Some("/v1/x"));
     }
 }

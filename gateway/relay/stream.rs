@@ -14,7 +14,7 @@ use tokio::time::{sleep_until, timeout_at};
 use super::attempt::{Answer, AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::hide::Hide;
-use super::waiting::HEARTBEAT;
+use super::waiting::{HEARTBEAT, Interrupted, Waiting};
 use super::{AnswerHead, Downstream, Gone};
 use crate::audit::capture::Capture;
 use crate::ending;
@@ -394,12 +394,23 @@ pub enum WholeFault {
     TooLong,
 }
 
-/// Reads an answer that is no stream to its end, `most` bytes of it, and keeps it.
-pub async fn whole(downstream: &mut Downstream, answer: &mut Rest, pace: &Pace, most: usize) -> Result<(), WholeFault> {
+/// Reads an answer to its end, `most` bytes of it, and keeps it. Between two pieces it waits no longer than `between`.
+pub async fn whole(
+    waiting: &mut Waiting<'_>,
+    answer: &mut Rest,
+    between: Duration,
+    most: usize,
+) -> Result<(), WholeFault> {
     let mut read = BytesMut::from(&*answer.first);
-    tokio::select! {
-        ended = rest(&mut read, &mut answer.body, (pace.between, pace.total), most) => ended?,
-        _ = downstream.departed() => return Err(WholeFault::Gone),
+    while !answer.body.ended && read.len() <= most {
+        match waiting.until(Instant::now() + between, answer.body.next(&mut read)).await {
+            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
+            Err(Interrupted::Gone) => return Err(WholeFault::Gone),
+            Err(_) => return Err(late()),
+        }
+    }
+    if read.len() > most {
+        return Err(WholeFault::TooLong);
     }
     answer.first = read.freeze();
     Ok(())
@@ -425,13 +436,14 @@ async fn rest(
         let limit = total.min(Instant::now() + between);
         match timeout_at(limit.into(), body.next(read)).await {
             Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
-            Err(_) => {
-                let why = "the next piece of the answer did not come in time".to_owned();
-                return Err(WholeFault::Broken(Code::BetweenTokensTimeout, why));
-            }
+            Err(_) => return Err(late()),
         }
     }
     if read.len() > most { Err(WholeFault::TooLong) } else { Ok(()) }
+}
+
+fn late() -> WholeFault {
+    WholeFault::Broken(Code::BetweenTokensTimeout, "the next piece of the answer did not come in time".to_owned())
 }
 
 /// Holds back the piece in which a stream tells its client that it is complete, if the end has to wait.

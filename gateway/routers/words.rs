@@ -3,20 +3,18 @@
 //! Only what is asked now, the user's last message, is read with its escapes undone; of the rest routers want the length,
 //! and that of its bytes will do.
 
-use std::borrow::Cow;
-
 use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::{Prompt, Role, Span};
 use memchr::memmem;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::text::{self, Place, Text, Unreadable};
+use crate::text::{self, Place, Reading, Text, Unreadable};
 
-/// The texts of a body.
+/// The texts of a request.
 #[derive(Debug)]
 pub struct Words<'a> {
-    texts: Vec<(Role, u32, Cow<'a, str>)>,
+    spans: Vec<Span<'a>>,
     images: u32,
     tools: u32,
     structured: bool,
@@ -24,30 +22,36 @@ pub struct Words<'a> {
 }
 
 impl<'a> Words<'a> {
-    /// The texts of the request `body` to `operation`; `counts`: also how many images and tools there are.
-    pub fn of(operation: Operation, body: &'a [u8], counts: bool) -> Result<Self, Unreadable> {
-        let texts = text::prompt(operation, body)?;
-        let last = texts.iter().rev().find(|text| text.place == Place::PromptUser).map(|text| text.turn);
+    /// The texts of what is `reading`; `counts`: also how many images and tools there are.
+    pub fn of(reading: &'a Reading, counts: bool) -> Result<Self, Unreadable> {
+        let (texts, body) = (reading.texts()?, &reading.body);
+        let last = texts.all.iter().rev().find(|text| text.place == Place::PromptUser).map(|text| text.turn);
         let asked = |text: &Text| text.place == Place::PromptUser && Some(text.turn) == last;
-        let words = texts.iter().map(|text| (role(text.place), text.turn, read(body, text, asked(text)))).collect();
+        let span = |(number, text): (usize, &'a Text)| {
+            let undone = asked(text).then(|| texts.undone(number, body)).flatten();
+            // What is not undone reads as it is written.
+            let read = undone.or_else(|| text::written(body, text)).unwrap_or_default();
+            Span { role: role(text.place), turn: text.turn, text: read }
+        };
         let (images, tools) = if counts { text::extras(body) } else { (0, 0) };
         Ok(Self {
-            texts: words,
+            spans: texts.all.iter().enumerate().map(span).collect(),
             images: clamp(images),
             tools: clamp(tools),
             structured: counts && is_structured(body),
-            loops: matches!(operation, Operation::Chat | Operation::Messages | Operation::Responses),
+            loops: matches!(reading.operation, Operation::Chat | Operation::Messages | Operation::Responses),
         })
     }
 
-    /// The texts, for the prompt.
-    pub fn spans(&self) -> Vec<Span<'_>> {
-        self.texts.iter().map(|(role, turn, text)| Span { role: *role, turn: *turn, text }).collect()
-    }
-
-    /// The prompt with these spans.
-    pub fn prompt<'s>(&self, spans: &'s [Span<'s>]) -> Prompt<'s> {
-        Prompt { spans, images: self.images, tools: self.tools, structured: self.structured, ..Prompt::default() }
+    /// The prompt.
+    pub fn prompt(&self) -> Prompt<'_> {
+        Prompt {
+            spans: &self.spans,
+            images: self.images,
+            tools: self.tools,
+            structured: self.structured,
+            ..Prompt::default()
+        }
     }
 
     /// Whether the model is to go on from what a tool gave back. Documents are no tool's.
@@ -67,17 +71,6 @@ const fn role(place: Place) -> Role {
         Place::PromptTool => Role::Tool,
         _ => Role::User,
     }
-}
-
-/// One text; where its escapes cannot be undone, or need not be, as it is written.
-fn read<'a>(body: &'a [u8], text: &Text, undo: bool) -> Cow<'a, str> {
-    let written = body.get(text.span.clone()).and_then(|bytes| std::str::from_utf8(bytes).ok()).unwrap_or_default();
-    if !undo || memchr::memchr(b'\\', written.as_bytes()).is_none() {
-        return Cow::Borrowed(written);
-    }
-    let quoted = text.span.start.checked_sub(1).and_then(|start| body.get(start..=text.span.end));
-    let undone = quoted.and_then(|quoted| serde_json::from_slice::<String>(quoted).ok());
-    undone.map_or(Cow::Borrowed(written), Cow::Owned)
 }
 
 /// What asks for a form of the answer, in the dialects that have it.
@@ -109,9 +102,9 @@ mod tests {
     use super::*;
 
     fn asked(operation: Operation, body: &str) -> (Vec<String>, bool) {
-        let words = Words::of(operation, body.as_bytes(), true).unwrap();
-        let spans = words.spans();
-        let prompt = words.prompt(&spans);
+        let reading = Reading::of(operation, body.to_owned());
+        let words = Words::of(&reading, true).unwrap();
+        let prompt = words.prompt();
         (prompt.asked().iter().map(|span| span.text.to_owned()).collect(), words.in_loop(&prompt))
     }
 
@@ -159,10 +152,11 @@ mod tests {
 
     #[test]
     fn what_comes_with_a_prompt_is_counted_where_somebody_counts() {
-        let body = br#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}],"tools":[{},{}],"response_format":{"type":"json_schema"}}"#;
+        let body = r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}],"tools":[{},{}],"response_format":{"type":"json_schema"}}"#;
         let counted = |counts| {
-            let words = Words::of(Operation::Chat, body, counts).unwrap();
-            let prompt = words.prompt(&[]);
+            let reading = Reading::of(Operation::Chat, body);
+            let words = Words::of(&reading, counts).unwrap();
+            let prompt = words.prompt();
             (prompt.images, prompt.tools, prompt.structured)
         };
         assert_eq!((counted(true), counted(false)), ((1, 2, true), (0, 0, false)));

@@ -134,6 +134,16 @@ impl GenAi {
         metrics
     }
 
+    /// Makes a series of each.
+    pub(super) fn show(&self) {
+        let labels = Labels { operation: "", provider: "", model: "".into(), error: None };
+        self.durations.get_or_create_owned(&Labels { error: Some(""), ..labels.clone() });
+        for family in [&self.durations, &self.first, &self.per_token] {
+            family.get_or_create_owned(&labels);
+        }
+        self.tokens.get_or_create_owned(&TokenLabels(labels, ""));
+    }
+
     /// A request that went to `route` is over.
     pub(super) fn finished(&self, record: &Record<'_>, operation: Operation, route: &Route) {
         // What passes through unread is not known to be a model's work.

@@ -33,7 +33,7 @@ impl Runtimes {
     }
 
     #[cold]
-    fn add(&self, name: &'static str) {
+    pub(super) fn add(&self, name: &'static str) {
         let Ok(handle) = Handle::try_current() else { return };
         let mut runtimes = self.0.lock();
         if runtimes.iter().all(|(_, known)| known.id() != handle.id()) {

@@ -63,6 +63,13 @@ impl Spent {
         Self { cost, unpriced, by_tenant, estimated: of(Source::Estimated), partial: of(Source::Partial) }
     }
 
+    /// Makes a series of each.
+    pub(super) fn show(&self) {
+        let labels = ModelLabels { gen_ai_request_model: "".into() };
+        let _held = (self.cost.get_or_create_owned(&labels), self.unpriced.get_or_create_owned(&labels));
+        self.by("".into(), "".into(), NanoUsd(0));
+    }
+
     /// A request is over whose tenant's cost is measured.
     pub(super) fn by(&self, tenant: Arc<str>, gen_ai_request_model: Arc<str>, cost: NanoUsd) {
         let labels = TenantLabels { tenant, gen_ai_request_model };

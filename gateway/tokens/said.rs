@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use infergate_plugins::operation::Operation;
 
-use super::{Encoding, decoded};
+use super::Encoding;
 use crate::ending::ends;
 use crate::text::{self, Place, Text};
 
@@ -53,7 +53,7 @@ impl Said {
             let data = &event[data];
             let Ok(told) = text::event(self.operation, data) else { continue };
             for part in told.texts.iter().filter(|part| told.is_part && !self.repeats(part)) {
-                texts.entry((part.place, part.channel)).or_default().push_str(&decoded(data, part)?);
+                texts.entry((part.place, part.channel)).or_default().push_str(&text::unescaped(data, part)?);
             }
         }
         let counted = texts.values().map(|text| self.encoding.count(text)).sum::<Option<u64>>()?;
@@ -70,7 +70,8 @@ impl Said {
     fn of_whole(&self) -> Option<u64> {
         let all = Some(&self.kept).filter(|kept| kept.len() as u64 == self.bytes)?;
         let texts = text::answer(self.operation, all).ok()?;
-        let counted = texts.iter().map(|text| self.encoding.count(&decoded(all, text)?)).sum::<Option<u64>>()?;
+        let counted =
+            texts.iter().map(|text| self.encoding.count(&text::unescaped(all, text)?)).sum::<Option<u64>>()?;
         (counted > 0).then_some(counted)
     }
 }

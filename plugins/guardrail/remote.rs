@@ -20,8 +20,7 @@ use super::{Config as RuleConfig, Detector, Guardrails, Place, Verdict, World, W
 use crate::secret::SecretSource;
 use crate::sink::{self, Post};
 
-/// What another service says. It gets every text of the rule's places, as the other rules left it (of a held stream, as
-/// the model wrote it).
+/// What another service says. It gets every text of the rule's places, as the other rules left it.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "RemoteRule")]

@@ -12,7 +12,8 @@ use crate::semantic::{Embedding, Examples, Heads, Report};
 
 /// What a text is about. With `forbid`, a text that is like the examples of a forbidden topic is found, and `allow` has
 /// what must not be mistaken for it. Without `forbid`, a text that is like none of the allowed topics is found, as
-/// `off_topic`. Texts are judged at their end; an answer that may be blocked is held until then, up to 16 KiB at a time.
+/// `off_topic`. Topics that are only forbidden are told by likeness alone, and take what is near them along: name under
+/// `allow` what people usually ask. Texts are judged at their end; an answer that may be blocked is held until then, up to 16 KiB at a time.
 /// What has fewer than four tokens, and what is not English, tells nothing and passes.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -266,6 +267,68 @@ mod tests {
         for nothing in ["thanks!", "", "ok", "ᚠᚢᚦ ᚨᚱᚲ ᚷᚹᚺ ᚾᛁᛃ ᛇᛈᛉ"] {
             assert_eq!(found(&topics, nothing), None, "{nothing} tells nothing");
         }
+    }
+
+    /// Texts that other people have labelled, and topics with examples that other people have written.
+    struct Labelled(Vec<(String, Option<String>)>);
+
+    impl Labelled {
+        fn read(lines: &str) -> Self {
+            let row = |line: &str| serde_json::from_str::<Value>(line).unwrap();
+            let word = |value: &Value| value.as_str().map(str::to_owned);
+            let rows = lines.lines().map(row).map(|row| (word(&row["text"]).unwrap(), word(&row["label"])));
+            Self(rows.collect())
+        }
+
+        /// The examples of a topic.
+        fn examples(&self, name: &str) -> TopicConfig {
+            let own = self.0.iter().filter(|(_, label)| label.as_deref() == Some(name));
+            TopicConfig { name: name.to_owned(), examples: own.map(|(text, _)| text.clone()).collect() }
+        }
+
+        fn names(&self) -> BTreeSet<&str> {
+            self.0.iter().filter_map(|(_, label)| label.as_deref()).collect()
+        }
+
+        /// The shares of what should be found that is, and of what should not be found that is all the same.
+        fn shares(&self, config: &Config, should: impl Fn(Option<&str>) -> bool) -> (f64, f64) {
+            let Ok(Detector::Whole(whole)) = build(config, 0) else { panic!("these topics can be learned") };
+            let (mut all, mut found) = ([0u32; 2], [0u32; 2]);
+            for (text, label) in &self.0 {
+                let which = usize::from(!should(label.as_deref()));
+                all[which] += 1;
+                found[which] += u32::from(whole.judge.judge(text).is_some());
+            }
+            let share = |which: usize| f64::from(found[which]) / f64::from(all[which]);
+            (share(0), share(1))
+        }
+    }
+
+    #[test]
+    fn what_is_off_topic_is_found_as_often_as_the_guide_says() {
+        let examples = Labelled::read(include_str!("../../tests/fixtures/topics/banking-examples.jsonl"));
+        let texts = Labelled::read(include_str!("../../tests/fixtures/topics/banking-texts.jsonl"));
+        let config = Config { allow: vec![examples.examples("banking")], ..Config::default() };
+        let (found, alarms) = texts.shares(&config, |label| label.is_none());
+        assert!(found >= 0.94 && alarms <= 0.04, "{found} of what is off topic, {alarms} of what is not");
+    }
+
+    #[test]
+    fn what_is_forbidden_is_found_as_often_as_the_guide_says() {
+        let examples = Labelled::read(include_str!("../../tests/fixtures/topics/subjects-examples.jsonl"));
+        let texts = Labelled::read(include_str!("../../tests/fixtures/topics/subjects-texts.jsonl"));
+        let is_forbidden = |name: &str| ["health", "law"].contains(&name);
+        let (forbid, allow): (Vec<TopicConfig>, _) = examples
+            .names()
+            .into_iter()
+            .map(|name| examples.examples(name))
+            .partition(|topic| is_forbidden(&topic.name));
+        let alone = Config { forbid: forbid.clone(), ..Config::default() };
+        let (found, alarms) = texts.shares(&alone, |label| label.is_some_and(is_forbidden));
+        assert!(found >= 0.85 && alarms <= 0.7, "alone: {found} of what is forbidden, {alarms} of what is not");
+        let beside = Config { forbid, allow, ..Config::default() };
+        let (found, alarms) = texts.shares(&beside, |label| label.is_some_and(is_forbidden));
+        assert!(found >= 0.7 && alarms <= 0.03, "beside others: {found} of what is forbidden, {alarms} of what is not");
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! A text as a direction in 256 dimensions: the sum of its tokens' rows in a static int8 table, at length one.
 //!
 //! Each sum runs in one fixed order and no product is fused with an addition, so the same text gives the same bits on
-//! every machine. The table lies in the binary and is used where it lies.
+//! every machine, however many numbers it adds at once. The table lies in the binary and is used where it lies.
 
 use std::ops::ControlFlow;
+
+use fearless_simd::{Level, Simd, dispatch};
 
 use super::tokens::{self, IDS, UNKNOWN};
 
@@ -36,10 +38,11 @@ impl Embedding {
         let mut sum = Sum::new();
         let mut first = [0; MOST_TOKENS];
         match read(parts, &mut first) {
-            Read::All(count) => first[..count].iter().for_each(|id| sum.add(*id)),
+            Read::All(count) => sum.add(&first[..count]),
             Read::TooMany => {
-                first[..HALF].iter().for_each(|id| sum.add(*id));
-                Last::of(parts).each(|id| sum.add(id));
+                sum.add(&first[..HALF]);
+                let last = Last::of(parts);
+                last.in_order().into_iter().for_each(|ids| sum.add(ids));
             }
         }
         sum.embedding()
@@ -79,19 +82,44 @@ impl Sum {
         Self { vector: [0.0; DIMENSIONS], tokens: 0, unknown: 0 }
     }
 
-    pub(super) fn add(&mut self, id: u16) {
-        self.tokens += 1;
-        self.unknown += u32::from(id == UNKNOWN);
-        let (scale, row) = TABLE.row(id);
-        for (sum, weight) in self.vector.iter_mut().zip(row) {
-            *sum += scale * f32::from(*weight as i8);
-        }
+    /// Adds the rows of `ids`, in their order.
+    pub(super) fn add(&mut self, ids: &[u16]) {
+        self.tokens += ids.len() as u32;
+        self.unknown += ids.iter().filter(|id| **id == UNKNOWN).count() as u32;
+        let vector = &mut self.vector;
+        vectorized(
+            #[inline(always)]
+            || add_rows(vector, ids),
+        );
     }
 
     fn embedding(self) -> Embedding {
         let norm = dot(&self.vector, &self.vector).sqrt();
         let by = if norm > 0.0 { 1.0 / norm } else { 0.0 };
         Embedding { unit: self.vector.map(|x| x * by), tokens: self.tokens, unknown: self.unknown }
+    }
+}
+
+/// Does `work` with the widest instructions that this machine has, as far as it is a closure that is always inlined.
+#[inline(always)]
+pub(super) fn vectorized<T>(work: impl FnOnce() -> T) -> T {
+    dispatch!(Level::new(), simd => simd.vectorize(work))
+}
+
+/// So many sums of a vector stay in registers while all rows go by.
+const AT_ONCE: usize = 64;
+
+#[inline(always)]
+fn add_rows(vector: &mut Vector, ids: &[u16]) {
+    for (part, kept) in vector.as_chunks_mut::<AT_ONCE>().0.iter_mut().enumerate() {
+        let mut sums = *kept;
+        for id in ids {
+            let (scale, row) = TABLE.row(*id);
+            for (sum, weight) in sums.iter_mut().zip(&row.as_chunks::<AT_ONCE>().0[part]) {
+                *sum += scale * f32::from(*weight as i8);
+            }
+        }
+        *kept = sums;
     }
 }
 
@@ -165,9 +193,9 @@ impl Last {
         ControlFlow::Continue(())
     }
 
-    fn each(&self, mut take: impl FnMut(u16)) {
+    fn in_order(&self) -> [&[u16]; 2] {
         let (behind, before) = self.ids.split_at(self.seen % HALF);
-        before.iter().chain(behind).for_each(|id| take(*id));
+        [before, behind]
     }
 }
 
@@ -211,7 +239,7 @@ mod tests {
     fn sum(text: &str) -> Sum {
         let mut sum = Sum::new();
         let _ = tokens::each(text, |id| {
-            sum.add(id);
+            sum.add(&[id]);
             ControlFlow::Continue(())
         });
         sum
@@ -260,8 +288,7 @@ mod tests {
             ids.push(id);
             ControlFlow::Continue(())
         });
-        let mut last = Vec::new();
-        Last::of(&[&text]).each(|id| last.push(id));
+        let last = Last::of(&[&text]).in_order().concat();
         assert_eq!(last, ids[ids.len() - HALF..]);
     }
 

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::embed::{DIMENSIONS, Embedding, Vector, dot};
+use super::embed::{DIMENSIONS, Embedding, Vector, dot, vectorized};
 use super::logistic::{Regression, exp};
 
 /// With fewer examples a label is told by its centroid only.
@@ -230,10 +230,11 @@ type Whole = [i16; DIMENSIONS];
 const ONE: f32 = 16_384.0;
 
 fn whole(unit: &Vector) -> Whole {
-    unit.map(|x| (x * ONE).round() as i16)
+    unit.map(|x| (x * ONE + 0.5_f32.copysign(x)) as i32 as i16)
 }
 
-/// The sum is of two vectors of length one and never wraps; said so, the compiler makes eight products at once.
+/// The sum is of two vectors of length one and never wraps; said so, the compiler makes many products at once.
+#[inline(always)]
 fn cosine(a: &Whole, b: &Whole) -> f32 {
     let products = a.iter().zip(b).map(|(a, b)| i32::from(*a).wrapping_mul(i32::from(*b)));
     products.fold(0, i32::wrapping_add) as f32 / (ONE * ONE)
@@ -384,7 +385,10 @@ impl Heads {
 
     fn nearest_five(&self, own: &Whole) -> f32 {
         let mut five = Five::new();
-        self.examples.iter().for_each(|example| five.see(cosine(own, example)));
+        vectorized(
+            #[inline(always)]
+            || self.examples.iter().for_each(|example| five.see(cosine(own, example))),
+        );
         five.mean()
     }
 }

@@ -75,6 +75,7 @@ impl Reader {
     }
 
     fn shift(&mut self) {
+        self.blocks[1].close();
         if self.blocks[0].len > 0 {
             self.window();
         }
@@ -98,6 +99,7 @@ impl Reader {
     }
 
     fn score(mut self) -> f32 {
+        self.blocks[1].close();
         self.window();
         self.whole.add(&self.blocks[1].sum.vector);
         let chances = WINDOW_ODDS * ln(f64::from(self.windows)) as f32;
@@ -120,7 +122,11 @@ impl Block {
     fn push(&mut self, id: u16) {
         self.ids[self.len] = id;
         self.len += 1;
-        self.sum.add(id);
+    }
+
+    /// No more come.
+    fn close(&mut self) {
+        self.sum.add(&self.ids[..self.len]);
     }
 }
 

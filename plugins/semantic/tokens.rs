@@ -40,7 +40,7 @@ pub fn each(text: &str, emit: impl FnMut(u16) -> ControlFlow<()>) -> ControlFlow
                 at += wide.len_utf8() - 1;
                 words.wide(wide)?;
             }
-            letter => words.word.push_byte(letter),
+            _ => at += words.word.letters(&bytes[at - 1..]) - 1,
         }
     }
     words.end()
@@ -59,6 +59,10 @@ pub(super) fn parts_words(letter: char) -> bool {
 /// Gets the vocabulary ready, which the first text would otherwise wait for.
 pub(super) fn prepare() {
     LazyLock::force(&VOCABULARY);
+}
+
+fn is_letter(byte: u8) -> bool {
+    ASCII[usize::from(byte)] > WIDE
 }
 
 const DROPPED: u8 = 0;
@@ -176,11 +180,25 @@ impl Word {
         (self.len, self.chars, self.hash) = (0, 0, WHOLE);
     }
 
-    fn push_byte(&mut self, byte: u8) {
-        if self.chars < WORD_CHARS {
-            self.keep(byte);
+    /// The letters that `text` begins with; returns how many.
+    fn letters(&mut self, text: &[u8]) -> usize {
+        let room = WORD_CHARS.saturating_sub(self.chars);
+        let (mut kept, mut hash) = (0, self.hash);
+        for (slot, byte) in self.bytes[self.len..].iter_mut().zip(&text[..room.min(text.len())]) {
+            let letter = ASCII[usize::from(*byte)];
+            if letter <= WIDE {
+                break;
+            }
+            *slot = letter;
+            hash = step(hash, letter);
+            kept += 1;
         }
-        self.chars += 1;
+        // Of a word that is too long, nothing matters but where it ends.
+        let beyond = if kept < room { 0 } else { text[kept..].iter().take_while(|byte| is_letter(**byte)).count() };
+        self.hash = hash;
+        self.len += kept;
+        self.chars += kept + beyond;
+        kept + beyond
     }
 
     fn push(&mut self, letter: char) {

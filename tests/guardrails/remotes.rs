@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
-use super::{CHAT, delta, finish, guarded, record, streaming};
+use super::{CHAT, delta, finish, guarded, record, said, streaming};
 use crate::support::wire::{Framing, Heard, Step, Wire};
 use crate::support::{Client, Gateway, chat, eventually, model_server};
 
@@ -151,6 +152,62 @@ async fn a_flag_lets_a_held_stream_pass_as_it_came_and_tells() {
     let gateway = Gateway::start(&guarded(&upstream.url(), &rule)).await;
     let got = Client::h1().post(gateway.address, CHAT, chat(true, 9)).await;
     assert_eq!((got.text(), got.header("x-infergate-guardrails")), (body, "ask=flagged"));
+}
+
+#[tokio::test]
+async fn of_a_held_stream_too_a_service_sees_what_other_rules_leave() {
+    let service = webhook().await;
+    let body = delta("write to ann@exam") + &delta("ple.com, or not") + &finish();
+    let upstream = streaming(body.clone()).await;
+    let ask = rule("answer.content", "block", &service.url(), "shape: webhook, stream: hold");
+    let mail = |verdict: &str| {
+        format!("  - {{name: mail, in: [answer.content], verdict: {verdict}, pii: {{find: [email]}}}}\n{ask}")
+    };
+    let gateway = Gateway::start(&guarded(&upstream.url(), &mail("redact, redact: mask"))).await;
+    let got = Client::h1().post(gateway.address, CHAT, chat(true, 9)).await;
+    assert!(said(&got).starts_with("write to ") && !got.text().contains("example"), "{}", got.text());
+    let heard = service.heard();
+    let heard: Vec<_> = heard.iter().map(|heard| String::from_utf8_lossy(&heard.body)).collect();
+    assert!(heard.len() == 1 && heard[0].contains("or not") && !heard[0].contains("ann@"), "{heard:?}");
+    let rules = record(&gateway).await["guardrails"].clone();
+    assert_eq!((&rules[0]["outcome"], &rules[0]["found"]), (&json!("redacted"), &json!({"email": 1})), "{rules}");
+    // What does not pass here goes nowhere else.
+    assert_eq!(gateway.reload(&guarded(&upstream.url(), &mail("block"))).await.status, 200);
+    for client in Client::both() {
+        let got = client.post(gateway.address, CHAT, chat(true, 9)).await;
+        assert_eq!((got.status, got.code().as_str()), (400, "content_filter"), "nothing had left: {}", got.text());
+        let rules = record(&gateway).await["guardrails"].clone();
+        assert_eq!((&rules[0]["outcome"], &rules[0]["found"]), (&json!("blocked"), &json!({"email": 1})), "{rules}");
+    }
+    assert_eq!(service.heard().len(), 1);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_held_stream_gets_signs_of_life() {
+    let (may, body) = (Arc::new(Semaphore::new(0)), delta("all is ") + &delta("well") + &finish());
+    let (permits, events) = (may.clone(), Bytes::from(body.clone()));
+    let upstream = Wire::start(move |_| {
+        let mut steps = Framing::Chunked.answer("text/event-stream", &events, 40);
+        steps.insert(2, Step::Await(permits.clone()));
+        steps
+    })
+    .await;
+    let service = webhook().await;
+    let ask = rule("answer.content", "block", &service.url(), "shape: webhook, stream: hold");
+    let beats = "\nrequests: {heartbeat_ms: 50}";
+    let gateway = Gateway::start(&guarded(&upstream.url(), &(ask + beats))).await;
+    for client in Client::both() {
+        let mut stream = client.open(gateway.address, CHAT, &[], chat(true, 9)).await.into_body();
+        for _ in 0..3 {
+            let sign =
+                tokio::time::timeout(WITHIN, stream.frame()).await.unwrap().unwrap().unwrap().into_data().unwrap();
+            assert!(sign.starts_with(b": keep-alive"), "nothing else yet: {sign:?}");
+        }
+        may.add_permits(1);
+        let rest = stream.collect().await.unwrap().to_bytes();
+        let rest = String::from_utf8_lossy(&rest).replace(": keep-alive\n\n", "");
+        assert_eq!(rest, body);
+    }
 }
 
 /// A webhook that answers only once it may.

@@ -1,13 +1,14 @@
 //! The gateway as its users run it: a process, with a policy file and settings.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::free_port;
 use super::http::{Answer, Client};
 
 /// A running gateway; it is killed when dropped, and its log is shown if the test fails.
@@ -22,13 +23,6 @@ pub struct Gateway {
 }
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_infergate");
-
-/// A port that nobody listens on, and that the system gives to no connection meanwhile.
-pub fn free_port() -> u16 {
-    std::iter::repeat_with(|| fastrand::u16(10_000..32_000))
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .unwrap()
-}
 
 impl Gateway {
     /// A gateway with this policy, ready.
@@ -74,6 +68,12 @@ impl Gateway {
         let mut command = base_command(Command::new(PROGRAM), &self.directory, self.address, self.admin);
         command.arg("--policy").arg(self.policy_path()).arg("--upgrade");
         Next(command.spawn().unwrap())
+    }
+
+    /// Starts it again where it was, after it has ended.
+    pub fn again(&mut self) {
+        let mut command = base_command(Command::new(PROGRAM), &self.directory, self.address, self.admin);
+        self.child = command.arg("--policy").arg(self.policy_path()).spawn().unwrap();
     }
 
     /// Waits until it is ready.

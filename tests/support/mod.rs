@@ -10,19 +10,22 @@ pub mod keys;
 pub mod load;
 pub mod nats;
 pub mod otlp;
+pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod prometheus;
 pub mod redis;
 pub mod requests;
 pub mod signer;
+pub mod socket;
 pub mod wire;
 
-pub use gateway::{Gateway, free_port};
+pub use gateway::Gateway;
 pub use http::{Answer, Client, events, raw};
 pub use infergate::simulate::{Engine, Options, Outcome, Simulated};
 pub use journal::Journal;
 pub use load::Load;
+pub use ports::free_port;
 pub use process::Process;
 
 use std::future::Future;

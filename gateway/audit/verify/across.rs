@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::run::{Checkpoint, Claim, Found, Gap, Place, Retired, Sealed};
 use super::{Chain, End, Options, Problem, PublicKey, Report, What};
 use crate::audit::read;
+use crate::audit::story::counted;
 
 /// A chain value that was kept elsewhere.
 pub(super) struct Anchor {
@@ -300,7 +301,10 @@ fn torn_as_found(run: &mut Found, by: &str, claim: &Claim) -> bool {
     let fits = claim.live || run.end == End::Retired || run.torn == claim.torn;
     if !fits {
         let (is, was) = (run.torn, claim.torn);
-        let message = format!("{is} bytes of half a line stand at the end, but run {by} found {was} when it started");
+        let message = format!(
+            "half a line of {} stands at the end, but run {by} found {was} when it started",
+            counted(is, "byte")
+        );
         run.problem(What::Torn, run.ending(), message);
     }
     fits
@@ -316,7 +320,7 @@ fn ends(found: &mut [Found], claims: &[Held], options: &Options<'_>, report: &mu
         match (&run.end, by) {
             (End::Retired, _) => continue,
             (_, None) if run.closed && run.torn > 0 => {
-                let message = format!("{} bytes of half a line stand behind the signed end", run.torn);
+                let message = format!("half a line of {} stands behind the signed end", counted(run.torn, "byte"));
                 run.problem(What::Torn, run.ending(), message);
             }
             _ => {}
@@ -336,8 +340,11 @@ fn ends(found: &mut [Found], claims: &[Held], options: &Options<'_>, report: &mu
 }
 
 fn open(run: &mut Found, accepted: bool, report: &mut Report) {
-    let torn =
-        if run.torn > 0 { format!(", with {} bytes of half a line at the end", run.torn) } else { String::new() };
+    let torn = if run.torn > 0 {
+        format!(", with half a line of {} at the end", counted(run.torn, "byte"))
+    } else {
+        String::new()
+    };
     if accepted {
         report.notes.push(format!("{}: ends without a seal{torn}, which was accepted (--open-end)", run.name));
         return;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Chain, End, GENESIS, Ids, Problem, PublicKey, RunReport, TOLD, What, text};
 use crate::audit::read::{self, Run, Segment};
+use crate::audit::story::counted;
 use crate::{hex, time};
 
 /// Every so many lines the progress is told.
@@ -328,7 +329,10 @@ impl<'a, 'w> Reading<'a, 'w> {
             return;
         }
         if lines.torn() > 0 {
-            self.problem(What::Torn, format!("a finished segment ends in half a line of {} bytes", lines.torn()));
+            self.problem(
+                What::Torn,
+                format!("a finished segment ends in half a line of {}", counted(lines.torn(), "byte")),
+            );
             self.lose();
         }
         if lines.number_of_line() == 0 {
@@ -599,7 +603,8 @@ impl Found {
     /// What the reader of the proof should know about it.
     pub(super) fn notes(&self) -> Option<String> {
         let Self { name, lost, .. } = self;
-        (*lost > 0).then(|| format!("{name}: {lost} requests were served without a record, as the policy allowed"))
+        (*lost > 0)
+            .then(|| format!("{name}: served without a record, as the policy allowed: {}", counted(*lost, "request")))
     }
 
     /// What is told of it.

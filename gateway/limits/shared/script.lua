@@ -6,6 +6,7 @@
 --   w, t          the span that is counted: from, to (milliseconds since 1970)
 --   h:<replica>   what it has taken in that span: "used held"
 --   p:<replica>   the same of the span before
+--   n             the highest threshold of which somebody was told, in per cent, and the replica that tells it
 -- ARGV[1]   the call, as JSON (gateway/limits/shared.rs, `Call`)
 --
 -- What is used counts whoever used it; what is held counts while its replica lives. A replica tells absolute numbers,
@@ -88,6 +89,9 @@ local function read(key, told)
       level.from = tonumber(text)
     elseif field == 't' then
       level.to = tonumber(text)
+    elseif field == 'n' then
+      local percent, teller = string.match(text, '^(%d+) (.+)$')
+      level.percent, level.teller = tonumber(percent) or 0, teller
     elseif kind == 'p:' then
       level.past[replica] = pair(text)
     else
@@ -109,6 +113,7 @@ local function read(key, told)
   if not level.from or told.from > level.from then
     level.past = level.to == told.from and level.here or {}
     level.here, level.gone = {}, nil
+    level.percent, level.teller = nil, nil
     level.from, level.to = told.from, told.to
     level.fresh = true
   end
@@ -137,6 +142,13 @@ local function tell(level, told)
   end
 end
 
+-- A threshold is told by the first replica that has seen it passed. One whose call was lost is told so again.
+local function warn(level, told)
+  if told.from == level.from and told.warned > (level.percent or 0) then
+    level.percent, level.teller, level.news = told.warned, me, true
+  end
+end
+
 local function free(level)
   return level.max - level.taken - math.ceil(level.before * level.weight)
 end
@@ -145,6 +157,7 @@ local levels = {}
 for i, told in ipairs(call.levels) do
   local level = read(KEYS[i + 1], told)
   tell(level, told)
+  warn(level, told)
   levels[i] = level
 end
 
@@ -198,12 +211,17 @@ for i, told in ipairs(call.levels) do
     table.insert(fields, 'h:gone')
     table.insert(fields, whole(level.here.gone[1]) .. ' 0')
   end
+  if level.news then
+    table.insert(fields, 'n')
+    table.insert(fields, whole(level.percent) .. ' ' .. me)
+  end
   redis.call('HSET', KEYS[i + 1], unpack(fields))
   if told.expire_ms > 0 then
     redis.call('PEXPIRE', KEYS[i + 1], told.expire_ms)
   end
   for _, number in ipairs({
     level.from, level.to, level.taken, level.own[1] + level.own[2], level.before, past[1] + past[2], target,
+    level.percent or 0, level.teller == me and 1 or 0,
   }) do
     table.insert(reply, number)
   end

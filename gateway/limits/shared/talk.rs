@@ -78,6 +78,8 @@ struct Told {
     parts: u64,
     /// When it may be forgotten; 0: never.
     expire_ms: u64,
+    /// The highest threshold, in per cent, that this replica has seen passed.
+    warned: u8,
 }
 
 impl Told {
@@ -95,6 +97,7 @@ impl Told {
             rolls: matches!(limit.window, Window::Rolling(_)),
             parts,
             expire_ms: expire_ms(limit, own.span, now),
+            warned: 0,
         }
     }
 }
@@ -134,6 +137,10 @@ struct Stand {
     own_before: u64,
     /// What this replica's slice should have.
     target: u64,
+    /// The threshold, in per cent, of which somebody is told; 0: none.
+    warned: u8,
+    /// Whether it is this replica that tells it.
+    tells: bool,
 }
 
 impl Stand {
@@ -145,6 +152,8 @@ impl Stand {
             before: reply.next()?,
             own_before: reply.next()?,
             target: reply.next()?,
+            warned: u8::try_from(reply.next()?).unwrap_or(0),
+            tells: reply.next()? == 1,
         })
     }
 }
@@ -400,6 +409,9 @@ impl Talk {
         let mut count = level.count();
         let (here, before) = (stand.taken.saturating_sub(stand.own), stand.before.saturating_sub(stand.own_before));
         count.set_elsewhere(stand.span, here, before);
+        if stand.span == count.own().span && count.announces(stand.warned) && stand.tells {
+            limit.warned(&level.whose, stand.warned);
+        }
         if count.resize(stand.span, told.slice, stand.target) {
             self.shared.has_to_tell(limit, level, &mut count);
         }
@@ -432,7 +444,8 @@ fn collect(shared: &Shared, parameters: &Parameters, batch: &mut Batch, now: u64
     for (limit, level) in &batch.entries {
         let mut count = level.count();
         count.roll(&limit.terms(now));
-        batch.told.push(Told::of(limit, &count.own(), count.slice, parts(count.touched), now));
+        let told = Told::of(limit, &count.own(), count.slice, parts(count.touched), now);
+        batch.told.push(Told { warned: count.warned(), ..told });
     }
     requests
 }
