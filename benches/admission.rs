@@ -68,6 +68,7 @@ fn admitted(policy: &Policy, state: &State, headers: &http::HeaderMap) -> u64 {
             besides: Usage::default(),
             work: Work::default(),
         },
+        held: None,
         now: millis(now),
     };
     let Some(Outcome::Reserved(mut reservation)) = state.limits.reserve(policy.limits.iter(), &counted) else {

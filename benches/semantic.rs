@@ -90,12 +90,17 @@ fn tells(criterion: &mut Criterion) {
 
 fn routers(criterion: &mut Criterion) {
     let config = r#"[{"difficulty": {"weak": "w", "strong": "s"}},
-        {"signals": {"model": "m", "code": true, "languages": ["en"], "words": ["invoice", "contract"]}}]"#;
+        {"signals": {"model": "m", "code": true, "languages": ["en"], "words": ["invoice", "contract"]}},
+        {"cel": {"model": "m", "when": "'gold' in plans && tokens > 4000 && code"}}]"#;
     let configs: Vec<Config> = serde_json::from_str(config).unwrap_or_default();
     let text = prompt(200);
     let spans = [Span { role: Role::User, turn: 0, text: &text }];
     let whole = Prompt { spans: &spans, ..Prompt::default() };
-    for built in router::build(&configs).unwrap_or_default() {
+    let mut world = router::World {
+        file: &mut |_| Err("there is none".to_owned()),
+        secret: &mut |_| Err("there is none".to_owned()),
+    };
+    for built in router::build(&configs, &mut world).unwrap_or_default() {
         criterion.bench_function(&format!("ask {}, 200 tokens", built.router.kind()), |bencher| {
             bencher.iter(|| built.router.ask(black_box(&whole)));
         });

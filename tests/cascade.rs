@@ -168,6 +168,7 @@ async fn limits_count_every_model_that_was_asked_and_the_request_once() {
     assert_eq!((used("tokens"), used("requests"), used("large")), (24, 1, 1));
     assert_eq!(used("money"), COSTS.0 + COSTS.1);
     assert_eq!(ask(&gateway, body(r#","max_tokens":20"#)).await.header("x-infergate-route"), "auto=large");
+    record(&gateway).await;
     // Nothing is left for the large one: the answer that is there stands.
     let third = ask(&gateway, body(r#","max_tokens":20"#)).await;
     assert_eq!((third.status, third.header("x-infergate-route")), (200, "auto=small"));
@@ -267,6 +268,7 @@ async fn whoever_calls_a_tool_gets_what_it_gave_back_and_is_not_replaced_then() 
     .await;
     let gateway = Gateway::start(&routed(&stays.url(), "", "")).await;
     assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=small");
+    record(&gateway).await;
     assert_eq!(ask(&gateway, LOOPED.to_owned()).await.header("x-infergate-route"), "auto=small");
     let told = decision(&record(&gateway).await);
     assert_eq!(told, ("skip".to_owned(), "the model was chosen before, and is kept".to_owned()));
