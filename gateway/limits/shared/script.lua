@@ -144,7 +144,7 @@ end
 
 -- A threshold is told by the first replica that has seen it passed. One whose call was lost is told so again.
 local function warn(level, told)
-  if told.from == level.from and (told.warned or 0) > (level.percent or 0) then
+  if told.from == level.from and told.warned > (level.percent or 0) then
     level.percent, level.teller, level.news = told.warned, me, true
   end
 end
