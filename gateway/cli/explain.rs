@@ -73,7 +73,7 @@ impl Explain {
         filter.with(&["client.request_id"], &self.id);
         let (mut lines, count) = search::newest(directory, &filter, 1).map_err(unreadable)?;
         if count > 1 {
-            eprintln!("{} have the client's id {}; this is the newest", counted(count as u64, "request"), self.id);
+            eprintln!("{} have the client's id {}; this is the newest", counted(count, "request"), self.id);
         }
         lines.pop_back().ok_or_else(|| {
             format!(
