@@ -366,7 +366,7 @@ impl Exchange {
 
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
     pub fn settle(&mut self) {
-        let Some(mut reservation) = self.tally.reservation.take() else { return };
+        let Some(mut reservation) = self.tally.reservation.take_if(|held| !held.is_settled()) else { return };
         let mut used = self.used(&reservation, self.passed_on());
         used.nanousd = used.nanousd.saturating_add(self.worked_in_vain().map_or(0, |(_, nanousd)| nanousd.0));
         if let Some(let_go) = &self.let_go {
@@ -553,7 +553,8 @@ impl Exchange {
         (besides.usage.and(usage), cost, unpriced || besides.unpriced)
     }
 
-    /// What was used besides the answer: by answers that were set aside, by attempts that were let go, and by those that gave none.
+    /// What was used besides the answer: by answers that were set aside, by attempts that were let go, and by those that
+    /// gave none.
     fn besides(&self) -> Spent {
         let [aside, let_go] = [&self.aside, &self.let_go].map(|spent| spent.as_deref().copied().unwrap_or_default());
         let mut besides = aside.and(let_go);

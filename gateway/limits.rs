@@ -665,6 +665,11 @@ impl Reservation {
         })
     }
 
+    /// Whether all of it is settled.
+    pub fn is_settled(&self) -> bool {
+        self.holds.iter().all(|hold| hold.settled.is_some())
+    }
+
     /// Whether any limit counts how long the answer is.
     pub fn bounds_output(&self) -> bool {
         self.holds.iter().any(|hold| hold.limit.unit.grows())

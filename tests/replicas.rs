@@ -582,7 +582,7 @@ async fn what_a_hedges_loser_was_given_is_used_and_paid_for() {
     assert_eq!(tokens(&record["usage"]), tokens(&lost) + tokens(&won));
     assert_eq!(
         (record["usage"]["output_tokens"].as_u64(), record["usage"]["source"].as_str()),
-        (Some(2), Some("estimated"))
+        (Some(2), Some("partial"))
     );
     assert_eq!(lost["cost_nanousd"].as_u64(), Some(tokens(&lost) * 2_500));
     let cost = tokens(&record["usage"]) * 2_500 + 2 * 10_000;

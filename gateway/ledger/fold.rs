@@ -302,12 +302,12 @@ pub(super) mod tests {
 
     /// A line with these members, in the order of a record.
     pub(crate) fn line(seq: u64, members: &serde_json::Value) -> Vec<u8> {
-        let order = ["id", "outcome", "status", "surface", "principal", "tenant", "model", "decisions", "attempts"];
+        let order = ["id", "outcome", "status", "surface", "principal", "tenant", "model", "decisions", "candidates"];
         let mut all = json!({"surface": "/v1/chat/completions", "model": {}});
         all.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
         let told = order
             .into_iter()
-            .chain(["usage", "cost", "unpriced"])
+            .chain(["attempts", "usage", "cost", "unpriced"])
             .filter_map(|name| all.get(name).map(|value| format!(",\"{name}\":{value}")));
         let (members, chain) = (told.collect::<String>(), "ab".repeat(32));
         let at = r#""at":"2026-11-22T14:03:05.5Z""#;
@@ -379,11 +379,13 @@ pub(super) mod tests {
         let evil = r#"x","usage":{"output_tokens":9},"cost":{"nanousd":9,"prices":""},"unpriced":true,"tenant":"evil"#;
         let record = json!({"id": "x", "outcome": "refused", "model": {"asked": evil, "route": "m"},
             "decisions": [{"why": evil, "rule": "\\\",\"cost\":{\"nanousd\":9}"}],
-            "attempts": [{"pool": "p", "status": 503, "why": evil}]});
+            "candidates": [{"name": "c", "model": {"route": "evil"}}],
+            "attempts": [{"pool": "p", "status": 503, "model": "evil", "why": evil}]});
         let mut batch = batch();
         batch.add(&line(1, &record)).unwrap();
         let row = &batch.rows.as_ref().unwrap()[0];
         assert_eq!((row.status, row.tenant.as_str(), row.outcome.as_str()), (0, "", "refused"));
+        assert_eq!(row.model, "m");
         assert_eq!(row.spent.numbers(), [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
     }
 
@@ -393,13 +395,13 @@ pub(super) mod tests {
         let names = |value: &serde_json::Value| -> Vec<String> {
             value["properties"].as_object().map(|all| all.keys().cloned().collect()).unwrap_or_default()
         };
-        let (own, sought) = (names(&schema), ["model", "usage", "cost", "unpriced"]);
-        assert!(sought.iter().chain(&["principal", "tenant", "surface"]).all(|name| own.contains(&(*name).to_owned())));
+        let (own, sought) = (names(&schema), ["usage", "cost", "unpriced"]);
+        assert!(sought.iter().chain(&["principal", "tenant", "surface", "model"]).all(|name| own.contains(&(*name).to_owned())));
         for (kind, inside) in schema["$defs"].as_object().unwrap() {
             let found: Vec<_> = names(inside).into_iter().filter(|name| sought.contains(&name.as_str())).collect();
             assert!(found.is_empty(), "{kind} has {found:?}: the ledger would take it for the record's");
         }
-        // Before `surface` and before `model` stand only these.
+        // Before `surface` and before `model` stand only these; others have a `model` inside, behind the record's own.
         for early in ["Client", "Trace"] {
             let found = names(&schema["$defs"][early]);
             assert!(!found.iter().any(|name| name == "principal" || name == "tenant" || name == "model"), "{found:?}");

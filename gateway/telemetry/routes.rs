@@ -62,6 +62,15 @@ impl Routes {
             self.decisions.get_or_create(&labels).inc();
         }
     }
+
+    /// Puts each on the page once.
+    pub(super) fn show(&self) {
+        let none: Arc<str> = "".into();
+        let (router, route, gen_ai_request_model) = (none.clone(), none.clone(), none.clone());
+        let _ = self.decisions.get_or_create(&DecisionLabels { router, route, gen_ai_request_model });
+        let _ = self.abstentions.get_or_create(&AbstentionLabels { router: none.clone(), kind: "", why: "" });
+        let _ = self.took.get_or_create(&RouterLabels { router: none });
+    }
 }
 
 fn shared(rule: &Text) -> Arc<str> {

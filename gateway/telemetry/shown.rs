@@ -32,6 +32,7 @@ impl Telemetry {
         let _held = (all.attempts("", ""), all.retries_refused(""), all.hedges(""), all.store(), all.limit(""));
         let _held = (all.sink(""), all.guardrail(""), all.issuer(""));
         all.spent.show();
+        all.routes.show();
         all.genai.show();
         all.text()
     }
