@@ -396,7 +396,12 @@ pub(super) mod tests {
             value["properties"].as_object().map(|all| all.keys().cloned().collect()).unwrap_or_default()
         };
         let (own, sought) = (names(&schema), ["usage", "cost", "unpriced"]);
-        assert!(sought.iter().chain(&["principal", "tenant", "surface", "model"]).all(|name| own.contains(&(*name).to_owned())));
+        assert!(
+            sought
+                .iter()
+                .chain(&["principal", "tenant", "surface", "model"])
+                .all(|name| own.contains(&(*name).to_owned()))
+        );
         for (kind, inside) in schema["$defs"].as_object().unwrap() {
             let found: Vec<_> = names(inside).into_iter().filter(|name| sought.contains(&name.as_str())).collect();
             assert!(found.is_empty(), "{kind} has {found:?}: the ledger would take it for the record's");
