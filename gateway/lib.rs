@@ -11,14 +11,14 @@
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
-//! | [`routers`], [`text`] | models that are chosen by what is asked; where the texts of requests and answers stand |
+//! | [`routers`], [`cascade`] | models that are chosen by what is asked, or by what was answered |
 //! | [`pool`], [`weighing`], [`state`], [`house`] | upstreams and their levels; what a request is to them; what outlives a reload; what lives as long as the process |
 //! | [`relay`] | the only room that names Pingora: sessions, connections, the way of an answer |
 //! | [`money`] | what a request cost: prices, usage, whole nano-dollars |
 //! | [`ledger`] | what was spent, by whom and when: folded from the journal |
 //! | [`telemetry`], [`logging`], [`admin`], [`memory`] | what is measured and shown to operators |
 //! | [`hex`], [`time`] | digits, and the calendar |
-//! | [`compatible`] | paths and headers of another gateway, where the policy wants them |
+//! | `compatible` | paths and headers of another gateway, where the policy wants them |
 //! | [`import`] | another gateway's configuration becomes a policy |
 //! | [`simulate`] | the embedded model server; nothing else here knows it |
 //! | [`cli`] | one file a subcommand |
