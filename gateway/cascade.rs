@@ -291,6 +291,9 @@ fn meter(exchange: &mut Exchange, planned: &Planned, short: &Short<'_>) -> Heard
 fn metered(exchange: &mut Exchange, planned: &Planned, asked: &Asked<'_>, whole: bool) -> Heard {
     let Asked { answer, picked, stage, .. } = asked;
     let is_events = answer.is_event_stream();
+    if let Some(attempt) = exchange.attempts.last_mut() {
+        attempt.worked();
+    }
     let reading = answering::opened(exchange, planned, (stage, picked.upstream), answer.head.status, is_events);
     exchange.tally.begin(planned.identified.surface.operation, reading);
     exchange.tally.meter(&answer.first);

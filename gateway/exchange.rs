@@ -75,10 +75,12 @@ pub struct Exchange {
     pub tally: Tally,
     /// What it comes to, where the policy has prices and a model has begun to answer.
     pub bill: Option<Bill>,
-    /// What answers used and cost that were read and not passed on. Limits know of it.
+    /// What was used and cost besides the answer. Limits know of it.
     aside: Option<Box<Spent>>,
-    /// The same of attempts that were let go before they answered; limits hear of it with the answer.
+    /// The same of attempts that were let go before they answered: limits hear of it with the next answer.
     let_go: Option<Box<Spent>>,
+    /// Of so many attempts, limits know what they did in vain.
+    in_vain: usize,
     caller: Caller,
     decisions: Decisions,
     ending: End,
@@ -115,6 +117,11 @@ impl Spent {
             unpriced: self.unpriced || other.unpriced,
         }
     }
+}
+
+fn add(sum: &mut Option<Box<Spent>>, more: Spent) {
+    let sum = sum.get_or_insert_default();
+    **sum = sum.and(more);
 }
 
 /// Whom it came from.
@@ -188,6 +195,7 @@ impl Exchange {
             bill: None,
             aside: None,
             let_go: None,
+            in_vain: 0,
             caller: Caller {
                 peer: downstream.peer(),
                 protocol: downstream.protocol(),
@@ -306,8 +314,7 @@ impl Exchange {
             attempt.metered = Metered::of(&usage, cost.map(|cost| cost.0));
         }
         let unpriced = cost.is_none() && self.policy.prices.is_some();
-        let let_go = self.let_go.get_or_insert_default();
-        **let_go = let_go.and(Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
+        add(&mut self.let_go, Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
     }
 
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
@@ -367,13 +374,7 @@ impl Exchange {
     /// What it used is known: the rest is given back. After this, whoever it belongs to may ask again.
     pub fn settle(&mut self) {
         let Some(mut reservation) = self.tally.reservation.take_if(|held| !held.is_settled()) else { return };
-        let mut used = self.used(&reservation, self.passed_on());
-        used.nanousd = used.nanousd.saturating_add(self.worked_in_vain().map_or(0, |(_, nanousd)| nanousd.0));
-        if let Some(let_go) = &self.let_go {
-            used.input += prompt_tokens(&let_go.usage, bill::cached(self.surface.operation));
-            used.output += let_go.usage.output_tokens.unwrap_or_default();
-            used.nanousd = used.nanousd.saturating_add(let_go.nanousd.0);
-        }
+        let used = self.used(&reservation, self.passed_on());
         reservation.settle(&used, millis(SystemTime::now()));
         self.tally.reservation = Some(reservation);
     }
@@ -387,22 +388,34 @@ impl Exchange {
         self.tally.reservation = Some(reservation);
     }
 
-    /// What the answer used of limits.
-    fn used(&self, reservation: &Reservation, heard: Heard) -> Used {
+    /// What limits have to hear of: the answer, and whatever was done besides since they heard last.
+    fn used(&mut self, reservation: &Reservation, heard: Heard) -> Used {
+        let cached = bill::cached(self.surface.operation);
         let (usage, cost, _) = self.answer_spent(heard);
-        let used = Used {
-            asked: !self.attempts.is_empty(),
-            input: prompt_tokens(&usage, bill::cached(self.surface.operation)),
-            output: usage.output_tokens.unwrap_or_default(),
-            nanousd: cost.map_or(0, |cost| cost.nanousd.0),
-        };
+        let cost = cost.map_or(0, |cost| cost.nanousd.0);
+        let input = prompt_tokens(&usage, cached);
         if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
-            route.density.learn(reservation.text_bytes, used.input);
+            route.density.learn(reservation.text_bytes, input);
             if let Some((attempt, micros)) = self.attempts.last().and_then(|last| Some((last, last.gpu_us()?))) {
-                attempt.pool().state.effort.learn(used.input, used.output, micros);
+                attempt.pool().state.effort.learn(input, usage.output_tokens.unwrap_or_default(), micros);
             }
         }
-        used
+        let besides = self.untold().unwrap_or_default();
+        Used {
+            asked: !self.attempts.is_empty(),
+            input: input + prompt_tokens(&besides.usage, cached),
+            output: usage.output_tokens.unwrap_or_default() + besides.usage.output_tokens.unwrap_or_default(),
+            nanousd: cost.saturating_add(besides.nanousd.0),
+        }
+    }
+
+    /// What was used besides the answer and limits have not heard of. From now on they have.
+    fn untold(&mut self) -> Option<Spent> {
+        let in_vain = self.worked_in_vain();
+        self.in_vain = self.unanswered();
+        let untold = [self.let_go.take().map(|let_go| *let_go), in_vain].into_iter().flatten().reduce(Spent::and)?;
+        add(&mut self.aside, untold);
+        Some(untold)
     }
 
     /// The answer that was read is not passed on: the running attempt has what it used, and the next model begins anew.
@@ -413,9 +426,7 @@ impl Exchange {
         if let Some(attempt) = self.attempts.last_mut() {
             (attempt.metered, attempt.model) = (Metered::of(&usage, nanousd), model);
         }
-        let spent = Spent { usage, nanousd: NanoUsd(nanousd.unwrap_or_default()), unpriced };
-        let aside = self.aside.get_or_insert_default();
-        **aside = aside.and(spent);
+        add(&mut self.aside, Spent { usage, nanousd: NanoUsd(nanousd.unwrap_or_default()), unpriced });
         self.attempt_ends(result, Some(why));
         self.unread();
     }
@@ -474,9 +485,9 @@ impl Exchange {
     fn record(&self, ended: Instant) -> Record<'_> {
         let times = &self.times;
         let moment = Moment { at: times.at, received: times.received, ended };
-        let (usage, cost, unpriced) = self.spent();
-        let (of_answer, its_cost, _) = self.answer_spent(self.passed_on());
-        let metered = Metered::of(&of_answer, its_cost.map(|cost| cost.nanousd.0));
+        let answer = self.answer_spent(self.passed_on());
+        let metered = Metered::of(&answer.0, answer.1.as_ref().map(|cost| cost.nanousd.0));
+        let (usage, cost, unpriced) = self.with_besides(answer);
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -531,23 +542,24 @@ impl Exchange {
         meter.push(body);
         let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
         let cost = bill.settle(meter.usage(), whole).1.flatten()?;
-        Some(cost.plus(self.besides().nanousd))
+        Some(self.besides().map_or(cost, |besides| cost.plus(besides.nanousd)))
     }
 
     /// What it cost, once it is over.
     pub fn cost(&self) -> Option<NanoUsd> {
-        self.spent().1.map(|cost| cost.nanousd)
+        self.with_besides(self.answer_spent(self.passed_on())).1.map(|cost| cost.nanousd)
     }
 
     fn gpu_us(&self) -> Option<u64> {
         self.attempts.last()?.gpu_us()
     }
 
-    /// What it used, what that cost, and whether something of it has no price: all its answers together.
-    fn spent(&self) -> (Usage, Option<Cost<'_>>, bool) {
-        let (usage, cost, unpriced) = self.answer_spent(self.passed_on());
-        let besides = self.besides();
-        let nanousd = cost.map_or(NanoUsd(0), |cost| cost.nanousd).plus(besides.nanousd);
+    /// What all its answers and attempts used together, what that cost, and whether something of it has no price, where
+    /// this is what the `answer` alone did.
+    fn with_besides<'a>(&'a self, answer: (Usage, Option<Cost<'a>>, bool)) -> (Usage, Option<Cost<'a>>, bool) {
+        let Some(besides) = self.besides() else { return answer };
+        let (usage, cost, unpriced) = answer;
+        let nanousd = cost.as_ref().map_or(NanoUsd(0), |cost| cost.nanousd).plus(besides.nanousd);
         let book = self.policy.prices.as_ref().filter(|_| cost.is_some() || nanousd.0 > 0);
         let cost = book.map(|book| Cost { nanousd, prices: &book.version });
         (besides.usage.and(usage), cost, unpriced || besides.unpriced)
@@ -555,31 +567,29 @@ impl Exchange {
 
     /// What was used besides the answer: by answers that were set aside, by attempts that were let go, and by those that
     /// gave none.
-    fn besides(&self) -> Spent {
-        let [aside, let_go] = [&self.aside, &self.let_go].map(|spent| spent.as_deref().copied().unwrap_or_default());
-        let mut besides = aside.and(let_go);
-        if let Some((gpu_us, nanousd)) = self.worked_in_vain() {
-            besides.usage.gpu_us = Some(besides.usage.gpu_us.unwrap_or(0).saturating_add(gpu_us));
-            besides.nanousd = besides.nanousd.plus(nanousd);
-        }
-        besides
+    fn besides(&self) -> Option<Spent> {
+        let [aside, let_go] = [&self.aside, &self.let_go].map(|spent| spent.as_deref().copied());
+        [aside, let_go, self.worked_in_vain()].into_iter().flatten().reduce(Spent::and)
     }
 
-    /// How long servers that are paid by the hour worked for attempts that gave no answer, in microseconds, and what
-    /// that cost. An attempt that reached nobody was no work, and one that was metered is counted with that.
-    fn worked_in_vain(&self) -> Option<(u64, NanoUsd)> {
+    /// What servers that are paid by the hour did for attempts that gave no answer, as far as limits do not know of it.
+    /// An attempt that reached nobody was no work, and one that was metered is counted with that.
+    fn worked_in_vain(&self) -> Option<Spent> {
         let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
-        let answered = usize::from(self.bill.is_some());
-        let in_vain = &self.attempts[..self.attempts.len().saturating_sub(answered)];
         let counts = |attempt: &&Attempt| attempt.result != Ending::Connect && attempt.metered.is_none();
-        let worked = in_vain.iter().filter(counts).filter_map(|attempt| {
+        let worked = self.attempts.get(self.in_vain..self.unanswered())?.iter().filter(counts).filter_map(|attempt| {
             let provider = attempt.upstream()?.provider.kind();
             let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
-            let gpu_us = attempt.gpu_us().filter(|_| price.gpu_hour.is_some());
-            let cost = price.cost(&Usage { gpu_us, ..Usage::default() }, Cached::Within)?;
-            Some((gpu_us?, cost))
+            price.gpu_hour?;
+            let usage = Usage { gpu_us: Some(attempt.gpu_us()?), ..Usage::default() };
+            Some(Spent { usage, nanousd: price.cost(&usage, Cached::Within)?, unpriced: false })
         });
-        worked.reduce(|(one, cost), (other, more)| (one + other, cost.plus(more)))
+        worked.reduce(Spent::and)
+    }
+
+    /// How many attempts there were before the one whose answer is read.
+    fn unanswered(&self) -> usize {
+        self.attempts.len().saturating_sub(usize::from(self.bill.is_some()))
     }
 
     /// How much of the answer its client has.

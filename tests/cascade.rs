@@ -198,6 +198,25 @@ const POOR: [&str; 3] = [
 ];
 
 #[tokio::test]
+async fn a_budget_counts_what_was_done_in_vain_before_an_answer_that_stands() {
+    let (hangs, says) = (Wire::start(|_| vec![Step::UntilGone]).await, server(spoken("I can't help with that.")).await);
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: small, pool: p, fallbacks: [{{pool: q}}]}}\n  - {{name: large, pool: q}}\npools:\n  p: {{upstreams: [{{url: '{}'}}], timeouts: {{answer_ms: 300}}}}\n  q: {{upstreams: [{{url: '{}'}}]}}\nrouters:\n  auto: {{default: small, cascade: {{models: [small, large]}}}}\nprices: {{list: [{{models: [small, large], gpu_hour: 36}}]}}\nlimits:\n  - {{name: purse, usd: 99, per: day}}\n  - {{name: large, models: [large], requests: 0, per: 1h}}\n",
+        hangs.url(),
+        says.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=small");
+    let record = record(&gateway).await;
+    assert_eq!((decision(&record).0.as_str(), &record["attempts"][0]["result"]), ("stay", &json!("timeout")));
+    // A cent a second.
+    let cost = record["cost"]["nanousd"].as_u64().unwrap();
+    assert!(cost >= 3_000_000, "{record:#}");
+    let purse = record["limits"].as_array().unwrap().iter().filter(|limit| limit["limit"] == "purse");
+    assert_eq!(purse.map(|limit| limit["used"].as_u64().unwrap()).sum::<u64>(), cost, "{record:#}");
+}
+
+#[tokio::test]
 async fn a_stream_is_passed_on_as_it_comes_unless_the_policy_holds_it() {
     let server =
         Wire::start(|heard| vec![Step::Say(streamed(if model(heard) == "small" { &POOR } else { &GOOD }))]).await;

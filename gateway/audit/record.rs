@@ -620,10 +620,15 @@ impl Attempt {
         self.gpu_us.or_else(|| Some(self.share.as_ref()?.micros(Instant::now())))
     }
 
-    /// It is over.
-    pub fn end(&mut self, result: Ending, why: Option<Text>) {
+    /// Its server has nothing more to do for it, however long its answer takes on to the client.
+    pub fn worked(&mut self) {
         self.gpu_us = self.gpu_us();
         self.share = None;
+    }
+
+    /// It is over.
+    pub fn end(&mut self, result: Ending, why: Option<Text>) {
+        self.worked();
         self.ended = Some(Instant::now());
         self.result = result;
         self.why = why;
