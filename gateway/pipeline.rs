@@ -341,8 +341,10 @@ fn admit(
 fn reading(downstream: &Downstream, planned: &Planned) -> Arc<Reading> {
     let surface = planned.identified.surface;
     let reading = Reading::of(surface.operation, planned.received.body.clone());
-    let is_form = surface.body == Body::Multipart;
-    Arc::new(reading.in_form(downstream.head().headers.get(CONTENT_TYPE).filter(|_| is_form).cloned()))
+    Arc::new(match surface.body {
+        Body::Multipart => reading.in_form(downstream.head().headers.get(CONTENT_TYPE).cloned()),
+        _ => reading,
+    })
 }
 
 /// Lets the guardrails read the prompt. A long one is read beside the threads that carry requests.
