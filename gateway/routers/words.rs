@@ -22,7 +22,7 @@ pub struct Words<'a> {
 }
 
 impl<'a> Words<'a> {
-    /// The texts of what is `reading`; `counts`: also how many images and tools there are.
+    /// The texts of a request; `counts`: also how many images and tools there are.
     pub fn of(reading: &'a Reading, counts: bool) -> Result<Self, Unreadable> {
         let (texts, body) = (reading.texts()?, &reading.body);
         let last = texts.all.iter().rev().find(|text| text.place == Place::PromptUser).map(|text| text.turn);

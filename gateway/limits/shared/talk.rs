@@ -13,7 +13,7 @@ use serde::Serialize;
 use smallvec::SmallVec;
 use tokio::sync::mpsc;
 
-use super::super::level::{Count, Level, Own};
+use super::super::level::{Count, Level};
 use super::super::window::{Span, Window};
 use super::super::{Hold, Limit, Reservation, Unit, Way, millis};
 use super::{Answer, Ask, Counts, Entry, Parameters, STALE, Shared};
@@ -83,21 +83,21 @@ struct Told {
 }
 
 impl Told {
-    fn of(limit: &Limit, own: &Own, slice: u64, parts: u64, now: u64) -> Self {
-        let of = |number: u64| number.min(MOST);
+    fn of(limit: &Limit, count: &Count, parts: u64, now: u64) -> Self {
+        let (own, of) = (count.own(), |number: u64| number.min(MOST));
         Self {
             from: own.span.from,
             to: of(own.span.to),
             used: of(own.used),
             held: of(own.held),
-            slice: of(slice),
+            slice: of(count.slice),
             used_before: of(own.used_before),
             held_before: of(own.held_before),
             max: of(limit.max),
             rolls: matches!(limit.window, Window::Rolling(_)),
             parts,
             expire_ms: expire_ms(limit, own.span, now),
-            warned: 0,
+            warned: count.warned(),
         }
     }
 }
@@ -444,8 +444,7 @@ fn collect(shared: &Shared, parameters: &Parameters, batch: &mut Batch, now: u64
     for (limit, level) in &batch.entries {
         let mut count = level.count();
         count.roll(&limit.terms(now));
-        let told = Told::of(limit, &count.own(), count.slice, parts(count.touched), now);
-        batch.told.push(Told { warned: count.warned(), ..told });
+        batch.told.push(Told::of(limit, &count, parts(count.touched), now));
     }
     requests
 }
