@@ -78,7 +78,7 @@ const READ_S: f32 = 1.0 / PREFILL_RATE;
 const HALF_S: f32 = 60.0;
 /// Whoever is within a quarter of what is usual in the pool is as fast as that: the difference is what happened to run
 /// beside its last answers, and would outweigh a prefix.
-const ALIKE: std::ops::Range<f32> = 0.7788..1.284;
+const ALIKE: std::ops::Range<f32> = 0.778_800_8..1.284_025_4; // a quarter as a power of e
 /// Work of so many tokens tells half as much as work without end: the rest of its time is the way there and back.
 const TELLING_TOKENS: f32 = 256.0;
 /// An answer of fewer tokens tells nothing of the time between them.
