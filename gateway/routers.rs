@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
+use infergate_plugins::claim::Claims;
 use infergate_plugins::prompt::{Asker, Prompt, Role};
 use infergate_plugins::router::cascade::Cascade;
 use infergate_plugins::router::effort::Effort;
@@ -61,6 +62,8 @@ pub struct Routers {
     pub cascade: Option<Arc<Cascade>>,
     /// The headers that somebody looks at.
     pub headers: Vec<Arc<str>>,
+    /// Whether somebody looks at what tokens say.
+    pub claims: bool,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
     /// Whether somebody asks how long a prompt is.
@@ -210,6 +213,7 @@ pub struct Whose {
     plans: Option<Arc<[Arc<str>]>>,
     surface: &'static str,
     headers: Vec<(Arc<str>, Box<str>)>,
+    claims: Option<Claims>,
     /// What the client calls it.
     session: Option<Box<[u8]>>,
 }
@@ -224,6 +228,7 @@ impl Whose {
             plans: who.map(|who| who.identity.plans.clone()),
             surface: exchange.surface.path,
             headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
+            claims: who.filter(|_| routers.claims).map(|who| who.identity.claims.clone()),
             session: named.map(|value| value.as_bytes().into()),
         }
     }
@@ -235,6 +240,7 @@ impl Whose {
             plans: self.plans.as_deref().unwrap_or_default(),
             surface: self.surface,
             headers: &self.headers,
+            claims: self.claims.as_deref().unwrap_or_default(),
         }
     }
 }

@@ -75,6 +75,11 @@ pub trait Router: Debug + Send + Sync {
         &[]
     }
 
+    /// Whether it looks at what the token of whoever asks says.
+    fn reads_claims(&self) -> bool {
+        false
+    }
+
     /// The routes told by examples, where it goes by those: to be looked into and measured.
     fn semantic(&self) -> Option<&semantic::Semantic> {
         None
@@ -147,6 +152,11 @@ impl Config {
         let pairs = pairs.map(|(key, model)| (format!(".difficulty.{key}"), model.as_str()));
         let cel = self.cel.iter().map(|cel| (".cel.model".to_owned(), cel.model.as_str()));
         routes.chain(signals).chain(pairs).chain(cel).collect()
+    }
+
+    /// The claims of tokens that its condition may look at.
+    pub fn claims(&self) -> &[String] {
+        self.cel.as_ref().map(|cel| &*cel.claims).unwrap_or_default()
     }
 
     /// The names of its decisions: of routes, of a rule; of difficulty those of its models.

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::support::issuer::Issuer;
 use crate::support::keys::{asks_for, key, start};
+use crate::support::signer::Signer;
 use crate::support::wire::{Framing, Step, Wire, sha256};
 use crate::support::{Client, Gateway, Journal, Options, Process, Simulated};
 
@@ -418,6 +420,46 @@ async fn a_condition_decides_by_who_asks_where_and_what_and_one_that_fails_does_
     let wrong = policy.replace("    ask:", "    ask:\n      - cel: {model: coder, when: 'tokens > 1 && team'}");
     let told = gateway.reload(&wrong).await.text();
     assert!(told.contains("routers.auto.ask[0].cel.when: team is not known"), "{told}");
+}
+
+#[tokio::test]
+async fn a_condition_sees_the_claims_that_it_lists_and_whoever_has_none_goes_on() {
+    let (server, signer) = (models().await, Signer::p256());
+    let issuer = Issuer::start(&[signer.jwk("k")]).await;
+    let own = key("search", "");
+    let callers = asks_for(&[&own], "{search: {}}")
+        .replace("authenticators:\n", &format!("authenticators:\n  - jwt: {{issuers: [{}]}}\n", issuer.entry("")));
+    let rule = "cel: {name: staff, model: coder, when: \"'ml' in claims.groups && claims['account.level'] > 2\", claims: [groups, account.level]}";
+    let policy = routed(&server.url(), &callers);
+    let (begin, rest) = (policy.find("    ask:").unwrap(), policy.find("tenants:").unwrap());
+    let policy = format!("{}    ask:\n      - {rule}\n{}", &policy[..begin], &policy[rest..]);
+    let gateway = start(&policy, "").await;
+    let token = |groups: Value, level: u32| {
+        let mut claims = issuer.claims(600);
+        (claims["groups"], claims["account"], claims["canary"]) =
+            (groups, json!({"level": level}), json!("canary-claim"));
+        signer.token("k", &claims)
+    };
+    let staff = token(json!(["canary-group", "ml"]), 3);
+    for (credentials, model) in [
+        (&staff, "coder"),
+        (&staff, "coder"),
+        (&token(json!(["ml"]), 2), "plain"),
+        (&token(json!("x".repeat(300)), 3), "plain"),
+        (&own.text, "plain"),
+    ] {
+        let bearer = format!("Bearer {credentials}");
+        let got = route(&gateway, &[("authorization", &bearer)], CHAT, body(CHAT, NEITHER, false)).await;
+        assert_eq!(got, format!("auto={model}"));
+    }
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let told = |words: &str| records.iter().filter(|record| record.to_string().contains(words)).count();
+    let failed = told("cel: its condition fails: there is no such key");
+    assert_eq!((failed, told("canary")), (2, 0), "what a claim says is in no record: {records:?}");
+    let without = policy.replacen(&format!("  - jwt: {{issuers: [{}]}}\n", issuer.entry("")), "", 1);
+    let file = file(&without.replace("{env: INFERGATE_PEPPER}", "{env: NONE}"));
+    let (_, out, _) = Process::run(&["check", "--without-secrets", file.path().to_str().unwrap()]);
+    assert!(out.contains("routers.auto.ask[0].cel.claims") && out.contains("no authenticator reads tokens"), "{out}");
 }
 
 /// Two routes of which nothing in the first stage says which it is.

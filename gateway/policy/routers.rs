@@ -31,11 +31,24 @@ impl Compiler<'_> {
             let known = self.candidates(&path, written, file, models);
             let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
             let routers = self.built_routers(&path, name, written, known, shortlists);
+            self.somebody_has_claims(&path, written, file);
             built.extend(routers.map(|routers| (name, self.virtual_route(name, written, routers))));
         }
         // Only now, so that none finds another one.
         for (name, route) in built {
             models.add(name, route);
+        }
+    }
+
+    /// A condition that looks at claims, where nobody comes with a token, hardly ever holds.
+    fn somebody_has_claims(&mut self, path: &str, written: &file::VirtualModel, file: &file::File) {
+        if file.authenticators.iter().flatten().any(|config| config.jwt.is_some()) {
+            return;
+        }
+        for (at, _) in written.ask.iter().enumerate().filter(|(_, config)| !config.claims().is_empty()) {
+            let message = "nobody has any: no authenticator reads tokens (`jwt`)";
+            let warning = self.document.problem(&format!("{path}.ask[{at}].cel.claims"), message);
+            self.warnings.push(warning);
         }
     }
 
@@ -222,6 +235,7 @@ impl Compiler<'_> {
         Some(Routers {
             name: name.into(),
             counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())) || can().any(lacks),
+            claims: ask.iter().any(|router| router.reads_claims()),
             headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
             measures: !shortlists.is_empty() || can().any(|can| can.context_tokens.is_some()),
             ask,
