@@ -220,20 +220,35 @@ pub struct Whose {
 
 impl Whose {
     fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
-        let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
         let who = exchange.who.as_ref();
+        let tenant = who.map(|who| who.tenant.clone());
         Self {
-            tenant: who.map(|who| who.tenant.clone()),
             principal: who.map(|who| who.identity.principal.clone()),
             plans: who.map(|who| who.identity.plans.clone()),
-            surface: exchange.surface.path,
-            headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
             claims: who.filter(|_| routers.claims).map(|who| who.identity.claims.clone()),
-            session: named.map(|value| value.as_bytes().into()),
+            ..Self::of_tenant(tenant, exchange.surface.path, routers, headers)
         }
     }
 
-    fn asker(&self) -> Asker<'_> {
+    /// Somebody for whom this tenant pays, who asks there with these headers, and of whom no more is known.
+    pub fn of_tenant(
+        tenant: Option<Arc<Tenant>>,
+        surface: &'static str,
+        routers: &Routers,
+        headers: &HeaderMap,
+    ) -> Self {
+        let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
+        Self {
+            tenant,
+            surface,
+            headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
+            session: named.map(|value| value.as_bytes().into()),
+            ..Self::default()
+        }
+    }
+
+    /// The same for rules that name them.
+    pub fn asker(&self) -> Asker<'_> {
         Asker {
             tenant: self.tenant.as_ref().map_or("", |tenant| &tenant.name),
             principal: self.principal.as_deref().unwrap_or_default(),

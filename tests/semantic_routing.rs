@@ -288,6 +288,45 @@ prices: {list: [{models: [coder], input: 16, output: 16}, {models: [small, eyes]
 }
 
 #[test]
+fn the_command_line_explains_what_a_tenant_gets_with_its_headers() {
+    let text = routed("http://127.0.0.1:1", "tenants: {clinic: {regions: [eu]}, shop: {models: [small]}, bank: {}}\n")
+        .replace("{name: coder, pool: p}", "{name: coder, pool: q}")
+        .replace("pools:\n", "pools:\n  q: {region: us, upstreams: [{url: 'http://127.0.0.1:2'}]}\n")
+        .replace("p: {upstreams", "p: {region: eu, upstreams")
+        .replacen("    ask:\n", "    cascade: {models: [small, coder, eyes]}\n    ask:\n      - cel: {model: eyes, when: \"tenant == 'bank' && headers['x-team'] == 'blue'\", headers: [x-team]}\n", 1);
+    let policy = file(&text);
+    let path = policy.path().to_str().unwrap();
+    let explain = |more: &[&str], said: &str| {
+        told(&[&["route", "explain", "--policy", path], more].concat(), &body(CHAT, said, false))
+    };
+    let parsed = |more: &[&str], said: &str| {
+        serde_json::from_str::<Value>(&explain(&[more, &["--json"]].concat(), said)).unwrap()
+    };
+    let model = |more: &[&str], said: &str| parsed(more, said)["model"].as_str().unwrap().to_owned();
+    assert_eq!(model(&[], CODE), "coder");
+    let blue = ["--tenant", "bank", "--header", "X-Team: blue"];
+    assert_eq!([model(&blue, CODE), model(&blue[..2], CODE)], ["eyes", "coder"]);
+    let twice = [&blue[..], &["--header", "x-team: red"]].concat();
+    assert_eq!(model(&twice, CODE), "coder", "which is meant?");
+    let clinic = parsed(&["--tenant", "clinic"], CODE);
+    assert_eq!((&clinic["model"], &clinic["tenant"]), (&json!("plain"), &json!("clinic")), "{clinic}");
+    assert!(clinic["why"].as_str().unwrap().contains("coder is in no region that this key may use"), "{clinic}");
+    let steps = |more: &[&str]| parsed(more, BANK)["escalates_to"].clone();
+    assert_eq!((steps(&[]), steps(&["--tenant", "clinic"])), (json!(["coder", "eyes"]), json!(["eyes"])));
+    assert_eq!(parsed(&["--tenant", "shop"], CODE)["refused"], "auto is not in the models of shop");
+    let story = explain(&["--tenant", "shop"], CODE);
+    assert!(story.contains("  refused     auto is not in the models of shop"), "{story}");
+    for (wrong, words) in [
+        (["--tenant", "bnak"], "no tenant bnak; did you mean bank?"),
+        (["--header", "x-team blue"], "write it as 'name: value'"),
+        (["--header", "x team: blue"], "is no header's name"),
+    ] {
+        let (code, _, complaint) = Process::run(&[&["route", "explain", "--policy", path], &wrong[..]].concat());
+        assert!(code != Some(0) && complaint.contains(words), "{complaint}");
+    }
+}
+
+#[test]
 fn the_command_line_measures_routes_on_labelled_prompts() {
     let policy = file(&routed("http://127.0.0.1:1", ""));
     let rows = [(CODE, "code"), (BANK, "bank"), ("will my python loop end", "bank"), (NEITHER, "art")];
