@@ -13,6 +13,7 @@ use infergate_plugins::guardrail::schema;
 use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::Reason;
 use infergate_plugins::router::cascade::{Cascade, Cause, Streams};
+use infergate_plugins::router::effort::Effort;
 use serde::Deserialize;
 
 use crate::answering;
@@ -26,7 +27,8 @@ use crate::pipeline::{Planned, Stop, waiting};
 use crate::policy::Route;
 use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Downstream, Interrupted, WholeFault};
-use crate::routers::{Chosen, Decided, Routers};
+use crate::routers::{Chosen, Decided, Routers, effort};
+use crate::scan::Edit;
 use crate::text;
 use crate::text::asked::Schema;
 use crate::weighing;
@@ -41,12 +43,18 @@ pub struct Ladder {
     rest: Vec<Step>,
     /// The conversation, where that is remembered.
     key: Option<u64>,
+    /// Whether the model is to go on from what a tool gave back.
+    in_loop: bool,
+    /// What the tenant's parameters want of the body, before any rule said how much is thought.
+    unthought: Vec<Edit>,
 }
 
 #[derive(Debug)]
 struct Step {
     model: Arc<str>,
     route: Arc<Route>,
+    /// How much it thinks when it is its turn; `None`: what was said before stays.
+    effort: Option<Effort>,
 }
 
 /// What came of a model that does not suffice, and why not.
@@ -56,10 +64,20 @@ struct Short<'a> {
 }
 
 impl Ladder {
-    /// The models behind the one that was decided on, if its answer decides whether they are asked.
-    pub fn of(routers: &Routers, decided: &Decided, exchange: &mut Exchange, planned: &Planned) -> Option<Box<Self>> {
+    /// The models behind the one that was decided on, if its answer decides whether they are asked. `unthought` are the
+    /// edits of the body before that decision said how much is thought.
+    pub fn of(
+        routers: &Routers,
+        decided: &Decided,
+        exchange: &mut Exchange,
+        planned: &Planned,
+        unthought: Vec<Edit>,
+    ) -> Option<Box<Self>> {
         let cascade = routers.cascade.as_ref()?;
-        let step = |model: &Arc<str>| Some(Step { model: model.clone(), route: routers.models.get(model)?.clone() });
+        let step = |model: &Arc<str>| {
+            let (route, effort) = (routers.models.get(model)?.clone(), routers.effort.get(&**model).copied());
+            Some(Step { model: model.clone(), route, effort })
+        };
         let rest: Vec<Step> = decided.able.iter().filter_map(step).collect();
         if rest.is_empty() {
             return None;
@@ -69,7 +87,8 @@ impl Ladder {
             return None;
         }
         let (name, cascade) = (routers.name.clone(), cascade.clone());
-        Some(Box::new(Self { name, cascade, first: step(&decided.model)?, rest, key: decided.key }))
+        let (first, key, in_loop) = (step(&decided.model)?, decided.key, decided.in_loop);
+        Some(Box::new(Self { name, cascade, first, rest, key, in_loop, unthought }))
     }
 
     /// Whether this is where it begins: a limit may have sent the request elsewhere.
@@ -187,7 +206,10 @@ impl Ladder {
         exchange.serve_instead(next.route.clone(), next.model.clone());
         planned.goes_to(exchange, next.route.clone());
         let refusal = match limits::admit::reserve(house, exchange, downstream, planned).await {
-            Ok(()) => return Ok(true),
+            Ok(()) => {
+                self.thinks(exchange, planned, next);
+                return Ok(true);
+            }
             Err(Stop::Refused(refusal)) => refusal,
             Err(Stop::Gone) => return Err(Stop::Gone),
         };
@@ -199,6 +221,16 @@ impl Ladder {
         let why = format!("{}; {}", short.why.as_str(), refusal.message);
         exchange.decide("cascade", &self.name, "stay", why);
         Ok(false)
+    }
+
+    /// The next model thinks as much as its own rule says. What that rule cannot change is left as the client wrote it.
+    fn thinks(&self, exchange: &mut Exchange, planned: &mut Planned, next: &Step) {
+        let Some(effort) = next.effort else { return };
+        planned.parameter_edits = self.unthought.clone();
+        let rule = Text::from(&next.model);
+        if let Err(refusal) = effort::says(exchange, planned, effort, (rule.clone(), self.in_loop)) {
+            exchange.decide("effort", rule, "leave", refusal.message);
+        }
     }
 
     /// The answer that does not suffice goes no further; the next model is the one that was chosen.

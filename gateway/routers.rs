@@ -7,7 +7,7 @@
 
 pub mod case;
 pub mod conversations;
-mod effort;
+pub mod effort;
 pub mod second;
 pub mod shortlist;
 pub mod words;
@@ -164,8 +164,9 @@ pub async fn choose(
     exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
     exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
+    let unthought = planned.parameter_edits.clone();
     effort::apply(exchange, planned, &routers, &decided)?;
-    planned.ladder = Ladder::of(&routers, &decided, exchange, planned);
+    planned.ladder = Ladder::of(&routers, &decided, exchange, planned, unthought);
     exchange.weighed = decided.weighed;
     Ok(())
 }

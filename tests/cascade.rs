@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::support::wire::{EVENTS, Framing, Heard, Step, Wire};
-use crate::support::{Answer, Client, Gateway, Journal, eventually};
+use crate::support::{Answer, Client, Gateway, Journal, Process, eventually};
 
 const CHAT: &str = "/v1/chat/completions";
 const PRICES: &str =
@@ -152,6 +152,45 @@ async fn no_model_is_asked_twice_and_the_last_ones_answer_stands_whatever_it_is(
     assert_eq!(models, ["small", "large", "huge"]);
     let record = record(&gateway).await;
     assert_eq!(record["usage"], json!({"input_tokens": 21, "output_tokens": 15, "source": "upstream"}));
+}
+
+#[tokio::test]
+async fn each_model_thinks_as_much_as_its_own_rule_says_and_one_without_a_rule_as_the_one_before() {
+    let server = Wire::start(|_| said(spoken("I can't help with that."), (7, 5))).await;
+    let efforts = |sent: &str| -> Vec<Value> {
+        let heard = server.heard();
+        let bodies = heard.iter().map(|heard| serde_json::from_slice::<Value>(&heard.body).unwrap());
+        let ours: Vec<Value> = bodies.filter(|body| body["user"] == sent).collect();
+        assert_eq!(ours.len(), 3, "{ours:?}");
+        ours.iter().map(|body| body["reasoning_effort"].clone()).collect()
+    };
+    for (effort, asked, expected) in [
+        ("default: {strip: true}, large: {default: high}", "low", [Value::Null, json!("low"), json!("low")]),
+        (
+            "default: {strip: true}, large: {set: high}, huge: {strip: true}",
+            "low",
+            [Value::Null, json!("high"), Value::Null],
+        ),
+        ("default: {set: low}, huge: {set: high}", "medium", [json!("low"), json!("low"), json!("high")]),
+        ("large: {set: high}", "medium", [json!("medium"), json!("high"), json!("high")]),
+    ] {
+        let policy = routed(&server.url(), "", "").replace("[small, large]", "[small, large, huge]");
+        let gateway =
+            Gateway::start(&policy.replace("{default: small,", &format!("{{default: small, effort: {{{effort}}},")))
+                .await;
+        let sent = body(&format!(r#","user":"{effort}","reasoning_effort":"{asked}""#));
+        assert_eq!(ask(&gateway, sent).await.header("x-infergate-route"), "auto=huge");
+        assert_eq!(efforts(effort), expected, "{effort}");
+        let record = record(&gateway).await;
+        let named = |decision: &&Value| decision["stage"] == "effort";
+        assert_eq!(record["decisions"].as_array().unwrap().iter().filter(named).count(), effort.matches('{').count());
+    }
+    let first =
+        routed(&server.url(), "", "").replace("{default: small,", "{default: small, effort: {small: {strip: true}},");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), first).unwrap();
+    let (code, out, _) = Process::run(&["check", file.path().to_str().unwrap()]);
+    assert!(code == Some(1) && out.contains("no decision is named small"), "it is no step that is gone on to: {out}");
 }
 
 #[tokio::test]

@@ -168,7 +168,9 @@ impl Compiler<'_> {
 
     /// How much models think, by the decision: one that there is.
     fn effort(&mut self, path: &str, written: &file::VirtualModel) -> HashMap<Box<str>, effort::Effort> {
-        let decisions: Vec<&str> = written.ask.iter().flat_map(router::Config::decisions).chain(["default"]).collect();
+        let steps = written.cascade.iter().flat_map(|cascade| cascade.models.iter().skip(1)).map(String::as_str);
+        let asked = written.ask.iter().flat_map(router::Config::decisions);
+        let decisions: Vec<&str> = asked.chain(["default"]).chain(steps).collect();
         let mut built = HashMap::new();
         for (decision, config) in &written.effort {
             let path = format!("{path}.effort.{decision}");

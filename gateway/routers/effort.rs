@@ -41,11 +41,21 @@ pub(super) fn apply(
     decided: &Decided,
 ) -> Result<(), Refusal> {
     let Some(effort) = routers.effort.get(decided.by.as_str()).copied() else { return Ok(()) };
+    says(exchange, planned, effort, (decided.by.clone(), decided.in_loop))
+}
+
+/// Changes it as this rule wants it.
+pub fn says(
+    exchange: &mut Exchange,
+    planned: &mut Planned,
+    effort: Effort,
+    (rule, in_loop): (Text, bool),
+) -> Result<(), Refusal> {
     let (surface, body) = (planned.identified.surface, planned.received.body.clone());
     let names = names(surface.operation);
     let Some(members) = scan::members(&body).filter(|_| !names.is_empty()) else { return Ok(()) };
     let output_max = planned.scan.output_max(surface.operation, &body).ok().flatten();
-    let said = Said { operation: surface.operation, body: &body, members, in_loop: decided.in_loop, output_max };
+    let said = Said { operation: surface.operation, body: &body, members, in_loop, output_max };
     let by_default = parameters::has_default(exchange, names);
     let change = match effort {
         Effort::Default(_) if by_default => leave("the tenant's parameters say it"),
@@ -55,7 +65,6 @@ pub(super) fn apply(
         planned.parameter_edits = parameters::without_defaults(exchange, surface, &body, names)?;
     }
     planned.parameter_edits.extend(change.edits);
-    let rule: Text = decided.by.clone();
     exchange.decide("effort", rule, change.verdict, change.why);
     Ok(())
 }
