@@ -60,8 +60,13 @@ struct Step {
 /// What came of a model that does not suffice, and why not.
 struct Short<'a> {
     came: Result<Asked<'a>, Refusal>,
+    /// In a word, for metrics.
+    cause: &'static str,
     why: Text,
 }
+
+/// The cause where there is no answer at all.
+const FAILURE: &str = "failure";
 
 impl Ladder {
     /// The models behind the one that was decided on, if its answer decides whether they are asked. `unthought` are the
@@ -153,7 +158,7 @@ impl Ladder {
             Ok(asked) => asked,
             Err(Stop::Refused(refusal)) if on_failure && is_failure(refusal.code) => {
                 let why = format!("failure: {}", refusal.message).into();
-                return Ok(Err(Short { came: Err(refusal), why }));
+                return Ok(Err(Short { came: Err(refusal), cause: FAILURE, why }));
             }
             Err(stop) => return Err(stop),
         };
@@ -179,15 +184,15 @@ impl Ladder {
         }
         let why = if status.is_success() { self.fault(planned, &asked, shape) } else { failure(&asked) };
         Ok(match why {
-            Some(why) => Err(Short { came: Ok(asked), why: why.into() }),
+            Some((cause, why)) => Err(Short { came: Ok(asked), cause, why: why.into() }),
             None => Ok(asked),
         })
     }
 
-    fn fault(&self, planned: &Planned, asked: &Asked<'_>, shape: &schema::Asked) -> Option<String> {
+    fn fault(&self, planned: &Planned, asked: &Asked<'_>, shape: &schema::Asked) -> Option<(&'static str, String)> {
         let operation = planned.identified.surface.operation;
         let answered = answered::read(operation, &asked.answer.first, asked.answer.is_event_stream());
-        self.cascade.fault(&answered, shape).map(|fault| fault.to_string())
+        self.cascade.fault(&answered, shape).map(|fault| (fault.word(), fault.to_string()))
     }
 
     /// Whether there is enough left for the next model. The request is that model's then; else nothing has changed.
@@ -235,7 +240,8 @@ impl Ladder {
 
     /// The answer that does not suffice goes no further; the next model is the one that was chosen.
     async fn let_go(&self, house: &House, exchange: &mut Exchange, short: Short<'_>, (step, next): (&Step, &Step)) {
-        let Short { came, why } = short;
+        let Short { came, cause, why } = short;
+        house.telemetry.escalated(&self.name, cause);
         if let Ok(mut asked) = came {
             let (is_answer, counters) = (asked.answer.head.status.is_success(), &asked.picked.upstream.attempts);
             let heard = heard(&asked, true);
@@ -302,14 +308,13 @@ fn is_failure(code: Code) -> bool {
 }
 
 /// Why an error of the upstream's is no answer, if another model may do better.
-fn failure(asked: &Asked<'_>) -> Option<String> {
+fn failure(asked: &Asked<'_>) -> Option<(&'static str, String)> {
     let status = asked.answer.head.status;
     let reason = asked.picked.upstream.provider.reason(status.as_u16(), &asked.answer.first);
     let is_short = reason == Some(Reason::ContextLength);
     let fails = status.is_server_error() || status.as_u16() == 429 || is_short;
-    fails.then(|| {
-        format!("failure: status {}{}", status.as_u16(), if is_short { ", the context is too short" } else { "" })
-    })
+    let short = if is_short { ", the context is too short" } else { "" };
+    fails.then(|| (FAILURE, format!("failure: status {}{short}", status.as_u16())))
 }
 
 /// Reads what an answer used that may not be passed on; returns how much of it there was.
@@ -351,7 +356,7 @@ async fn broken<'a>(
     exchange.set_aside(&planned.route, Ending::Broken, why.clone().into(), heard);
     discard(house, asked).await;
     let message = format!("the upstream broke off its answer: {why}");
-    Short { why: format!("failure: {message}").into(), came: Err(Refusal::new(code, message)) }
+    Short { cause: FAILURE, why: format!("failure: {message}").into(), came: Err(Refusal::new(code, message)) }
 }
 
 /// Nobody waits any more for an answer that is held.

@@ -66,6 +66,14 @@ fn decision(record: &Value) -> (String, String) {
     (text("verdict"), text("why"))
 }
 
+/// What made the virtual model ask the next one, and how often.
+async fn escalations(gateway: &Gateway) -> Vec<String> {
+    let page = gateway.admin("/metrics").await.text();
+    let lines =
+        page.lines().filter_map(|line| line.strip_prefix("infergate_route_escalations_total{router=\"auto\",cause=\""));
+    lines.map(|line| line.replace("\"}", "")).collect()
+}
+
 #[tokio::test]
 async fn an_answer_that_does_not_fit_its_schema_is_replaced_and_both_are_metered() {
     let server = server(spoken("Sure! {\"ok\": 1}")).await;
@@ -120,6 +128,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
         let gateway = Gateway::start(&routed(&server.url(), ", mean_logprob_min: -0.5", "")).await;
         assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large", "{why}");
         assert_eq!(decision(&record(&gateway).await), ("large".to_owned(), why.to_owned()));
+        assert_eq!(escalations(&gateway).await, [format!("{} 1", why.split(':').next().unwrap())]);
     }
     let failing = Wire::start(|heard| match model(heard).as_str() {
         "small" => vec![Step::Say("HTTP/1.1 503 No\r\ncontent-length: 2\r\n\r\nno".into())],
@@ -130,6 +139,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
         let gateway = Gateway::start(&routed(&failing.url(), on, "")).await;
         assert_eq!(ask(&gateway, body("")).await.status, status, "{on}");
         assert_eq!(decision(&record(&gateway).await).0, asked);
+        assert_eq!(escalations(&gateway).await.len(), usize::from(!asked.is_empty()), "{on}");
     }
     let breaking = Wire::start(|heard| match model(heard).as_str() {
         "small" => vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{\"choices\":[".into()), Step::Close],
@@ -139,6 +149,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
     let gateway = Gateway::start(&routed(&breaking.url(), "", "")).await;
     assert_eq!(ask(&gateway, body("")).await.json()["choices"][0]["message"]["content"], "fine");
     assert_eq!(record(&gateway).await["attempts"][0]["result"], "broken");
+    assert_eq!(escalations(&gateway).await, ["failure 1"]);
 }
 
 #[tokio::test]
