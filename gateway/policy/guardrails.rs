@@ -47,6 +47,10 @@ impl Compiler<'_> {
             }
         });
         let rules = rules.ok()?;
+        for (path, message) in guardrail::warnings(&file.guardrails) {
+            let warning = self.document.problem(&format!("guardrails{path}"), message);
+            self.warnings.push(warning);
+        }
         let meters = rules.rules().iter().map(|rule| self.world.telemetry.guardrail(&rule.name)).collect();
         let rails = Rails::new(rules, meters);
         self.unread_paths(file, &rails);
@@ -97,6 +101,26 @@ mod tests {
             told.iter().any(|line| line.contains("guardrail_key") && line.starts_with("policy.yaml:7:")),
             "{told:?}"
         );
+    }
+
+    #[test]
+    fn topics_that_are_only_forbidden_are_a_warning() {
+        let topic = |name: &str| {
+            format!(
+                "{{name: {name}, examples: [my {name} hurts, what helps my {name}, is my {name} ill, see a doctor for the {name}, a pill for my {name}]}}"
+            )
+        };
+        let rule = |topics: String| {
+            format!("{POOLS}guardrails:\n  - {{name: a, in: [prompt.user], verdict: block, topic: {{{topics}}}}}\n")
+        };
+        let forbid = format!("forbid: [{}]", topic("head"));
+        let warnings = compiled(&rule(forbid.clone())).unwrap().warnings;
+        let [warning] = &warnings[..] else { panic!("{warnings:?}") };
+        assert_eq!(warning.path, "guardrails[0].topic.forbid");
+        assert!(warning.message.contains("name under `allow`") && warning.place.is_some(), "{warning:?}");
+        for fine in [format!("{forbid}, allow: [{}]", topic("car")), format!("allow: [{}]", topic("car"))] {
+            assert!(compiled(&rule(fine)).unwrap().warnings.is_empty());
+        }
     }
 
     #[test]
