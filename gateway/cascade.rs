@@ -14,7 +14,6 @@ use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::Reason;
 use infergate_plugins::router::cascade::{Cascade, Cause, Streams};
 use infergate_plugins::router::effort::Effort;
-use serde::Deserialize;
 
 use crate::answering;
 use crate::audit::record::{Ending, Text};
@@ -29,6 +28,7 @@ use crate::refusal::{Code, Refusal};
 use crate::relay::{self, Downstream, Interrupted, WholeFault};
 use crate::routers::{Chosen, Decided, Routers, effort};
 use crate::scan::Edit;
+use crate::stored::keeps_answer;
 use crate::text;
 use crate::text::asked::Schema;
 use crate::weighing;
@@ -278,17 +278,7 @@ fn skips(cascade: &Cascade, decided: &Decided, planned: &Planned) -> Option<&'st
     if planned.streaming && cascade.streams == Streams::Skip {
         return Some("it is a stream");
     }
-    (operation == Responses && is_stored(&planned.received.body)).then_some("the upstream keeps its answer")
-}
-
-/// Whether a response is kept where it was made: by default it is.
-fn is_stored(body: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Stored {
-        #[serde(default)]
-        store: Option<bool>,
-    }
-    serde_json::from_slice::<Stored>(body).map_or(true, |asked| asked.store != Some(false))
+    (operation == Responses && keeps_answer(&planned.received.body)).then_some("the upstream keeps its answer")
 }
 
 /// Whether another model may do better where this one gave nothing.
@@ -397,13 +387,6 @@ mod tests {
         }
         for code in [Code::TotalTimeout, Code::ContentFilter, Code::RateLimitExceeded, Code::KeyRevoked] {
             assert!(!is_failure(code), "{code:?}");
-        }
-    }
-
-    #[test]
-    fn a_response_is_kept_unless_it_is_not_to_be() {
-        for (body, stored) in [("{}", true), (r#"{"store":true}"#, true), (r#"{"store":false}"#, false), ("no", true)] {
-            assert_eq!(is_stored(body.as_bytes()), stored, "{body}");
         }
     }
 }
