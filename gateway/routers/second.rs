@@ -1,20 +1,18 @@
 //! The second stage on its way: asked from the background, in time, so many at once, and not twice about the same.
 //!
-//! A request hands its doubt over and waits no longer than the policy lets it. The calls run on the background's runtime,
-//! which may wait for names and connections; threads that carry requests never do.
+//! A request hands its doubt over and waits no longer than the policy lets it.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::Request;
 use infergate_plugins::router::second::Doubt;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::egress::Egress;
+use crate::handover::Handover;
 use crate::house::House;
 use crate::kept::Kept;
 
@@ -28,15 +26,13 @@ const KEPT_MAX: usize = 10_000;
 /// The way from requests to the background, and what was said lately.
 #[derive(Debug)]
 pub struct Seconds {
-    jobs: mpsc::Sender<Job>,
-    taking: Mutex<Option<mpsc::Receiver<Job>>>,
+    jobs: Handover<Job>,
     kept: Mutex<Kept<Arc<str>>>,
 }
 
 impl Default for Seconds {
     fn default() -> Self {
-        let (jobs, taking) = mpsc::channel(WAITING_MAX);
-        Self { jobs, taking: Mutex::new(Some(taking)), kept: Mutex::new(Kept::new(KEPT_MAX)) }
+        Self { jobs: Handover::of(WAITING_MAX), kept: Mutex::new(Kept::new(KEPT_MAX)) }
     }
 }
 
@@ -56,7 +52,9 @@ impl Seconds {
         }
         let (said, hears) = oneshot::channel();
         let job = Job { doubt: doubt.clone(), said };
-        self.jobs.try_send(job).map_err(|_| "too many wait for it".to_owned())?;
+        if !self.jobs.give(job) {
+            return Err("too many wait for it".to_owned());
+        }
         let route = match timeout(doubt.second.deadline(), hears).await {
             Ok(Ok(said)) => said?,
             Ok(Err(_)) => return Err("it was not asked".to_owned()),
@@ -69,17 +67,7 @@ impl Seconds {
 
 /// Asks for all requests, until the process ends.
 pub async fn run(house: Arc<House>, egress: Arc<Egress>) {
-    let Some(mut jobs) = house.seconds.taking.lock().take() else { return };
-    let mut running = JoinSet::new();
-    loop {
-        tokio::select! {
-            job = jobs.recv(), if running.len() < CALLS_MAX => match job {
-                Some(job) => drop(running.spawn(work(egress.clone(), job))),
-                None => return,
-            },
-            Some(_) = running.join_next() => {}
-        }
-    }
+    house.seconds.jobs.each(CALLS_MAX, |job| work(egress.clone(), job)).await;
 }
 
 async fn work(egress: Arc<Egress>, Job { doubt, mut said }: Job) {
@@ -91,17 +79,8 @@ async fn work(egress: Arc<Egress>, Job { doubt, mut said }: Job) {
 }
 
 async fn asked(egress: &Egress, doubt: &Doubt) -> Result<Arc<str>, String> {
-    let post = doubt.post();
-    let mut request = Request::post(post.url);
-    for (name, value) in post.headers {
-        request = request.header(name, value);
-    }
-    let request = request.body(post.body).map_err(|error| error.to_string())?;
-    let answer = egress.send(request, doubt.second.deadline()).await?;
-    if !answer.status().is_success() {
-        return Err(format!("it answers with status {}", answer.status().as_u16()));
-    }
-    let index = doubt.read(answer.body())?;
+    let answer = egress.post(doubt.post(), doubt.second.deadline()).await?;
+    let index = doubt.read(&answer)?;
     Ok(doubt.routes[index].0.clone())
 }
 
