@@ -606,7 +606,7 @@ impl<'a> Compiler<'a> {
             }
         }
         models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
-        self.routers(file, &mut models, prices);
+        self.routers(file, &mut models, pools, prices);
         if let Some(name) = &file.default_model
             && models.named(name).is_none()
             && !seen.contains_key(name.as_str())

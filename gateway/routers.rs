@@ -175,7 +175,7 @@ pub async fn choose(
 async fn asks_second(house: &House, exchange: &mut Exchange, decided: &mut Decided, unsure: Unsure) {
     let Unsure { doubt, mut found } = unsure;
     exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
-    let (said, why) = second::decides(house, &doubt).await;
+    let (said, why) = second::decides(house, exchange, &doubt).await;
     let chosen = said.and_then(|(route, _)| found.iter().position(|(name, ..)| *name == route));
     match chosen.map(|at| found.swap_remove(at)) {
         Some((route, found, able)) => {

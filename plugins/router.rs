@@ -56,6 +56,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::operation::Operation;
 use crate::prompt::Prompt;
 use crate::sink::Resolve;
 
@@ -157,6 +158,12 @@ impl Config {
     /// The claims of tokens that its condition may look at.
     pub fn claims(&self) -> &[String] {
         self.cel.as_ref().map(|cel| &*cel.claims).unwrap_or_default()
+    }
+
+    /// The pool that another service stands in, with its key below this one, what it must be able to do, and where.
+    pub fn pool(&self) -> Option<(&'static str, &str, (Operation, &'static str))> {
+        let second = self.semantic.as_ref()?.second.as_ref()?;
+        Some((".semantic.second.pool", second.pool.as_deref()?, second.shape.operation()))
     }
 
     /// The names of its decisions: of routes, of a rule; of difficulty those of its models.

@@ -1,7 +1,7 @@
 //! From virtual models as they are written to those that choose. Training happens here, away from the threads that carry
 //! requests.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,6 +14,7 @@ use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::money::book::Book;
+use crate::pool::Pool;
 use crate::routers::Routers;
 use crate::routers::shortlist::{Listed, Shortlist};
 use crate::tokens::Tokenizer;
@@ -23,7 +24,13 @@ type Known = HashMap<Arc<str>, Arc<Route>>;
 
 impl Compiler<'_> {
     /// Adds the virtual models to those that are served.
-    pub(super) fn routers(&mut self, file: &file::File, models: &mut Models, prices: Option<&Arc<Book>>) {
+    pub(super) fn routers(
+        &mut self,
+        file: &file::File,
+        models: &mut Models,
+        pools: &BTreeMap<String, Arc<Pool>>,
+        prices: Option<&Arc<Book>>,
+    ) {
         let mut built = Vec::new();
         for (name, written) in &file.routers {
             let path = format!("routers.{name}");
@@ -32,6 +39,7 @@ impl Compiler<'_> {
             let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
             let routers = self.built_routers(&path, name, written, known, shortlists);
             self.somebody_has_claims(&path, written, file);
+            self.pools_of_seconds(&path, written, pools);
             built.extend(routers.map(|routers| (name, self.virtual_route(name, written, routers))));
         }
         // Only now, so that none finds another one.
@@ -49,6 +57,19 @@ impl Compiler<'_> {
             let message = "nobody has any: no authenticator reads tokens (`jwt`)";
             let warning = self.document.problem(&format!("{path}.ask[{at}].cel.claims"), message);
             self.warnings.push(warning);
+        }
+    }
+
+    /// A second stage that stands in a pool has one that can do what it takes.
+    fn pools_of_seconds(&mut self, path: &str, written: &file::VirtualModel, pools: &BTreeMap<String, Arc<Pool>>) {
+        let named = written.ask.iter().enumerate().filter_map(|(at, config)| Some((at, config.pool()?)));
+        for (at, (key, name, (operation, endpoint))) in named {
+            let wrong = match pools.get(name) {
+                None => format!("no pool is named {name}{}", nearest(name, pools.keys().map(String::as_str))),
+                Some(pool) if !pool.serves(operation) => format!("no upstream of the pool {name} serves {endpoint}"),
+                Some(_) => continue,
+            };
+            self.wrong(&format!("{path}.ask[{at}]{key}"), wrong);
         }
     }
 
@@ -405,6 +426,29 @@ mod tests {
         assert_eq!(allocated(&listed), plain);
         let weighed = allocated(&listed.replacen("model: large", "model: best", 1));
         assert!(weighed <= plain + 8, "{weighed} and not {plain}");
+    }
+
+    #[test]
+    fn a_second_stage_stands_in_a_pool_that_there_is_and_that_can_do_it() {
+        let second = |pool: &str, shape: &str| {
+            auto("").replace(
+                "          routes:\n",
+                &format!("          second: {{pool: {pool}, shape: {shape}, model: m}}\n          routes:\n"),
+            )
+        };
+        assert!(compiled(&second("slow", "embeddings")).is_ok());
+        let told = problems(&second("slwo", "judge"));
+        assert!(
+            told[0].contains("routers.auto.ask[0].semantic.second.pool: no pool is named slwo; did you mean slow?"),
+            "{told:?}"
+        );
+        let told = problems(
+            &second("slow", "embeddings").replace("'http://127.0.0.1:2'", "'http://127.0.0.1:2', provider: anthropic"),
+        );
+        assert!(
+            told.iter().any(|line| line.contains("no upstream of the pool slow serves /v1/embeddings")),
+            "{told:?}"
+        );
     }
 
     #[test]
