@@ -19,13 +19,13 @@ use crate::answering;
 use crate::audit::record::{Ending, Text};
 use crate::exchange::{Exchange, Heard};
 use crate::failover::{self, Asked};
-use crate::guard::WHOLE_MAX;
+use crate::guard::{BESIDE, WHOLE_MAX};
 use crate::house::House;
 use crate::limits;
 use crate::pipeline::{Planned, Stop, waiting};
 use crate::policy::Route;
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, Downstream, Interrupted, WholeFault};
+use crate::relay::{Downstream, Interrupted, WholeFault};
 use crate::routers::{Chosen, Decided, Routers, effort};
 use crate::scan::Edit;
 use crate::stored::keeps_answer;
@@ -109,7 +109,8 @@ impl Ladder {
         downstream: &mut Downstream,
         planned: &mut Planned,
     ) -> Result<Asked<'a>, Stop> {
-        let shape = self.shape(exchange, planned);
+        planned.climbing = true;
+        let shape = Arc::new(self.shape(exchange, planned));
         let mut step = &self.first;
         for next in &self.rest {
             let came = failover::ask(house, exchange, downstream, planned, &step.route).await;
@@ -120,7 +121,7 @@ impl Ladder {
             if !self.climbs(house, exchange, downstream, planned, &mut short, (step, next)).await? {
                 return short.came.map_err(Stop::from);
             }
-            self.let_go(house, exchange, short, (step, next)).await;
+            self.let_go(house, exchange, short, next).await;
             step = next;
         }
         failover::ask(house, exchange, downstream, planned, &step.route).await
@@ -150,7 +151,7 @@ impl Ladder {
         exchange: &mut Exchange,
         downstream: &mut Downstream,
         planned: &Planned,
-        shape: &schema::Asked,
+        shape: &Arc<schema::Asked>,
         came: Result<Asked<'a>, Stop>,
     ) -> Result<Result<Asked<'a>, Short<'a>>, Stop> {
         let on_failure = self.cascade.asks_on(Cause::Failure);
@@ -167,32 +168,43 @@ impl Ladder {
             return Ok(Ok(asked));
         }
         let between = Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms);
-        let holding = relay::hold(&mut asked.answer, between, planned.total, WHOLE_MAX);
-        let held = waiting(downstream, exchange, planned).until(planned.total, holding).await;
-        match held {
-            Ok(Ok(())) => {}
-            Ok(Err(WholeFault::Broken(code, why))) => {
+        let mut waits = waiting(downstream, exchange, planned);
+        match asked.answer.read_whole(&mut waits, between, WHOLE_MAX).await {
+            Ok(()) => {}
+            Err(WholeFault::Broken(code, why)) => {
                 let short = broken(house, exchange, planned, asked, (code, why)).await;
                 return if on_failure { Ok(Err(short)) } else { short.came.map(Ok).map_err(Stop::from) };
             }
-            Ok(Err(WholeFault::TooLong)) => {
+            Err(WholeFault::TooLong) => {
                 exchange.decide("cascade", &self.name, "unread", "the answer is too long to be judged");
                 return Ok(Ok(asked));
             }
-            Ok(Err(WholeFault::Gone)) => return Err(given_up(house, exchange, planned, asked, Interrupted::Gone).await),
-            Err(interrupted) => return Err(given_up(house, exchange, planned, asked, interrupted).await),
+            Err(WholeFault::Interrupted(why)) => return Err(given_up(house, exchange, planned, asked, why).await),
         }
-        let why = if status.is_success() { self.fault(planned, &asked, shape) } else { failure(&asked) };
+        let why = if status.is_success() { self.fault(planned, &asked, shape).await } else { failure(&asked) };
         Ok(match why {
             Some((cause, why)) => Err(Short { came: Ok(asked), cause, why: why.into() }),
             None => Ok(asked),
         })
     }
 
-    fn fault(&self, planned: &Planned, asked: &Asked<'_>, shape: &schema::Asked) -> Option<(&'static str, String)> {
-        let operation = planned.identified.surface.operation;
-        let answered = answered::read(operation, &asked.answer.first, asked.answer.is_event_stream());
-        self.cascade.fault(&answered, shape).map(|fault| (fault.word(), fault.to_string()))
+    /// Why the answer does not suffice. A long one is read beside the threads that carry requests.
+    async fn fault(
+        &self,
+        planned: &Planned,
+        asked: &Asked<'_>,
+        shape: &Arc<schema::Asked>,
+    ) -> Option<(&'static str, String)> {
+        let (operation, is_events) = (planned.identified.surface.operation, asked.answer.is_event_stream());
+        let (cascade, answer, shape) = (self.cascade.clone(), asked.answer.first.clone(), shape.clone());
+        let fault = move || {
+            let answered = answered::read(operation, &answer, is_events);
+            cascade.fault(&answered, &shape).map(|fault| (fault.word(), fault.to_string()))
+        };
+        if asked.answer.first.len() <= BESIDE {
+            return fault();
+        }
+        tokio::task::spawn_blocking(fault).await.unwrap_or_else(|_| Some((FAILURE, "reading it failed".to_owned())))
     }
 
     /// Whether there is enough left for the next model. The request is that model's then; else nothing has changed.
@@ -210,19 +222,16 @@ impl Ladder {
         let before = (planned.priority, planned.total);
         exchange.serve_instead(next.route.clone(), next.model.clone());
         planned.goes_to(exchange, next.route.clone());
-        let refusal = match limits::admit::reserve(house, exchange, downstream, planned).await {
-            Ok(()) => {
-                self.thinks(exchange, planned, next);
-                return Ok(true);
-            }
-            Err(Stop::Refused(refusal)) => refusal,
-            Err(Stop::Gone) => return Err(Stop::Gone),
+        let Err(stop) = limits::admit::reserve(house, exchange, downstream, planned).await else {
+            self.thinks(exchange, planned, next);
+            return Ok(true);
         };
         exchange.serve_instead(step.route.clone(), step.model.clone());
         planned.goes_to(exchange, step.route.clone());
         (planned.priority, planned.total) = before;
         exchange.short = None;
         exchange.unread();
+        let Stop::Refused(refusal) = stop else { return Err(stop) };
         let why = format!("{}; {}", short.why.as_str(), refusal.message);
         exchange.decide("cascade", &self.name, "stay", why);
         Ok(false)
@@ -239,7 +248,7 @@ impl Ladder {
     }
 
     /// The answer that does not suffice goes no further; the next model is the one that was chosen.
-    async fn let_go(&self, house: &House, exchange: &mut Exchange, short: Short<'_>, (step, next): (&Step, &Step)) {
+    async fn let_go(&self, house: &House, exchange: &mut Exchange, short: Short<'_>, next: &Step) {
         let Short { came, cause, why } = short;
         house.telemetry.escalated(&self.name, cause);
         if let Ok(mut asked) = came {
@@ -252,7 +261,7 @@ impl Ladder {
                 counters.status.inc();
             }
             let ending = if is_answer { Ending::Escalated } else { Ending::Status };
-            exchange.set_aside(&step.route, ending, why.clone(), heard);
+            exchange.set_aside(ending, why.clone(), heard);
             discard(house, asked).await;
         }
         exchange.decide("cascade", &self.name, &next.model, why);
@@ -343,7 +352,7 @@ async fn broken<'a>(
     exchange.settle_work(heard);
     asked.picked.endpoint.breaker.failure(&asked.stage.pool.breaker, Instant::now());
     asked.picked.upstream.attempts.broken.inc();
-    exchange.set_aside(&planned.route, Ending::Broken, why.clone().into(), heard);
+    exchange.set_aside(Ending::Broken, why.clone().into(), heard);
     discard(house, asked).await;
     let message = format!("the upstream broke off its answer: {why}");
     Short { cause: FAILURE, why: format!("failure: {message}").into(), came: Err(Refusal::new(code, message)) }
@@ -365,7 +374,7 @@ async fn given_up(
         _ => (failover::too_long(planned).into(), Ending::Timeout, "the whole request took too long"),
     };
     exchange.settle_work(heard);
-    exchange.set_aside(&planned.route, ending, told.into(), heard);
+    exchange.set_aside(ending, told.into(), heard);
     discard(house, asked).await;
     stop
 }

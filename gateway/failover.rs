@@ -627,17 +627,19 @@ pub async fn tunnel(
             Refusal::new(Code::ModelNotAllowed, "this WebSocket goes to no region that this key may use").into()
         );
     }
-    let _permit = match enter(exchange, downstream, planned, stage).await? {
+    let mut permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
     queued(exchange, planned, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    let operation = planned.identified.surface.operation;
     loop {
-        let operation = planned.identified.surface.operation;
-        let Some(picked) = pool.pick(&Wanted::of(operation), &tried, Instant::now()) else {
+        let wants = || Wanted { batch: planned.is_batch(), ..Wanted::of(operation) };
+        let Some(picked) = pool.pick(&wants(), &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
+        permit.placed();
         tried.push(picked.endpoint.clone());
         exchange.attempt_begins(&stage.pool, &picked, 0);
         let client = downstream.head().clone();

@@ -267,6 +267,81 @@ async fn a_budget_counts_what_was_done_in_vain_before_an_answer_that_stands() {
 }
 
 #[tokio::test]
+async fn what_models_did_in_vain_costs_what_each_of_them_costs() {
+    let (hangs, says) = (Wire::start(|_| vec![Step::UntilGone]).await, server(spoken("fine")).await);
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: small, pool: p}}\n  - {{name: large, pool: q}}\npools:\n  p: {{upstreams: [{{url: '{}'}}], timeouts: {{answer_ms: 300}}, retry: {{attempts: 1}}}}\n  q: {{upstreams: [{{url: '{}'}}]}}\nrouters:\n  auto: {{default: small, cascade: {{models: [small, large]}}}}\nprices: {{list: [{{models: [small], gpu_hour: 36}}, {{models: [large], gpu_hour: 0.000036}}]}}\n",
+        hangs.url(),
+        says.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large");
+    let record = record(&gateway).await;
+    // A cent a second, and next to nothing for the answer.
+    let (micros, cost) = (record["usage"]["gpu_us"].as_u64().unwrap(), record["cost"]["nanousd"].as_u64().unwrap());
+    assert!(micros >= 300_000 && cost >= 3_000_000, "{record:#}");
+    let models: Vec<&Value> = record["attempts"].as_array().unwrap().iter().map(|attempt| &attempt["model"]).collect();
+    assert_eq!(models, [&json!("small"), &Value::Null], "the last one's is the record's");
+}
+
+#[tokio::test]
+async fn a_limit_sends_no_cascade_to_a_model_that_is_not_its_own() {
+    let server = server(spoken("fine")).await;
+    let text =
+        routed(&server.url(), "", "limits: [{models: [large], requests: 0, per: 1h, on_exhausted: {use: huge}}]\n");
+    // Nobody is asked for the small one: its pool has no place.
+    let text = text.replace("{name: small, pool: p}", "{name: small, pool: full}").replace(
+        "pools:\n",
+        &format!("pools:\n  full: {{upstreams: [{{url: '{}'}}], concurrency: {{max: 1, queue: 0}}}}\n", server.url()),
+    );
+    let taken = Wire::start(|_| vec![Step::UntilGone]).await;
+    let text = text.replacen(&server.url(), &taken.url(), 1);
+    let gateway = Gateway::start(&text).await;
+    let first = tokio::spawn({
+        let (address, body) = (gateway.address, body("").replace("auto", "small"));
+        async move { Client::h1().post(address, CHAT, body).await }
+    });
+    let heard = &taken;
+    eventually("the place is taken", Duration::from_secs(20), || async move { heard.heard().len() == 1 }).await;
+    let answer = ask(&gateway, body("")).await;
+    assert_eq!((answer.status, server.heard().len()), (503, 0), "{}", answer.text());
+    first.abort();
+}
+
+#[tokio::test]
+async fn a_request_that_takes_too_long_while_an_answer_is_held_asks_nobody_else() {
+    let server =
+        Wire::start(|_| vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".into()), Step::UntilGone])
+            .await;
+    let text = routed(&server.url(), "", "").replace("'}]}", "'}], timeouts: {total_ms: 500}}");
+    let gateway = Gateway::start(&text).await;
+    let answer = ask(&gateway, body("")).await;
+    assert_eq!((answer.status, answer.code().as_str()), (504, "total_timeout"), "{}", answer.text());
+    assert_eq!(server.heard().len(), 1);
+    assert_eq!(record(&gateway).await["attempts"][0]["result"], "timeout");
+}
+
+#[tokio::test]
+async fn all_that_came_of_a_held_answer_is_counted_when_its_client_leaves() {
+    let word = r#"{"choices":[{"index":0,"delta":{"content":" word"}}]}"#;
+    let pieces = (0..50).map(|_| Framing::Chunked.piece(format!("data: {word}\n\n").as_bytes()));
+    let mut steps = vec![Step::Say(Framing::Chunked.head(EVENTS, 0))];
+    steps.extend(pieces.flat_map(|piece| [Step::Say(piece), Step::Pause(Duration::from_millis(2))]));
+    steps.push(Step::UntilGone);
+    let server = Wire::start(move |_| steps.clone()).await;
+    let gateway = Gateway::start(&routed(&server.url(), ", streams: hold", "")).await;
+    let (gateway, waits) = (&gateway, std::sync::atomic::AtomicU64::new(200));
+    let waits = &waits;
+    eventually("it counts what came before its client left", Duration::from_secs(60), || async move {
+        let wait = Duration::from_millis(waits.fetch_add(200, std::sync::atomic::Ordering::Relaxed));
+        let asking = ask(gateway, body(r#","stream":true"#));
+        assert!(tokio::time::timeout(wait, asking).await.is_err(), "it never ends by itself");
+        record(gateway).await["usage"]["output_tokens"].as_u64().is_some_and(|tokens| tokens >= 50)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_stream_is_passed_on_as_it_comes_unless_the_policy_holds_it() {
     let server =
         Wire::start(|heard| vec![Step::Say(streamed(if model(heard) == "small" { &POOR } else { &GOOD }))]).await;

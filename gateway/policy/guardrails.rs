@@ -1,21 +1,12 @@
 //! From guardrails as they are written to those that texts meet.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infergate_plugins::guardrail::redact::Redaction;
 use infergate_plugins::guardrail::{self, Config};
-use sha2::Digest;
 
 use super::{Compiler, file};
 use crate::guard::Rails;
-
-/// A file that the policy in `directory` names: where it lies, and what it says.
-pub(super) fn beside(directory: Option<&Path>, path: &Path) -> Result<(PathBuf, String), String> {
-    let path = directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
-    let text = std::fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    Ok((path, text))
-}
 
 impl Compiler<'_> {
     /// The guardrails, if the policy has any.
@@ -27,20 +18,9 @@ impl Compiler<'_> {
             return None;
         }
         let key = self.guardrail_key(file);
-        let mut read = Vec::new();
-        let directory = self.directory.clone();
-        let mut open = |path: &Path| {
-            let (path, text) = beside(directory.as_deref(), path)?;
-            read.push((path, text.clone()));
-            Ok(text)
-        };
-        let mut secret = |source: &_| self.resolve(source);
-        let mut world = guardrail::World { file: &mut open, secret: &mut secret, key: &key };
-        let built = guardrail::build(&file.guardrails, &mut world);
-        for (path, text) in read {
-            self.secrets.update(&text);
-            self.secret_files.push(path);
-        }
+        let built = self.with_files(|open, secret| {
+            guardrail::build(&file.guardrails, &mut guardrail::World { file: open, secret, key: &key })
+        });
         let rules = built.map_err(|wrongs| {
             for (path, message) in wrongs {
                 self.wrong(&format!("guardrails{path}"), message);

@@ -2,15 +2,12 @@
 //! requests.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::HeaderName;
 use infergate_plugins::router::{self, effort, score};
-use sha2::Digest;
 
-use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::money::book::Book;
@@ -220,18 +217,7 @@ impl Compiler<'_> {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
         let effort = self.effort(path, written);
-        let (mut read, directory) = (Vec::new(), self.directory.clone());
-        let mut open = |path: &Path| {
-            let (path, text) = beside(directory.as_deref(), path)?;
-            read.push((path, text.clone()));
-            Ok(text)
-        };
-        let mut secret = |source: &_| self.resolve(source);
-        let built = router::build(&written.ask, &mut router::World { file: &mut open, secret: &mut secret });
-        for (path, text) in read {
-            self.secrets.update(&text);
-            self.secret_files.push(path);
-        }
+        let built = self.with_files(|file, secret| router::build(&written.ask, &mut router::World { file, secret }));
         let built = built.map_err(|wrongs| {
             for (key, message) in wrongs {
                 self.wrong(&format!("{path}.ask{key}"), message);

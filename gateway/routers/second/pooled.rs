@@ -82,11 +82,11 @@ async fn attempt(
     let mut waiting = Waiting::beside(until, exchange.id);
     let mut answer = relay::ask(&house.connections, target, &order, &mut waiting).await?;
     let between = Duration::from_millis(pool.timeouts.between_tokens_ms);
-    match relay::hold(&mut answer, between, until, ANSWER_BYTES_MAX).await {
+    match answer.read_whole(&mut waiting, between, ANSWER_BYTES_MAX).await {
         Ok(()) => Ok(answer),
-        Err(_) if Instant::now() >= until => Err(Failure::TotalTimeout),
+        Err(WholeFault::Interrupted(_)) => Err(Failure::TotalTimeout),
         Err(WholeFault::Broken(_, why)) => Err(Failure::Reset(why)),
-        Err(_) => Err(Failure::Invalid(format!("it is longer than {ANSWER_BYTES_MAX} bytes"))),
+        Err(WholeFault::TooLong) => Err(Failure::Invalid(format!("it is longer than {ANSWER_BYTES_MAX} bytes"))),
     }
 }
 
