@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use infergate_plugins::guardrail::remote::{Call, Finds, Question, Remote};
 use infergate_plugins::guardrail::{Outcome, Verdict};
@@ -24,6 +24,8 @@ use crate::text::Text;
 
 /// So many requests may wait for the background to take their questions.
 const WAITING_MAX: usize = 4_096;
+/// Longer than any deadline of a rule.
+const LONG: Duration = Duration::from_secs(3_600);
 /// So many verdicts are kept, of all rules together.
 const KEPT_MAX: usize = 20_000;
 
@@ -142,9 +144,8 @@ async fn of_call(
         Some(permits) => Some(timeout_at(until.into(), permits.acquire()).await.map_err(|_| Fault::TimedOut)?),
         None => None,
     };
-    let left = until.saturating_duration_since(Instant::now());
-    // The deadline here cuts first: what is left for the exchange is the same.
-    let answer = timeout_at(until.into(), egress.post(call.post, left * 2)).await.map_err(|_| Fault::TimedOut)?;
+    // The deadline here cuts first, however late somebody looks.
+    let answer = timeout_at(until.into(), egress.post(call.post, LONG)).await.map_err(|_| Fault::TimedOut)?;
     let answer = answer.map_err(Fault::Failed)?;
     let finds = remote.read(&asked[call.questions.clone()], &answer).map_err(Fault::Failed)?;
     Ok((call.questions, finds))
