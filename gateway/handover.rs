@@ -72,6 +72,9 @@ mod tests {
         let (taken, begins, end) = job();
         begins.await.unwrap();
         let (waits, mut begins, _end) = job();
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
         let (third, ..) = job();
         assert_eq!((taken, waits, third), (true, true, false));
         assert!(begins.try_recv().is_err(), "one at once");
