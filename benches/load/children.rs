@@ -2,7 +2,7 @@
 //! without what it can do besides, each on a free port, each ended when its value is dropped.
 
 use crate::Failure;
-use crate::cpu::Cores;
+use crate::cpu::{self, Cores};
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -234,10 +234,23 @@ impl Stage {
 
     /// The fake model server.
     pub fn upstream(&self) -> Result<Running, Failure> {
+        self.upstream_that(&[])
+    }
+
+    /// The same with more to say.
+    pub fn upstream_that(&self, more: &[&str]) -> Result<Running, Failure> {
         let listen = free_address()?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["upstream", "--listen", &listen.to_string()]);
+        command.args(["upstream", "--listen", &listen.to_string()]).args(more);
         self.start(command, "upstream", listen)
+    }
+
+    /// The gateway's embedded model server, at an address of this machine.
+    pub fn simulated(&self, program: &Path, host: Ipv4Addr, more: &[&str]) -> Result<Running, Failure> {
+        let listen = SocketAddr::from((host, free_address()?.port()));
+        let mut command = Command::new(program);
+        command.args(["simulate", "--model", "load-model", "--listen", &listen.to_string()]).args(more);
+        self.start(command, "simulated", listen)
     }
 
     /// The bare proxy.
@@ -262,16 +275,36 @@ impl Stage {
 
     /// The gateway, with a directory of its own: its policy file is watched.
     pub fn gateway(&self, program: &Path, upstream: SocketAddr, besides: Besides) -> Result<Running, Failure> {
-        let directory = self.directory.join(besides.name());
+        self.gateway_on(program, besides.name(), &besides.policy(upstream), &besides.settings(&self.journal()))
+    }
+
+    /// The same on these texts.
+    pub fn gateway_on(
+        &self,
+        program: &Path,
+        name: &'static str,
+        policy: &str,
+        settings: &str,
+    ) -> Result<Running, Failure> {
+        let directory = self.directory.join(name);
         fs::create_dir_all(&directory)?;
-        let (policy_file, settings_file) = (directory.join("policy.yaml"), directory.join("settings.yaml"));
-        fs::write(&policy_file, besides.policy(upstream))?;
-        fs::write(&settings_file, besides.settings(&self.journal()))?;
+        let settings_file = directory.join("settings.yaml");
+        fs::write(&settings_file, settings)?;
+        let policy_file = self.rewrite(name, policy)?;
         let listen = free_address()?;
         let mut command = self.on_the_proxies_core(program);
         gateway_arguments(&mut command, &policy_file, &settings_file, listen);
         command.args(["--admin", &free_address()?.to_string()]);
-        self.start(command, besides.name(), listen)
+        self.start(command, name, listen)
+    }
+
+    /// Gives the gateway of this name another policy, in one step, and says where it is.
+    pub fn rewrite(&self, name: &str, policy: &str) -> Result<PathBuf, Failure> {
+        let file = self.directory.join(name).join("policy.yaml");
+        let new = file.with_extension("new");
+        fs::write(&new, policy)?;
+        fs::rename(&new, &file)?;
+        Ok(file)
     }
 
     /// Another proxy.
@@ -354,6 +387,11 @@ impl Running {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Stops it where it is (`STOP`), or lets it go on (`CONT`).
+    pub fn signal(&self, signal: &str) -> Result<(), Failure> {
+        cpu::run("kill", &[&format!("-{signal}"), &self.pid().to_string()])
     }
 
     /// The end of what it wrote, to show beside a failure.

@@ -64,6 +64,7 @@ pub fn command(options: &Options) -> Result<ExitCode, Failure> {
             (true, _) => Transport::Fresh,
             _ => Transport::Kept,
         },
+        apart: false,
     };
     let seen = on_one_thread(Client::new(load, options.target).run(Stop::after(options.requests)))?;
     print!("{seen}");
@@ -86,6 +87,8 @@ pub struct Load {
     pub answer: Answer,
     /// What carries it.
     pub transport: Transport,
+    /// Whether each connection's prompt begins like no other's.
+    pub apart: bool,
 }
 
 /// What is asked for, and what has to come.
@@ -144,10 +147,15 @@ impl Client {
     }
 
     async fn run_h1(&mut self, stop: &Arc<Stop>) -> Result<Seen, Failure> {
-        let request = prompt::request(&self.load.body(), &self.load.header_lines());
+        let (body, lines) = (self.load.body(), self.load.header_lines());
+        let request = prompt::request(&body, &lines);
         let mut running = JoinSet::new();
         for number in 0..self.load.connections {
-            let connection = Connection { load: self.load, request: request.clone(), target: self.target };
+            let request = match self.load.apart {
+                true => prompt::request(&prompt::begun_apart(&body, number), &lines),
+                false => request.clone(),
+            };
+            let connection = Connection { load: self.load, request, target: self.target };
             let (kept, delay, stop) = (self.kept.pop(), self.load.delay(number), Arc::clone(stop));
             running.spawn(async move {
                 if !delay.is_zero() {
@@ -306,7 +314,8 @@ impl Connection {
     }
 }
 
-async fn check_status(wire: &mut Wire, head: &Head) -> Result<(), Failure> {
+/// An error that says what came instead of a good answer.
+pub async fn check_status(wire: &mut Wire, head: &Head) -> Result<(), Failure> {
     let status = head.word(1);
     if status == "200" {
         return Ok(());

@@ -63,10 +63,15 @@ pub fn command(options: Options) -> Result<ExitCode, Failure> {
 }
 
 fn subject(options: &Options) -> Result<Subject, Failure> {
-    if options.self_check {
-        return Ok(Subject::BareAgain);
+    match options.self_check {
+        true => Ok(Subject::BareAgain),
+        false => gateway(options.gateway.as_ref()).map(Subject::Gateway),
     }
-    let program = match &options.gateway {
+}
+
+/// The gateway's binary: the one that is named, or the one beside this one.
+pub fn gateway(named: Option<&PathBuf>) -> Result<PathBuf, Failure> {
+    let program = match named {
         Some(path) => path.clone(),
         None => beside_this_one()?,
     };
@@ -76,7 +81,7 @@ fn subject(options: &Options) -> Result<Subject, Failure> {
         .elapsed()
         .unwrap_or_default();
     eprintln!("gateway: {}, built {} min ago", program.display(), age.as_secs() / 60);
-    Ok(Subject::Gateway(program))
+    Ok(program)
 }
 
 fn beside_this_one() -> Result<PathBuf, Failure> {
@@ -92,8 +97,14 @@ fn beside_this_one() -> Result<PathBuf, Failure> {
 }
 
 /// Kept connections, whole answers: what most cases change one thing of.
-const PLAIN: Load =
-    Load { connections: 32, bytes: 1024, turns: Turns::One, answer: Answer::Whole, transport: Transport::Kept };
+pub const PLAIN: Load = Load {
+    connections: 32,
+    bytes: 1024,
+    turns: Turns::One,
+    answer: Answer::Whole,
+    transport: Transport::Kept,
+    apart: false,
+};
 
 /// One line of the table that is about CPU time.
 struct Case {
@@ -517,7 +528,7 @@ const COMMIT: Duration = Duration::from_millis(150);
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// A single wrong answer spoils the measurement.
-fn right(seen: Result<Seen, Failure>) -> Result<Seen, Failure> {
+pub fn right(seen: Result<Seen, Failure>) -> Result<Seen, Failure> {
     let seen = seen?;
     if seen.errors == 0 && seen.requests > 0 {
         return Ok(seen);

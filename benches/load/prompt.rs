@@ -38,6 +38,13 @@ pub fn chat(size: usize, turns: Turns, stream: bool) -> Bytes {
     body.into()
 }
 
+/// The same request with another beginning of its text: the first words give way to a number.
+pub fn begun_apart(body: &Bytes, number: usize) -> Bytes {
+    const FIRST: &str = "The committee";
+    let own = format!("{number:0width$}", width = FIRST.len());
+    String::from_utf8_lossy(body).replacen(FIRST, &own, 1).into()
+}
+
 /// Messages of about 700 bytes, the system first, then user and assistant in turns.
 fn conversation(body: &mut String, room: usize) {
     let end = body.len() + room;
@@ -87,6 +94,14 @@ pub fn request(body: &Bytes, extra: &str) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_begins_apart_is_as_long_and_like_no_other() {
+        let body = chat(1024, Turns::One, true);
+        let apart = [3, 4].map(|number| begun_apart(&body, number));
+        assert_eq!(apart.each_ref().map(Bytes::len), [1024, 1024]);
+        assert!(apart[0] != apart[1] && apart[0] != body);
+    }
 
     #[test]
     fn a_body_is_json_of_exactly_the_size_asked_for() {
