@@ -4,6 +4,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use infergate::limits::effort::Work;
+use infergate::limits::{Costs, Counted, Outcome, Reservation, Used};
+use infergate::money::Cached;
+use infergate::policy::{World, compile};
+use infergate::settings::Settings;
+use infergate::state::State;
+use infergate::telemetry::Telemetry;
+use infergate::usage::Usage;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -536,4 +544,133 @@ async fn a_prompt_whose_estimate_is_near_a_hard_limit_is_counted() {
     let told: Vec<_> =
         records.iter().filter(|record| counted(record)).map(|record| &record["model"]["asked"]).collect();
     assert_eq!(told, ["gpt-4o"]);
+}
+
+// The long run.
+
+/// What a limit must say, kept apart from it: what was taken in this span and in the one before, which still counts by
+/// the share of it that a rolling window covers.
+struct Book {
+    length: u64,
+    rolls: bool,
+    from: u64,
+    here: u64,
+    before: u64,
+}
+
+impl Book {
+    fn new(length: u64, rolls: bool) -> Self {
+        Self { length, rolls, from: 0, here: 0, before: 0 }
+    }
+
+    fn taken(&mut self, now: u64) -> u64 {
+        let from = now - now % self.length;
+        if from != self.from {
+            self.before = if from == self.from + self.length { self.here } else { 0 };
+            (self.from, self.here) = (from, 0);
+        }
+        let before = if self.rolls { self.before } else { 0 };
+        self.here + (before * (from + self.length - now)).div_ceil(self.length)
+    }
+
+    fn settle(&mut self, from: u64, reserved: u64, used: u64) {
+        let taken = match self.from.checked_sub(from) {
+            Some(0) => &mut self.here,
+            Some(behind) if behind == self.length => &mut self.before,
+            _ => return,
+        };
+        *taken = *taken - reserved + used;
+    }
+}
+
+/// One request under way: what it has of each book, and since when.
+struct Open {
+    reservation: Box<Reservation>,
+    took: [(u64, u64); 3],
+    asked: (u64, u64),
+}
+
+const DAY: u64 = 86_400_000;
+/// A dollar and a fifth a day, in nano-dollars; tokens a minute; requests at one time.
+const LIMITS: [u64; 3] = [1_200_000_000, 300_000, 50];
+
+/// What a request of so many tokens needs of each.
+fn needs((input, output): (u64, u64)) -> [u64; 3] {
+    [input * 1_000 + output * 10_000, input + output, 1]
+}
+
+/// R4: a budget of a day, a rate of a minute and a number of places are held between half and 95 per cent of what they
+/// allow, for months of their own clock. Whoever fits by the books is admitted, and nobody else.
+#[test]
+fn nobody_is_refused_for_whom_there_is_room_however_long_it_goes_on() {
+    let limits = "limits:\n  - {name: money, usd: 1.2, per: day, on_short: refuse}\n  - {name: rate, tokens: 300000, per: 1m, on_short: refuse}\n  - {concurrency: 50}\n";
+    let text = format!("{}{PRICES}{limits}", policy(&["http://127.0.0.1:1"], ""));
+    for seed in 0..3 {
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
+        let policy = compile(&text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap();
+        let price = policy.prices.as_ref().unwrap().find("m", "p", "vllm", std::time::UNIX_EPOCH).unwrap().clone();
+        let reserve = |(input, output): (u64, u64), now: u64| {
+            let prices = std::slice::from_ref(&price);
+            let cost = Costs { prices, cached: Cached::Within, besides: Usage::default(), work: Work::default() };
+            let (tenant, key, user, held) = (None, None, None, None);
+            let counted =
+                Counted { tenant, key, plans: &[], model: "m", surface: CHAT, user, input, output, cost, held, now };
+            match state.limits.reserve(policy.limits.iter(), &counted) {
+                Some(Outcome::Reserved(reservation)) => Some(reservation),
+                Some(Outcome::Short(_)) => None,
+                _ => panic!("there are limits and a price"),
+            }
+        };
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut books = [Book::new(DAY, false), Book::new(60_000, true)];
+        let (mut open, mut now) = (Vec::<Open>::new(), 20_700 * DAY);
+        let (mut admitted, mut refused, mut within) = (0, 0, 0);
+        while admitted < 20_000 {
+            now += random.u64(0..800);
+            // Now and then somebody asks for more than there may be.
+            let pushes = random.u8(0..50) == 0;
+            let most = if pushes { (300_000, 60_000) } else { (4_000, 2_000) };
+            let asked = (random.u64(1..=most.0), random.u64(1..=most.1));
+            let taken = [books[0].taken(now), books[1].taken(now), open.len() as u64];
+            let share = |n: usize, more: u64| (taken[n] + more) as f64 / LIMITS[n] as f64;
+            let most = (0..3).map(|n| share(n, needs(asked)[n])).fold(0.0, f64::max);
+            if most <= 0.95 || pushes {
+                let fits = (0..3).all(|n| taken[n] + needs(asked)[n] <= LIMITS[n]);
+                let got = reserve(asked, now);
+                assert_eq!(got.is_some(), fits, "seed {seed}: {asked:?} at {taken:?} of {LIMITS:?}");
+                let Some(reservation) = got else {
+                    refused += 1;
+                    continue;
+                };
+                let took = [(books[0].from, needs(asked)[0]), (books[1].from, needs(asked)[1]), (0, 1)];
+                books.iter_mut().zip(took).for_each(|(book, (_, amount))| book.here += amount);
+                open.push(Open { reservation, took, asked });
+                admitted += 1;
+                within += u32::from((0.5..=0.95).contains(&most));
+            } else if open.is_empty() {
+                // All of it is spent: the next minute, or the next day.
+                now += if share(0, needs(asked)[0]) > 0.95 { DAY - now % DAY } else { 1_000 };
+            }
+            if (most > 0.95 || random.u8(0..3) > 0) && !open.is_empty() {
+                let mut over = open.swap_remove(random.usize(0..open.len()));
+                let of = |asked: u64, random: &mut fastrand::Rng| match random.u8(0..10) {
+                    0 => 0,
+                    1 => asked + asked / 10,
+                    _ => random.u64(0..=asked),
+                };
+                let (input, output) = (of(over.asked.0, &mut random), of(over.asked.1, &mut random));
+                let used = needs((input, output));
+                over.reservation.settle(&Used { asked: true, input, output, nanousd: used[0] }, now);
+                books[0].taken(now);
+                books[1].taken(now);
+                books.iter_mut().zip(over.took).zip(used).for_each(|((book, (from, amount)), used)| {
+                    book.settle(from, amount, used);
+                });
+            }
+        }
+        println!("seed {seed}: {admitted} admitted, {within} of them between half and 95 per cent, {refused} refused");
+        assert!(within > 10_000 && refused > 50, "seed {seed}: {within} within, {refused} refused");
+        open.clear();
+        assert_eq!(state.limits.held(), 0, "seed {seed}");
+    }
 }

@@ -580,6 +580,11 @@ impl Replica {
 
     /// Reserves `amount` tokens; `None`: too little is left.
     async fn reserve(&self, amount: u64) -> Option<Box<Reservation>> {
+        self.reserve_for(None, amount).await
+    }
+
+    /// The same of a user's own.
+    async fn reserve_for(&self, user: Option<&str>, amount: u64) -> Option<Box<Reservation>> {
         let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         let counted = Counted {
             tenant: None,
@@ -587,7 +592,7 @@ impl Replica {
             plans: &[],
             model: "m",
             surface: CHAT,
-            user: None,
+            user,
             input: amount,
             output: 0,
             cost,
@@ -605,6 +610,12 @@ impl Replica {
 
     fn leased(&self) -> u64 {
         self.house.state.limits.leased()
+    }
+
+    /// Returns when the store knows all that was given back here: a call that begins after that one is answered.
+    async fn has_told(&self) {
+        self.house.state.limits.shared.settle(Duration::from_secs(10)).await;
+        assert!(self.reserve_for(Some("nobody"), 1).await.is_some());
     }
 }
 
@@ -738,5 +749,54 @@ async fn nobody_is_refused_while_what_is_spent_and_reserved_has_room() {
         }
         let rest = admitted(&gateways, MOST).await;
         assert_eq!(spent + rest, MOST, "round {rounds}: all of it can be had, and no more");
+    }
+}
+
+/// R4, by the thousand: three replicas hold one user's budget after the other between nothing and 95 per cent, in pieces
+/// of up to two per cent of which some is spent and the rest given back. Nobody is refused for whom there is room. Where
+/// slices are out, what is in them counts as taken.
+#[tokio::test]
+async fn with_a_store_too_nobody_is_refused_for_whom_there_is_room_however_long_it_goes_on() {
+    const MOST: u64 = 10_000;
+    let redis = Redis::start().await;
+    for mode in ["exact", "lease"] {
+        let how = format!("namespace: {mode}, mode: {mode}, {PATIENT}");
+        let limit = format!("  - {{each: [user], input_tokens: {MOST}, per: total, on_short: refuse}}");
+        let text = limited("http://127.0.0.1:1", &redis.url(), &how, &limit);
+        let replicas = [Replica::start(&text).await, Replica::start(&text).await, Replica::start(&text).await];
+        let (mut random, mut asked, mut early) = (fastrand::Rng::with_seed(4), 0, 0);
+        for user in 0..seeds() {
+            let user = format!("u{user}");
+            let (mut spent, mut open) = (0, Vec::<(u64, Box<Reservation>)>::new());
+            while spent < MOST * 93 / 100 {
+                let amount = random.u64(1..=MOST / 50);
+                let taken = spent + open.iter().map(|(amount, _)| amount).sum::<u64>();
+                if taken + amount <= MOST * 95 / 100 {
+                    let leased = || replicas.iter().map(Replica::leased).sum::<u64>();
+                    let got = replicas[random.usize(0..3)].reserve_for(Some(&user), amount).await;
+                    let has_room = taken + amount + leased() <= MOST;
+                    assert!(got.is_some() || !has_room, "{mode}: {amount} refused at {taken} of {MOST}");
+                    (asked, early) = (asked + 1, early + u64::from(got.is_none()));
+                    if let Some(got) = got {
+                        open.push((amount, got));
+                        continue;
+                    }
+                }
+                let half = open.len().div_ceil(2);
+                for (amount, mut over) in open.drain(..half) {
+                    let used = if random.bool() { random.u64(0..=amount) } else { 0 };
+                    over.settle(&Used { asked: true, input: used, ..Used::default() }, 0);
+                    spent += used;
+                }
+                for replica in &replicas {
+                    replica.has_told().await;
+                }
+            }
+            drop(open);
+            let last = replicas[0].reserve_for(Some(&user), MOST - spent + 1).await;
+            assert!(last.is_none(), "{mode}: more than there is");
+        }
+        println!("{mode}: {early} of {asked} refused while slices had the room");
+        assert!(asked > 1_000 && (mode == "lease" || early == 0), "{mode}: {early} of {asked}");
     }
 }

@@ -63,10 +63,15 @@ pub fn command(options: Options) -> Result<ExitCode, Failure> {
 }
 
 fn subject(options: &Options) -> Result<Subject, Failure> {
-    if options.self_check {
-        return Ok(Subject::BareAgain);
+    match options.self_check {
+        true => Ok(Subject::BareAgain),
+        false => gateway(options.gateway.as_ref()).map(Subject::Gateway),
     }
-    let program = match &options.gateway {
+}
+
+/// The gateway's binary: the one that is named, or the one beside this one.
+pub fn gateway(named: Option<&PathBuf>) -> Result<PathBuf, Failure> {
+    let program = match named {
         Some(path) => path.clone(),
         None => beside_this_one()?,
     };
@@ -76,7 +81,7 @@ fn subject(options: &Options) -> Result<Subject, Failure> {
         .elapsed()
         .unwrap_or_default();
     eprintln!("gateway: {}, built {} min ago", program.display(), age.as_secs() / 60);
-    Ok(Subject::Gateway(program))
+    Ok(program)
 }
 
 fn beside_this_one() -> Result<PathBuf, Failure> {
@@ -92,8 +97,14 @@ fn beside_this_one() -> Result<PathBuf, Failure> {
 }
 
 /// Kept connections, whole answers: what most cases change one thing of.
-const PLAIN: Load =
-    Load { connections: 32, bytes: 1024, turns: Turns::One, answer: Answer::Whole, transport: Transport::Kept };
+pub const PLAIN: Load = Load {
+    connections: 32,
+    bytes: 1024,
+    turns: Turns::One,
+    answer: Answer::Whole,
+    transport: Transport::Kept,
+    apart: false,
+};
 
 /// One line of the table that is about CPU time.
 struct Case {
@@ -190,6 +201,16 @@ fn cases() -> Vec<Case> {
         neighbour("haproxy, 1 KB", PLAIN, Neighbour::Haproxy),
         neighbour("haproxy, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Haproxy),
         neighbour("haproxy, an event each 10 ms", stream(200, pace), Neighbour::Haproxy),
+        neighbour("sglang-router, 1 KB", PLAIN, Neighbour::SglangRouter),
+        neighbour("sglang-router, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::SglangRouter),
+        neighbour("sglang-router, an event each 10 ms", stream(200, pace), Neighbour::SglangRouter),
+        neighbour("vllm-router, 1 KB", PLAIN, Neighbour::VllmRouter),
+        neighbour("vllm-router, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::VllmRouter),
+        neighbour("vllm-router, an event each 10 ms", stream(200, pace), Neighbour::VllmRouter),
+        neighbour("portkey, 1 KB", PLAIN, Neighbour::Portkey),
+        neighbour("portkey, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Portkey),
+        neighbour("litellm, 1 KB", PLAIN, Neighbour::Litellm),
+        neighbour("litellm, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Litellm),
     ]
 }
 
@@ -462,7 +483,7 @@ impl<'a> Lane<'a> {
     fn new(proxy: &'a Running, case: &Case) -> Self {
         Self {
             proxy,
-            client: Client::new(case.load, proxy.address),
+            client: Client::new(case.load, proxy.address).minding(proxy.header_lines.clone(), proxy.rewrites),
             counts_events: case.is_stream(),
             counts_all: case.counts_all(),
             seen: Duration::ZERO,
@@ -517,7 +538,7 @@ const COMMIT: Duration = Duration::from_millis(150);
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// A single wrong answer spoils the measurement.
-fn right(seen: Result<Seen, Failure>) -> Result<Seen, Failure> {
+pub fn right(seen: Result<Seen, Failure>) -> Result<Seen, Failure> {
     let seen = seen?;
     if seen.errors == 0 && seen.requests > 0 {
         return Ok(seen);

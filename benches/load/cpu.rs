@@ -96,7 +96,8 @@ pub fn raise_open_files() -> Result<u64, Failure> {
     Ok(wanted)
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<(), Failure> {
+/// Runs a program to its end.
+pub fn run(program: &str, arguments: &[&str]) -> Result<(), Failure> {
     let status = Command::new(program)
         .args(arguments)
         .stdout(Stdio::null())

@@ -10,6 +10,7 @@ mod h2c;
 mod memory;
 mod plot;
 mod prompt;
+mod replicas;
 mod report;
 mod upstream;
 mod wire;
@@ -40,6 +41,8 @@ enum Command {
     Bare(bare::Options),
     /// The closed-loop client alone
     Client(client::Options),
+    /// Several replicas behind one gateway
+    Replicas(replicas::Options),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Some(Command::Upstream(options)) => upstream::command(&options),
         Some(Command::Bare(options)) => bare::command(&options),
         Some(Command::Client(options)) => client::command(&options),
+        Some(Command::Replicas(options)) => replicas::command(&options),
     };
     outcome.unwrap_or_else(|failure| {
         eprintln!("load: {failure}");

@@ -30,6 +30,7 @@ pub async fn measure(proxy: &Running, bytes: usize, streams: usize) -> Result<Me
         turns: Turns::One,
         answer: Answer::Stream { events: 2, interval: SILENCE },
         transport: Transport::Kept,
+        apart: false,
     };
     tokio::time::sleep(REST).await;
     let idle = cpu::resident(proxy.pid())? as f64;

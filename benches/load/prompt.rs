@@ -38,6 +38,13 @@ pub fn chat(size: usize, turns: Turns, stream: bool) -> Bytes {
     body.into()
 }
 
+/// The same request with another beginning of its text: the first words give way to a number.
+pub fn begun_apart(body: &Bytes, number: usize) -> Bytes {
+    const FIRST: &str = "The committee";
+    let own = format!("{number:0width$}", width = FIRST.len());
+    String::from_utf8_lossy(body).replacen(FIRST, &own, 1).into()
+}
+
 /// Messages of about 700 bytes, the system first, then user and assistant in turns.
 fn conversation(body: &mut String, room: usize) {
     let end = body.len() + room;
@@ -73,10 +80,12 @@ fn message(body: &mut String, role: &str, room: usize) {
     body.push_str(r#""}"#);
 }
 
-/// The whole HTTP/1.1 request around a body. `extra` are header lines with their line ends.
+/// The whole HTTP/1.1 request around a body. `extra` are header lines with their line ends; they may say that answers
+/// must not be compressed.
 pub fn request(body: &Bytes, extra: &str) -> Bytes {
+    let accepts = if extra.contains("accept-encoding:") { "" } else { "accept-encoding: gzip, deflate\r\n" };
     let mut request = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\naccept-encoding: gzip, deflate\r\nuser-agent: OpenAI/Python 2.8.1\r\nauthorization: Bearer sk-load-0123456789abcdef\r\ncontent-type: application/json\r\n{extra}content-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n{accepts}user-agent: OpenAI/Python 2.8.1\r\nauthorization: Bearer sk-load-0123456789abcdef\r\ncontent-type: application/json\r\n{extra}content-length: {}\r\n\r\n",
         body.len()
     )
     .into_bytes();
@@ -87,6 +96,14 @@ pub fn request(body: &Bytes, extra: &str) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_begins_apart_is_as_long_and_like_no_other() {
+        let body = chat(1024, Turns::One, true);
+        let apart = [3, 4].map(|number| begun_apart(&body, number));
+        assert_eq!(apart.each_ref().map(Bytes::len), [1024, 1024]);
+        assert!(apart[0] != apart[1] && apart[0] != body);
+    }
 
     #[test]
     fn a_body_is_json_of_exactly_the_size_asked_for() {

@@ -2,10 +2,10 @@
 //!
 //! `POST` anything: one chat completion, or a stream if `x-load-events` is there (that many
 //! chunks, `x-load-interval-us` apart) or the body says `"stream":true`. `GET /health` and
-//! `GET /v1/models` answer 200. It is a collector of traces too: `POST /v1/traces` is counted,
+//! `GET /v1/models` answer 200; `GET /metrics` is empty, or a lie. It is a collector of traces too: `POST /v1/traces` is counted,
 //! `GET /v1/traces` says how often.
 
-use crate::wire::{Head, Wire};
+use crate::wire::{self, Head, Wire};
 use crate::{Failure, on_one_thread};
 use bytes::Bytes;
 use std::cmp::Reverse;
@@ -26,22 +26,49 @@ pub struct Options {
     /// The address to listen on
     #[arg(long, default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
+    /// What it claims of itself in /metrics, whatever it does
+    #[arg(long, value_enum)]
+    claims: Option<Claim>,
+}
+
+/// A lie.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Claim {
+    /// Nothing runs, nothing waits, the cache is empty
+    Idle,
+    /// A thousand wait and the cache is full
+    Full,
+}
+
+impl Claim {
+    /// The page, in vLLM's names.
+    fn page(self) -> String {
+        let (requests, cache) = match self {
+            Self::Idle => (0, 0),
+            Self::Full => (1000, 1),
+        };
+        ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]
+            .iter()
+            .zip([requests, requests, cache])
+            .map(|(name, value)| format!("vllm:{name}{{engine=\"0\",model_name=\"load-model\"}} {value}.0\n"))
+            .collect()
+    }
 }
 
 /// Runs the fake model server until it is killed.
 pub fn command(options: &Options) -> Result<ExitCode, Failure> {
-    let pacer = Pacer::start()?;
+    let (pacer, claims) = (Pacer::start()?, options.claims);
     on_one_thread(async {
         let listener = TcpListener::bind(options.listen).await?;
         loop {
             let (socket, _) = listener.accept().await?;
-            tokio::spawn(serve(socket, Arc::clone(&pacer)));
+            tokio::spawn(serve(socket, Arc::clone(&pacer), claims));
         }
     })
 }
 
 /// A peer that leaves is nothing to report: the client counts what it missed.
-async fn serve(socket: TcpStream, pacer: Arc<Pacer>) -> Result<(), Failure> {
+async fn serve(socket: TcpStream, pacer: Arc<Pacer>, claims: Option<Claim>) -> Result<(), Failure> {
     let mut wire = Wire::new(socket)?;
     let mut body = Vec::new();
     while let Some(head) = wire.head().await? {
@@ -49,7 +76,7 @@ async fn serve(socket: TcpStream, pacer: Arc<Pacer>) -> Result<(), Failure> {
         wire.body(head.framing(), |piece| body.extend_from_slice(piece)).await?;
         match Stream::asked(&head, &body) {
             Some(stream) => stream.answer(&mut wire, &pacer).await?,
-            None => wire.socket.write_all(&reply(&head)).await?,
+            None => wire.socket.write_all(&reply(&head, claims)).await?,
         }
         if head.closes() {
             break;
@@ -63,19 +90,18 @@ static BATCHES: AtomicU64 = AtomicU64::new(0);
 
 /// Asks a fake server how many batches of spans it got.
 pub async fn batches(server: SocketAddr) -> Result<u64, Failure> {
-    let mut wire = Wire::new(TcpStream::connect(server).await?)?;
-    wire.socket.write_all(b"GET /v1/traces HTTP/1.1\r\nhost: load\r\n\r\n").await?;
-    let head = wire.head().await?.ok_or("no answer")?;
-    let mut text = Vec::new();
-    wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
-    Ok(std::str::from_utf8(&text)?.parse()?)
+    Ok(wire::get(server, "/v1/traces").await?.parse()?)
 }
 
-fn reply(head: &Head) -> Vec<u8> {
-    let counted;
+fn reply(head: &Head, claims: Option<Claim>) -> Vec<u8> {
+    let (counted, claimed);
     let body = match (head.word(0), head.word(1)) {
         ("GET", "/health") => "",
         ("GET", "/v1/models") => MODELS,
+        ("GET", "/metrics") => {
+            claimed = claims.map(Claim::page).unwrap_or_default();
+            &claimed
+        }
         ("GET", "/v1/traces") => {
             counted = BATCHES.load(Ordering::Relaxed).to_string();
             &counted

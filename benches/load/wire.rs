@@ -2,7 +2,8 @@
 
 use crate::Failure;
 use bytes::{Buf, BytesMut};
-use tokio::io::AsyncReadExt;
+use std::net::SocketAddr;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Room for the next read: the big bodies should not come in small pieces.
@@ -65,6 +66,16 @@ impl Wire {
         self.buffer.reserve(READ_AHEAD);
         self.socket.read_buf(&mut self.buffer).await
     }
+}
+
+/// What `server` answers to a GET.
+pub async fn get(server: SocketAddr, path: &str) -> Result<String, Failure> {
+    let mut wire = Wire::new(TcpStream::connect(server).await?)?;
+    wire.socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: load\r\n\r\n").as_bytes()).await?;
+    let head = wire.head().await?.ok_or("no answer")?;
+    let mut text = Vec::new();
+    wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
+    Ok(String::from_utf8(text)?)
 }
 
 /// A request's or an answer's first line and headers, as received.

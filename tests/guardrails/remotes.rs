@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
+use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -198,16 +199,25 @@ async fn whoever_waits_for_a_held_stream_gets_signs_of_life() {
     let gateway = Gateway::start(&guarded(&upstream.url(), &(ask + beats))).await;
     for client in Client::both() {
         let mut stream = client.open(gateway.address, CHAT, &[], chat(true, 9)).await.into_body();
-        for _ in 0..3 {
-            let sign =
-                tokio::time::timeout(WITHIN, stream.frame()).await.unwrap().unwrap().unwrap().into_data().unwrap();
-            assert!(sign.starts_with(b": keep-alive"), "nothing else yet: {sign:?}");
-        }
+        three_signs_of_life(&mut stream).await;
         may.add_permits(1);
-        let rest = stream.collect().await.unwrap().to_bytes();
-        let rest = String::from_utf8_lossy(&rest).replace(": keep-alive\n\n", "");
-        assert_eq!(rest, body);
+        assert_eq!(without_signs(stream).await, body);
     }
+}
+
+/// Three of them come, and nothing else.
+async fn three_signs_of_life(stream: &mut Incoming) {
+    for _ in 0..3 {
+        let frame = tokio::time::timeout(WITHIN, stream.frame()).await.unwrap().unwrap().unwrap();
+        let sign = frame.into_data().unwrap();
+        assert!(sign.starts_with(b": keep-alive"), "nothing else yet: {sign:?}");
+    }
+}
+
+/// What else comes.
+async fn without_signs(stream: Incoming) -> String {
+    let rest = stream.collect().await.unwrap().to_bytes();
+    String::from_utf8_lossy(&rest).replace(": keep-alive\n\n", "")
 }
 
 /// A webhook that answers only once it may.
@@ -221,6 +231,26 @@ async fn patient(verdict: &'static str) -> (Wire, Arc<Semaphore>) {
     })
     .await;
     (wire, permits)
+}
+
+#[tokio::test]
+async fn while_a_service_judges_a_prompt_or_a_held_answer_there_are_signs_of_life() {
+    let body = delta("all is ") + &delta("well") + &finish();
+    let upstream = streaming(body.clone()).await;
+    for (place, how) in [("prompt.user", ""), ("prompt.user", ", beside: true"), ("answer.content", ", stream: hold")] {
+        for (client, nth) in Client::both().into_iter().zip(1..) {
+            let (service, may) = patient("allow").await;
+            let ask = rule(place, "block", &service.url(), &format!("shape: webhook, deadline_ms: 20000{how}"));
+            let beats = "\nrequests: {heartbeat_ms: 50}";
+            let gateway = Gateway::start(&guarded(&upstream.url(), &(ask + beats))).await;
+            let text = chat(true, 9).replace("Hello", &format!("Hello {nth}"));
+            let mut stream = client.open(gateway.address, CHAT, &[], text).await.into_body();
+            three_signs_of_life(&mut stream).await;
+            assert_eq!(service.heard().len(), 1, "{place}{how}: it is the service that is waited for");
+            may.add_permits(1);
+            assert_eq!(without_signs(stream).await, body, "{place}{how}");
+        }
+    }
 }
 
 #[tokio::test]
