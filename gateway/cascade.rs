@@ -268,7 +268,7 @@ impl Ladder {
         exchange.chosen = Some(Chosen { by: self.name.clone(), model: next.model.clone() });
         if let Some(key) = self.key {
             // Who calls a tool gets what it gives back.
-            house.state.conversations.goes_to(key, &next.model, Instant::now());
+            house.state.conversations.goes_to(key, &next.model, None, Instant::now());
         }
     }
 }

@@ -176,22 +176,19 @@ async fn asks_second(house: &House, exchange: &mut Exchange, decided: &mut Decid
     let Unsure { doubt, mut found } = unsure;
     exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
     let (said, why) = second::decides(house, exchange, &doubt).await;
-    let chosen = said.and_then(|(route, _)| found.iter().position(|(name, ..)| *name == route));
+    let chosen = said.and_then(|route| found.iter().position(|(name, ..)| *name == route));
     match chosen.map(|at| found.swap_remove(at)) {
         Some((route, found, able)) => {
             (decided.rule, decided.by) = ((&route).into(), (&route).into());
             (decided.model, decided.weighed, decided.able) = (found.model, found.weighed, able);
             decided.unfit = None;
+            if let Some(key) = decided.key {
+                house.state.conversations.goes_to(key, &decided.model, Some(&decided.by), Instant::now());
+            }
         }
         None => decided.rule = "second".into(),
     }
     decided.why = why.into();
-    let conversations = &house.state.conversations;
-    if let Some(key) = decided.key
-        && let Some(kept) = conversations.get(key, Instant::now())
-    {
-        conversations.put(key, Kept { model: decided.model.clone(), by: decided.by.clone(), ..kept });
-    }
 }
 
 /// No candidate can answer this.

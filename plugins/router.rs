@@ -171,7 +171,7 @@ impl Config {
         let routes = self.semantic.iter().flat_map(|semantic| &semantic.routes).map(|route| route.name.as_str());
         let signals = self.signals.iter().map(|signals| signals.name.as_deref().unwrap_or("signals"));
         let pairs = self.difficulty.iter().flat_map(|pair| [pair.weak.as_str(), pair.strong.as_str()]);
-        let cel = self.cel.iter().map(|cel| cel.name.as_deref().unwrap_or("cel"));
+        let cel = self.cel.iter().map(|cel| cel.name.as_deref().unwrap_or(&cel.model));
         routes.chain(signals).chain(pairs).chain(cel).collect()
     }
 }
@@ -258,6 +258,15 @@ mod tests {
     pub(super) fn asked(router: &dyn Router, text: &str) -> Answer {
         let spans = [Span { role: Role::User, turn: 0, text }];
         router.ask(&Prompt { spans: &spans, ..Prompt::default() })
+    }
+
+    #[test]
+    fn a_decision_is_called_what_its_configuration_says_it_is_called() {
+        let one = r#"{"cel": {"model": "m", "when": "code"}}"#;
+        let config: Config = serde_json::from_str(one).unwrap();
+        let router = built(&format!("[{one}]")).unwrap().remove(0).router;
+        let Answer::Route(choice) = asked(&*router, "write a python function") else { panic!("it holds") };
+        assert_eq!(config.decisions(), [&*choice.route]);
     }
 
     #[test]

@@ -107,16 +107,13 @@ async fn asked(egress: &Egress, doubt: &Doubt) -> Result<Arc<str>, String> {
 }
 
 /// What a decision that was in doubt comes to: the model and route, or why the first stage's answer stands.
-pub async fn decides(house: &House, exchange: &Exchange, doubt: &Doubt) -> (Option<(Arc<str>, Arc<str>)>, String) {
+pub async fn decides(house: &House, exchange: &Exchange, doubt: &Doubt) -> (Option<Arc<str>>, String) {
     let began = Instant::now();
     let said = said(house, exchange, doubt).await;
     let [(one, _), (other, _)] = &doubt.routes;
     let between = format!("between {one} and {other}, margin {:.3}", doubt.margin);
     match said {
-        Ok(route) => {
-            let chosen = doubt.routes.iter().find(|(name, _)| *name == route).cloned();
-            (chosen, format!("second stage, {between}, in {} ms", began.elapsed().as_millis()))
-        }
+        Ok(route) => (Some(route), format!("second stage, {between}, in {} ms", began.elapsed().as_millis())),
         Err(why) => (None, format!("second stage, {between}: {why}")),
     }
 }

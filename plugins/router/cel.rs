@@ -147,28 +147,32 @@ fn check(at: &Expression, depth: u16, loops: bool) -> Result<(), String> {
     if depth > 2 * DEPTH_MAX {
         return Err(format!("is too deep: more than {} operations in one another", 2 * DEPTH_MAX));
     }
-    let next = |part: &Expression| check(part, depth + 1, loops);
-    match &at.expr {
-        Expr::Call(call) => call.target.iter().map(|target| &**target).chain(&call.args).try_for_each(next),
-        Expr::Select(select) => next(&select.operand),
-        Expr::List(list) => list.elements.iter().try_for_each(next),
-        Expr::Map(map) => map.entries.iter().try_for_each(|entry| check_entry(&entry.expr, depth, loops)),
-        Expr::Struct(object) => object.entries.iter().try_for_each(|entry| check_entry(&entry.expr, depth, loops)),
-        Expr::Comprehension(_) if loops => Err("has a comprehension (all, exists, map, filter) in another".to_owned()),
-        Expr::Comprehension(all) => [&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
-            .into_iter()
-            .try_for_each(|part| check(part, depth + 1, true)),
-        Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => Ok(()),
+    let is_loop = matches!(at.expr, Expr::Comprehension(_));
+    if is_loop && loops {
+        return Err("has a comprehension (all, exists, map, filter) in another".to_owned());
+    }
+    parts(at).into_iter().try_for_each(|part| check(part, depth + 1, loops || is_loop))
+}
+
+/// What an expression consists of.
+fn parts(of: &Expression) -> Vec<&Expression> {
+    match &of.expr {
+        Expr::Call(call) => call.target.iter().map(|target| &**target).chain(&call.args).collect(),
+        Expr::Select(select) => vec![&select.operand],
+        Expr::List(list) => list.elements.iter().collect(),
+        Expr::Map(map) => map.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Struct(object) => object.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Comprehension(all) => {
+            vec![&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
+        }
+        Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => Vec::new(),
     }
 }
 
-fn check_entry(entry: &EntryExpr, depth: u16, loops: bool) -> Result<(), String> {
+fn entry_parts(entry: &EntryExpr) -> Vec<&Expression> {
     match entry {
-        EntryExpr::StructField(field) => check(&field.value, depth + 1, loops),
-        EntryExpr::MapEntry(entry) => {
-            check(&entry.key, depth + 1, loops)?;
-            check(&entry.value, depth + 1, loops)
-        }
+        EntryExpr::StructField(field) => vec![&field.value],
+        EntryExpr::MapEntry(entry) => vec![&entry.key, &entry.value],
     }
 }
 
@@ -189,19 +193,11 @@ fn known(expression: &Expression) -> Result<Vec<&'static str>, String> {
 
 /// The names that comprehensions give to their elements.
 fn bound<'e>(at: &'e Expression, names: &mut Vec<&'e str>) {
-    match &at.expr {
-        Expr::Call(call) => {
-            call.target.iter().map(|target| &**target).chain(&call.args).for_each(|part| bound(part, names));
-        }
-        Expr::Select(select) => bound(&select.operand, names),
-        Expr::List(list) => list.elements.iter().for_each(|part| bound(part, names)),
-        Expr::Comprehension(all) => {
-            names.extend([all.iter_var.as_str(), all.accu_var.as_str()]);
-            names.extend(all.iter_var2.as_deref());
-            bound(&all.iter_range, names);
-        }
-        _ => {}
+    if let Expr::Comprehension(all) = &at.expr {
+        names.extend([all.iter_var.as_str(), all.accu_var.as_str()]);
+        names.extend(all.iter_var2.as_deref());
     }
+    parts(at).into_iter().for_each(|part| bound(part, names));
 }
 
 impl Condition {
@@ -365,6 +361,7 @@ mod tests {
             ("code && tools == 2 && images == 0 && turns == 1", true),
             ("tokens > 5 && tokens < 100 && bytes > 20 && !maths && !structured", true),
             ("plans.exists(plan, plan == 'gold')", true),
+            ("{'a': plans.exists(p, p == 'gold')}['a']", true),
             ("'ml' in claims.groups && claims['account.level'] >= 3 && claims.staff", true),
             ("!('none' in claims) && claims.groups.exists(group, group.startsWith('op'))", true),
             ("'email' in claims", false),
