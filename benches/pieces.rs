@@ -12,8 +12,9 @@ use infergate::audit::record::{Attempt, AttemptList, Decision, Ending, Moment, R
 use infergate::identity;
 use infergate::money::Cached;
 use infergate::policy::{Policy, World, compile, prices};
-use infergate::pool::Wanted;
+use infergate::pool::prefix::{Blocks, Chain};
 use infergate::pool::score::Asked;
+use infergate::pool::{Pool, Wanted};
 use infergate::scan;
 use infergate::settings::Settings;
 use infergate::sse::Framer;
@@ -155,7 +156,36 @@ fn picks(criterion: &mut Criterion) {
             bencher.iter(|| pool.pick(black_box(&wanted), &[], black_box(Instant::now())).is_some());
         });
     }
+    for upstreams in [5, 25, 100] {
+        let policy = policy_with(upstreams, "    balance: expected_time\n");
+        let pool = &policy.pools["p"];
+        let Some(chain) = read_by_all(pool) else { panic!("the pool remembers no prefixes") };
+        let asked = Asked { prompt: 130_000, output: 200, key: 7, turn: 0 };
+        let wanted = Wanted { asked, chain: Some(&chain), ..Wanted::of(Operation::Chat) };
+        let allocated = allocation_counter::measure(|| drop(pool.pick(&wanted, &[], Instant::now())));
+        assert_eq!(allocated.count_total, 0, "a choice among {upstreams} that have read some allocates");
+        group.bench_function(
+            format!("by expected time of {upstreams}, with their 2,048 blocks looked up"),
+            |bencher| {
+                bencher.iter(|| pool.pick(black_box(&wanted), &[], black_box(Instant::now())).is_some());
+            },
+        );
+    }
     group.finish();
+}
+
+/// The chain of a prompt of which every endpoint has read the beginning, each fourth one more of it.
+fn read_by_all(pool: &Pool) -> Option<Chain> {
+    let prefixes = pool.prefixes.as_ref()?;
+    let text = chat(2048 * Blocks::default().bytes() as usize);
+    let chain = |share: usize| {
+        prefixes.chain(Blocks::default(), "llama-3", std::iter::once(("messages", &text[..text.len() / share])))
+    };
+    for (n, upstream) in pool.upstreams.iter().enumerate() {
+        let share = [60, 50, 40, 2][n % 4];
+        prefixes.learn(&chain(share), upstream.origin.endpoints().first()?.seat(prefixes)?);
+    }
+    Some(chain(1))
 }
 
 /// The record of a chat request that went well, as its exchange would put it together.

@@ -120,22 +120,28 @@ fn ms(time: Duration) -> f64 {
 
 // Of unequal speed.
 
-/// Prompts that everybody begins with, of 2,000 tokens or so, and how many requests run at once.
-const BEGINNINGS: usize = 12;
+/// Prompts that somebody begins with, of 2,000 tokens or so: more than fit into one server's cache, fewer than fit into
+/// four.
+const BEGINNINGS: usize = 48;
+const CACHE: &str = "50000";
+/// How many requests run at once.
 const AT_ONCE: usize = 8;
 /// Prompt tokens that the servers read in a second.
 const SPEEDS: [&str; 4] = ["20000", "20000", "10000", "5000"];
 
 impl Bench {
     async fn unequal(&self) -> Result<(), Failure> {
-        println!("four servers that read {} tokens a second, {AT_ONCE} requests at once:", SPEEDS.join(", "));
-        for balance in ["round_robin", "p2c", "expected_time"] {
+        println!(
+            "four servers that keep {CACHE} tokens and read {} tokens a second, {AT_ONCE} requests at once:",
+            SPEEDS.join(", ")
+        );
+        for balance in ["balance: round_robin", "balance: p2c", ASKS] {
             let start = |speed| {
-                let more = ["--prefill-per-second", speed, "--tokens-per-second", "200"];
+                let more = ["--prefill-per-second", speed, "--tokens-per-second", "200", "--kv-tokens", CACHE];
                 self.stage.simulated(&self.program, Ipv4Addr::LOCALHOST, &more)
             };
             let servers = SPEEDS.into_iter().map(start).collect::<Result<Vec<_>, _>>()?;
-            let policy = policy(&addresses(&servers), &format!("balance: {balance}"));
+            let policy = policy(&addresses(&servers), balance);
             let gateway = self.stage.gateway_on(&self.program, "gateway", &policy, SETTINGS)?;
             let mut firsts = self.conversations(gateway.address).await?;
             let (asked, had) = cached(&servers).await?;
@@ -168,6 +174,9 @@ impl Bench {
         Ok(firsts)
     }
 }
+
+/// Engines say how much they keep.
+const ASKS: &str = "balance: expected_time, load: {metrics_ms: 1000}";
 
 /// The n-th request: one of the beginnings, and a question of its own.
 fn question(n: usize) -> Bytes {

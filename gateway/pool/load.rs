@@ -19,6 +19,8 @@ pub struct Load {
     prefill: AtomicU32,
     /// Prompt tokens of answers whose first token nobody sees, and when that was so: they run off at the learned rate.
     unseen: AtomicU64,
+    /// Prompt tokens of the answers that come as a whole and have not come: no more than these can be unread.
+    unanswered: AtomicU32,
     /// Streams that have not begun.
     waiting: AtomicU32,
     /// Answers that come as a whole.
@@ -76,7 +78,7 @@ const READ_S: f32 = 1.0 / PREFILL_RATE;
 const HALF_S: f32 = 60.0;
 /// Whoever is within a quarter of what is usual in the pool is as fast as that: the difference is what happened to run
 /// beside its last answers, and would outweigh a prefix.
-const ALIKE: f32 = 0.25;
+const ALIKE: std::ops::Range<f32> = 0.778_800_8..1.284_025_4; // a quarter as a power of e
 /// Work of so many tokens tells half as much as work without end: the rest of its time is the way there and back.
 const TELLING_TOKENS: f32 = 256.0;
 /// An answer of fewer tokens tells nothing of the time between them.
@@ -122,6 +124,7 @@ impl Load {
             base: now,
             prefill: AtomicU32::new(0),
             unseen: AtomicU64::new(0),
+            unanswered: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             wholes: AtomicU32::new(0),
             streams: AtomicU32::new(0),
@@ -139,7 +142,7 @@ impl Load {
         let read_s = self.paces.read_s.of(usual.read_s, at);
         let answer_s = self.paces.answer_s.of(usual.answer_s, at);
         Candidate {
-            prefill: self.prefill.load(Relaxed) + self.unseen(read_s, at),
+            prefill: self.prefill.load(Relaxed).saturating_add(self.unseen(read_s, at)),
             streams: self.streams.load(Relaxed),
             decode: self.decode.load(Relaxed),
             prefill_rate: 1.0 / read_s,
@@ -159,7 +162,7 @@ impl Load {
     /// Prompt tokens to be read, answers being written, prompt tokens a second: for those who watch.
     pub fn levels(&self, now: Instant) -> (u32, u32, f32) {
         let read_s = self.paces.read_s.or(READ_S);
-        let prefill = self.prefill.load(Relaxed) + self.unseen(read_s, self.millis(now));
+        let prefill = self.prefill.load(Relaxed).saturating_add(self.unseen(read_s, self.millis(now)));
         (prefill, self.streams.load(Relaxed), 1.0 / read_s)
     }
 
@@ -184,7 +187,7 @@ impl Load {
     fn unseen(&self, read_s: f32, at: u64) -> u32 {
         let (tokens, then) = unpacked(self.unseen.load(Relaxed));
         let passed = (at as u32).wrapping_sub(then) as f32 / 1e3;
-        (tokens - passed / read_s).max(0.0) as u32
+        ((tokens - passed / read_s).max(0.0) as u32).min(self.unanswered.load(Relaxed))
     }
 
     fn moves(&self, at: u64) {
@@ -200,12 +203,13 @@ impl Load {
         if job.whole {
             let tokens = unseen.saturating_add(job.unread) as f32;
             self.unseen.store(packed(tokens, at as u32), Relaxed);
+            self.unanswered.fetch_add(job.unread, Relaxed);
             self.wholes.fetch_add(1, Relaxed);
             self.writes(job);
-            return self.prefill.load(Relaxed) + unseen;
+            return self.prefill.load(Relaxed).saturating_add(unseen);
         }
         self.waiting.fetch_add(1, Relaxed);
-        self.prefill.fetch_add(job.unread, Relaxed) + unseen
+        self.prefill.fetch_add(job.unread, Relaxed).saturating_add(unseen)
     }
 
     fn writes(&self, job: Job) {
@@ -252,7 +256,7 @@ impl Work {
         load.has_read(self.job);
         load.writes(self.job);
         self.first = Some((now, load.streams.load(Relaxed)));
-        let (took, tokens) = (seconds(self.begun, now), (self.ahead + self.job.unread) as f32);
+        let (took, tokens) = (seconds(self.begun, now), self.ahead.saturating_add(self.job.unread) as f32);
         let telling = tokens / (tokens + TELLING_TOKENS);
         for paces in [&load.paces, usual] {
             paces.read_s.learn(took / tokens.max(1.0), telling, READ_S, at);
@@ -295,7 +299,7 @@ impl Work {
         let load = &self.in_flight.endpoint().load;
         let Usual { read_s, token_s, .. } = usual.usual();
         let (read_s, token_s) = (load.paces.read_s.of(read_s, at), load.paces.token_s.of(token_s, at));
-        let read = (self.ahead + self.job.unread) as f32 * read_s;
+        let read = self.ahead.saturating_add(self.job.unread) as f32 * read_s;
         let expected = read + tokens as f32 * token_s * crowding(load.streams.load(Relaxed));
         let factor = took / expected.max(1e-6);
         for paces in [&load.paces, usual] {
@@ -313,6 +317,7 @@ impl Drop for Work {
             Phase::Reading => load.has_read(self.job),
             Phase::Writing => load.has_written(self.job),
             Phase::Whole => {
+                load.unanswered.fetch_sub(self.job.unread, Relaxed);
                 load.wholes.fetch_sub(1, Relaxed);
                 load.has_written(self.job);
             }
@@ -342,7 +347,7 @@ impl Learned {
             return usual;
         }
         let age = (at / 1000).saturating_sub(u64::from(self.at.load(Relaxed))) as f32;
-        if (value / usual).ln().abs() < ALIKE {
+        if ALIKE.contains(&(value / usual)) {
             return usual;
         }
         usual + (value - usual) * HALF_S / (HALF_S + age)
@@ -473,7 +478,35 @@ mod tests {
         assert_eq!(counts(&endpoint, later), [0; 4]);
         drop(Work::begin(&endpoint, Some(WHOLE), &usual, later));
         drop(Work::begin(&endpoint, None, &usual, later));
-        assert_eq!(counts(&endpoint, later + Duration::from_secs(1)), [0; 4]);
+        assert_eq!(counts(&endpoint, later), [0; 4]);
+    }
+
+    #[test]
+    fn a_prompt_whose_answer_has_come_is_not_waited_for_however_slow_its_reader_was_taken_to_be() {
+        let (now, usual) = (Instant::now(), Paces::default());
+        let endpoint = endpoint(now);
+        let kept = Work::begin(&endpoint, Some(WHOLE), &usual, now);
+        for _ in 0..10_000 {
+            drop(Work::begin(&endpoint, Some(Job { unread: 1_000_000, ..WHOLE }), &usual, now));
+        }
+        assert_eq!(counts(&endpoint, now), [1, 1_000, 1, 100]);
+        drop(kept);
+        assert_eq!(counts(&endpoint, now), [0; 4]);
+    }
+
+    #[test]
+    fn more_prompts_than_can_be_counted_are_many_and_no_panic() {
+        let (now, usual) = (Instant::now(), Paces::default());
+        let endpoint = endpoint(now);
+        let long = |whole| Work::begin(&endpoint, Some(Job { unread: 2_000_000_000, output: 1, whole }), &usual, now);
+        let mut heap = [long(false), long(false), long(true), long(true)];
+        let one = endpoint.load.candidate(usual.usual(), 1, now);
+        assert_eq!(one.prefill, u32::MAX);
+        assert!(one.first_token_s(&super::super::score::Asked { prompt: 4_000_000, ..Default::default() }) > 500_000.0);
+        for work in &mut heap {
+            work.first_token(&usual, now);
+            work.answered(100, &usual, now);
+        }
     }
 
     #[test]

@@ -171,7 +171,7 @@ impl Candidate {
 
     /// Seconds until the first token is expected.
     pub fn first_token_s(&self, asked: &Asked) -> f32 {
-        let work = (self.prefill + self.unread(asked)) as f32 / self.prefill_rate;
+        let work = self.prefill.saturating_add(self.unread(asked)) as f32 / self.prefill_rate;
         let others = self.told.trust * (self.told.others / self.prefill_rate).min(OTHERS_S_MAX);
         // What is overdue may well stay so for as long again.
         let overdue = (self.silent_s - self.prefill as f32 / self.prefill_rate).max(0.0);
@@ -190,7 +190,12 @@ impl Candidate {
 
     /// Seconds that it is expected to take for everything, with what a full cache would cost.
     pub fn expected_s(&self, asked: &Asked) -> f32 {
-        self.first_token_s(asked) + self.rest_s(asked) + self.told.pressure_s()
+        self.expected_after(self.first_token_s(asked), asked)
+    }
+
+    /// The same where it is known after how many seconds the first token is expected.
+    fn expected_after(&self, first: f32, asked: &Asked) -> f32 {
+        first + self.rest_s(asked) + self.told.pressure_s()
     }
 
     fn busy(&self, more: u32) -> f64 {
@@ -280,8 +285,9 @@ impl Balance {
                 unread * one.busy(1) * (1.0 + NEAR * chance())
             }),
             Self::ExpectedTime => ranked(candidates, |one| {
-                let [whole, first] = [one.expected_s(asked), one.first_token_s(asked)].map(f64::from);
-                whole / f64::from(one.weight) + (NEAR_S + NEAR * first) * chance()
+                let first = one.first_token_s(asked);
+                let whole = f64::from(one.expected_after(first, asked));
+                whole / f64::from(one.weight) + (NEAR_S + NEAR * f64::from(first)) * chance()
             }),
         }
     }

@@ -14,6 +14,8 @@ use crate::support::wire::{Framing, Heard, Step, Wire};
 use crate::support::{Client, Gateway, chat, eventually, model_server};
 
 const WITHIN: Duration = Duration::from_secs(10);
+/// Bytes that an upstream says at once.
+const PIECE: usize = 40;
 
 fn answer(body: &Value) -> Vec<Step> {
     Framing::Length.answer("application/json", &Bytes::from(body.to_string()), 4096)
@@ -185,23 +187,27 @@ async fn of_a_held_stream_too_a_service_sees_what_other_rules_leave() {
 
 #[tokio::test]
 async fn whoever_waits_for_a_held_stream_gets_signs_of_life() {
-    let (may, body) = (Arc::new(Semaphore::new(0)), delta("all is ") + &delta("well") + &finish());
-    let (permits, events) = (may.clone(), Bytes::from(body.clone()));
-    let upstream = Wire::start(move |_| {
-        let mut steps = Framing::Chunked.answer("text/event-stream", &events, 40);
-        steps.insert(2, Step::Await(permits.clone()));
-        steps
-    })
-    .await;
-    let service = webhook().await;
-    let ask = rule("answer.content", "block", &service.url(), "shape: webhook, stream: hold");
-    let beats = "\nrequests: {heartbeat_ms: 50}";
-    let gateway = Gateway::start(&guarded(&upstream.url(), &(ask + beats))).await;
-    for client in Client::both() {
-        let mut stream = client.open(gateway.address, CHAT, &[], chat(true, 9)).await.into_body();
-        three_signs_of_life(&mut stream).await;
-        may.add_permits(1);
-        assert_eq!(without_signs(stream).await, body);
+    let body = delta("all is ") + &delta("well") + &finish();
+    // Before the first event is whole, and behind it.
+    for pieces in [1, delta("all is ").len().div_ceil(PIECE)] {
+        let (may, events) = (Arc::new(Semaphore::new(0)), Bytes::from(body.clone()));
+        let permits = may.clone();
+        let upstream = Wire::start(move |_| {
+            let mut steps = Framing::Chunked.answer("text/event-stream", &events, PIECE);
+            steps.insert(1 + pieces, Step::Await(permits.clone()));
+            steps
+        })
+        .await;
+        let service = webhook().await;
+        let ask = rule("answer.content", "block", &service.url(), "shape: webhook, stream: hold");
+        let beats = "\nrequests: {heartbeat_ms: 50}";
+        let gateway = Gateway::start(&guarded(&upstream.url(), &(ask + beats))).await;
+        for client in Client::both() {
+            let mut stream = client.open(gateway.address, CHAT, &[], chat(true, 9)).await.into_body();
+            three_signs_of_life(&mut stream).await;
+            may.add_permits(1);
+            assert_eq!(without_signs(stream).await, body);
+        }
     }
 }
 
