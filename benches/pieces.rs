@@ -342,6 +342,7 @@ fn identities(criterion: &mut Criterion) {
         secret: &mut |_| Ok(pepper.clone()),
         entries: &mut |_| Err(Vec::new()),
         key_set: &mut |_| Err(String::new()),
+        claims: &[],
         time: |_| None,
     };
     let built = authenticator::build(&configs, &mut world).unwrap_or_default();
@@ -375,6 +376,7 @@ fn tokens(criterion: &mut Criterion) {
             secret: &mut |_| Err(String::new()),
             entries: &mut |_| Err(Vec::new()),
             key_set: &mut |_| Ok(keys.clone()),
+            claims: &[],
             time: |_| None,
         };
         let built = authenticator::build(&configs, &mut world).unwrap_or_default();

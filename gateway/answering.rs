@@ -21,7 +21,7 @@ use crate::pipeline::{self, Planned, Stop, broken_off, drain, heartbeat};
 use crate::policy::Stage;
 use crate::pool::{Picked, Upstream};
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, Answer, AnswerHead, Downstream, Pace, Passed, Reading, Rest, WholeFault};
+use crate::relay::{self, Answer, AnswerHead, Downstream, Interrupted, Pace, Passed, Reading, Rest, WholeFault};
 use crate::scan::Field;
 use crate::tokens::Encoding;
 use crate::weighing;
@@ -59,7 +59,8 @@ pub async fn relay(
     if is_known && guards && holds {
         let mut waits = pipeline::waiting(downstream, exchange, &planned);
         waits.heartbeat = pace.heartbeat.filter(|_| is_events);
-        passes = relay::whole(&mut waits, &mut answer, pace.between, guard::WHOLE_MAX).await.map_err(unread);
+        let read = answer.read_whole(&mut waits, pace.between, guard::WHOLE_MAX).await;
+        passes = read.map_err(|fault| unread(fault, &planned));
         if passes.is_ok() {
             let body = answer.body();
             passes = match is_events {
@@ -249,9 +250,10 @@ async fn end(exchange: &mut Exchange, downstream: &mut Downstream) -> Result<(),
 }
 
 /// An answer that did not come as a whole.
-fn unread(fault: WholeFault) -> Stop {
+fn unread(fault: WholeFault, planned: &Planned) -> Stop {
     match fault {
-        WholeFault::Gone => Stop::Gone,
+        WholeFault::Interrupted(Interrupted::Gone) => Stop::Gone,
+        WholeFault::Interrupted(_) => failover::too_long(planned).into(),
         WholeFault::Broken(code, why) => Refusal::new(code, format!("the upstream broke off its answer: {why}")).into(),
         WholeFault::TooLong => {
             let message = "the answer is too long to be read by the guardrails, which must read it as a whole";

@@ -13,20 +13,22 @@ use infergate_plugins::guardrail::schema;
 use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::Reason;
 use infergate_plugins::router::cascade::{Cascade, Cause, Streams};
-use serde::Deserialize;
+use infergate_plugins::router::effort::Effort;
 
 use crate::answering;
 use crate::audit::record::{Ending, Text};
 use crate::exchange::{Exchange, Heard};
 use crate::failover::{self, Asked};
-use crate::guard::WHOLE_MAX;
+use crate::guard::{BESIDE, WHOLE_MAX};
 use crate::house::House;
 use crate::limits;
 use crate::pipeline::{Planned, Stop, waiting};
 use crate::policy::Route;
 use crate::refusal::{Code, Refusal};
-use crate::relay::{self, Downstream, Interrupted, WholeFault};
-use crate::routers::{Chosen, Decided, Routers};
+use crate::relay::{Downstream, Interrupted, WholeFault};
+use crate::routers::{Chosen, Decided, Routers, effort};
+use crate::scan::Edit;
+use crate::stored::keeps_answer;
 use crate::text;
 use crate::text::asked::Schema;
 use crate::weighing;
@@ -41,25 +43,46 @@ pub struct Ladder {
     rest: Vec<Step>,
     /// The conversation, where that is remembered.
     key: Option<u64>,
+    /// Whether the model is to go on from what a tool gave back.
+    in_loop: bool,
+    /// What the tenant's parameters want of the body, before any rule said how much is thought.
+    unthought: Vec<Edit>,
 }
 
 #[derive(Debug)]
 struct Step {
     model: Arc<str>,
     route: Arc<Route>,
+    /// How much it thinks when it is its turn; `None`: what was said before stays.
+    effort: Option<Effort>,
 }
 
 /// What came of a model that does not suffice, and why not.
 struct Short<'a> {
     came: Result<Asked<'a>, Refusal>,
+    /// In a word, for metrics.
+    cause: &'static str,
     why: Text,
 }
 
+/// The cause where there is no answer at all.
+const FAILURE: &str = "failure";
+
 impl Ladder {
-    /// The models behind the one that was decided on, if its answer decides whether they are asked.
-    pub fn of(routers: &Routers, decided: &Decided, exchange: &mut Exchange, planned: &Planned) -> Option<Box<Self>> {
+    /// The models behind the one that was decided on, if its answer decides whether they are asked. `unthought` are the
+    /// edits of the body before that decision said how much is thought.
+    pub fn of(
+        routers: &Routers,
+        decided: &Decided,
+        exchange: &mut Exchange,
+        planned: &Planned,
+        unthought: Vec<Edit>,
+    ) -> Option<Box<Self>> {
         let cascade = routers.cascade.as_ref()?;
-        let step = |model: &Arc<str>| Some(Step { model: model.clone(), route: routers.models.get(model)?.clone() });
+        let step = |model: &Arc<str>| {
+            let (route, effort) = (routers.models.get(model)?.clone(), routers.effort.get(&**model).copied());
+            Some(Step { model: model.clone(), route, effort })
+        };
         let rest: Vec<Step> = decided.able.iter().filter_map(step).collect();
         if rest.is_empty() {
             return None;
@@ -69,7 +92,8 @@ impl Ladder {
             return None;
         }
         let (name, cascade) = (routers.name.clone(), cascade.clone());
-        Some(Box::new(Self { name, cascade, first: step(&decided.model)?, rest, key: decided.key }))
+        let (first, key, in_loop) = (step(&decided.model)?, decided.key, decided.in_loop);
+        Some(Box::new(Self { name, cascade, first, rest, key, in_loop, unthought }))
     }
 
     /// Whether this is where it begins: a limit may have sent the request elsewhere.
@@ -85,7 +109,8 @@ impl Ladder {
         downstream: &mut Downstream,
         planned: &mut Planned,
     ) -> Result<Asked<'a>, Stop> {
-        let shape = self.shape(exchange, planned);
+        planned.climbing = true;
+        let shape = Arc::new(self.shape(exchange, planned));
         let mut step = &self.first;
         for next in &self.rest {
             let came = failover::ask(house, exchange, downstream, planned, &step.route).await;
@@ -96,7 +121,7 @@ impl Ladder {
             if !self.climbs(house, exchange, downstream, planned, &mut short, (step, next)).await? {
                 return short.came.map_err(Stop::from);
             }
-            self.let_go(house, exchange, short, (step, next)).await;
+            self.let_go(house, exchange, short, next).await;
             step = next;
         }
         failover::ask(house, exchange, downstream, planned, &step.route).await
@@ -126,7 +151,7 @@ impl Ladder {
         exchange: &mut Exchange,
         downstream: &mut Downstream,
         planned: &Planned,
-        shape: &schema::Asked,
+        shape: &Arc<schema::Asked>,
         came: Result<Asked<'a>, Stop>,
     ) -> Result<Result<Asked<'a>, Short<'a>>, Stop> {
         let on_failure = self.cascade.asks_on(Cause::Failure);
@@ -134,7 +159,7 @@ impl Ladder {
             Ok(asked) => asked,
             Err(Stop::Refused(refusal)) if on_failure && is_failure(refusal.code) => {
                 let why = format!("failure: {}", refusal.message).into();
-                return Ok(Err(Short { came: Err(refusal), why }));
+                return Ok(Err(Short { came: Err(refusal), cause: FAILURE, why }));
             }
             Err(stop) => return Err(stop),
         };
@@ -143,32 +168,43 @@ impl Ladder {
             return Ok(Ok(asked));
         }
         let between = Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms);
-        let holding = relay::hold(&mut asked.answer, between, planned.total, WHOLE_MAX);
-        let held = waiting(downstream, exchange, planned).until(planned.total, holding).await;
-        match held {
-            Ok(Ok(())) => {}
-            Ok(Err(WholeFault::Broken(code, why))) => {
+        let mut waits = waiting(downstream, exchange, planned);
+        match asked.answer.read_whole(&mut waits, between, WHOLE_MAX).await {
+            Ok(()) => {}
+            Err(WholeFault::Broken(code, why)) => {
                 let short = broken(house, exchange, planned, asked, (code, why)).await;
                 return if on_failure { Ok(Err(short)) } else { short.came.map(Ok).map_err(Stop::from) };
             }
-            Ok(Err(WholeFault::TooLong)) => {
+            Err(WholeFault::TooLong) => {
                 exchange.decide("cascade", &self.name, "unread", "the answer is too long to be judged");
                 return Ok(Ok(asked));
             }
-            Ok(Err(WholeFault::Gone)) => return Err(given_up(house, exchange, planned, asked, Interrupted::Gone).await),
-            Err(interrupted) => return Err(given_up(house, exchange, planned, asked, interrupted).await),
+            Err(WholeFault::Interrupted(why)) => return Err(given_up(house, exchange, planned, asked, why).await),
         }
-        let why = if status.is_success() { self.fault(planned, &asked, shape) } else { failure(&asked) };
+        let why = if status.is_success() { self.fault(planned, &asked, shape).await } else { failure(&asked) };
         Ok(match why {
-            Some(why) => Err(Short { came: Ok(asked), why: why.into() }),
+            Some((cause, why)) => Err(Short { came: Ok(asked), cause, why: why.into() }),
             None => Ok(asked),
         })
     }
 
-    fn fault(&self, planned: &Planned, asked: &Asked<'_>, shape: &schema::Asked) -> Option<String> {
-        let operation = planned.identified.surface.operation;
-        let answered = answered::read(operation, &asked.answer.first, asked.answer.is_event_stream());
-        self.cascade.fault(&answered, shape).map(|fault| fault.to_string())
+    /// Why the answer does not suffice. A long one is read beside the threads that carry requests.
+    async fn fault(
+        &self,
+        planned: &Planned,
+        asked: &Asked<'_>,
+        shape: &Arc<schema::Asked>,
+    ) -> Option<(&'static str, String)> {
+        let (operation, is_events) = (planned.identified.surface.operation, asked.answer.is_event_stream());
+        let (cascade, answer, shape) = (self.cascade.clone(), asked.answer.first.clone(), shape.clone());
+        let fault = move || {
+            let answered = answered::read(operation, &answer, is_events);
+            cascade.fault(&answered, &shape).map(|fault| (fault.word(), fault.to_string()))
+        };
+        if asked.answer.first.len() <= BESIDE {
+            return fault();
+        }
+        tokio::task::spawn_blocking(fault).await.unwrap_or_else(|_| Some((FAILURE, "reading it failed".to_owned())))
     }
 
     /// Whether there is enough left for the next model. The request is that model's then; else nothing has changed.
@@ -186,24 +222,35 @@ impl Ladder {
         let before = (planned.priority, planned.total);
         exchange.serve_instead(next.route.clone(), next.model.clone());
         planned.goes_to(exchange, next.route.clone());
-        let refusal = match limits::admit::reserve(house, exchange, downstream, planned).await {
-            Ok(()) => return Ok(true),
-            Err(Stop::Refused(refusal)) => refusal,
-            Err(Stop::Gone) => return Err(Stop::Gone),
+        let Err(stop) = limits::admit::reserve(house, exchange, downstream, planned).await else {
+            self.thinks(exchange, planned, next);
+            return Ok(true);
         };
         exchange.serve_instead(step.route.clone(), step.model.clone());
         planned.goes_to(exchange, step.route.clone());
         (planned.priority, planned.total) = before;
         exchange.short = None;
         exchange.unread();
+        let Stop::Refused(refusal) = stop else { return Err(stop) };
         let why = format!("{}; {}", short.why.as_str(), refusal.message);
         exchange.decide("cascade", &self.name, "stay", why);
         Ok(false)
     }
 
+    /// The next model thinks as much as its own rule says. What that rule cannot change is left as the client wrote it.
+    fn thinks(&self, exchange: &mut Exchange, planned: &mut Planned, next: &Step) {
+        let Some(effort) = next.effort else { return };
+        planned.parameter_edits = self.unthought.clone();
+        let rule = Text::from(&next.model);
+        if let Err(refusal) = effort::says(exchange, planned, effort, (rule.clone(), self.in_loop)) {
+            exchange.decide("effort", rule, "leave", refusal.message);
+        }
+    }
+
     /// The answer that does not suffice goes no further; the next model is the one that was chosen.
-    async fn let_go(&self, house: &House, exchange: &mut Exchange, short: Short<'_>, (step, next): (&Step, &Step)) {
-        let Short { came, why } = short;
+    async fn let_go(&self, house: &House, exchange: &mut Exchange, short: Short<'_>, next: &Step) {
+        let Short { came, cause, why } = short;
+        house.telemetry.escalated(&self.name, cause);
         if let Ok(mut asked) = came {
             let (is_answer, counters) = (asked.answer.head.status.is_success(), &asked.picked.upstream.attempts);
             let heard = heard(&asked, true);
@@ -214,14 +261,14 @@ impl Ladder {
                 counters.status.inc();
             }
             let ending = if is_answer { Ending::Escalated } else { Ending::Status };
-            exchange.set_aside(&step.route, ending, why.clone(), heard);
+            exchange.set_aside(ending, why.clone(), heard);
             discard(house, asked).await;
         }
         exchange.decide("cascade", &self.name, &next.model, why);
         exchange.chosen = Some(Chosen { by: self.name.clone(), model: next.model.clone() });
         if let Some(key) = self.key {
             // Who calls a tool gets what it gives back.
-            house.state.conversations.goes_to(key, &next.model, Instant::now());
+            house.state.conversations.goes_to(key, &next.model, None, Instant::now());
         }
     }
 }
@@ -240,17 +287,7 @@ fn skips(cascade: &Cascade, decided: &Decided, planned: &Planned) -> Option<&'st
     if planned.streaming && cascade.streams == Streams::Skip {
         return Some("it is a stream");
     }
-    (operation == Responses && is_stored(&planned.received.body)).then_some("the upstream keeps its answer")
-}
-
-/// Whether a response is kept where it was made: by default it is.
-fn is_stored(body: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Stored {
-        #[serde(default)]
-        store: Option<bool>,
-    }
-    serde_json::from_slice::<Stored>(body).map_or(true, |asked| asked.store != Some(false))
+    (operation == Responses && keeps_answer(&planned.received.body)).then_some("the upstream keeps its answer")
 }
 
 /// Whether another model may do better where this one gave nothing.
@@ -270,14 +307,13 @@ fn is_failure(code: Code) -> bool {
 }
 
 /// Why an error of the upstream's is no answer, if another model may do better.
-fn failure(asked: &Asked<'_>) -> Option<String> {
+fn failure(asked: &Asked<'_>) -> Option<(&'static str, String)> {
     let status = asked.answer.head.status;
     let reason = asked.picked.upstream.provider.reason(status.as_u16(), &asked.answer.first);
     let is_short = reason == Some(Reason::ContextLength);
     let fails = status.is_server_error() || status.as_u16() == 429 || is_short;
-    fails.then(|| {
-        format!("failure: status {}{}", status.as_u16(), if is_short { ", the context is too short" } else { "" })
-    })
+    let short = if is_short { ", the context is too short" } else { "" };
+    fails.then(|| (FAILURE, format!("failure: status {}{short}", status.as_u16())))
 }
 
 /// Reads what an answer used that may not be passed on; returns how much of it there was.
@@ -316,10 +352,10 @@ async fn broken<'a>(
     exchange.settle_work(heard);
     asked.picked.endpoint.breaker.failure(&asked.stage.pool.breaker, Instant::now());
     asked.picked.upstream.attempts.broken.inc();
-    exchange.set_aside(&planned.route, Ending::Broken, why.clone().into(), heard);
+    exchange.set_aside(Ending::Broken, why.clone().into(), heard);
     discard(house, asked).await;
     let message = format!("the upstream broke off its answer: {why}");
-    Short { why: format!("failure: {message}").into(), came: Err(Refusal::new(code, message)) }
+    Short { cause: FAILURE, why: format!("failure: {message}").into(), came: Err(Refusal::new(code, message)) }
 }
 
 /// Nobody waits any more for an answer that is held.
@@ -338,7 +374,7 @@ async fn given_up(
         _ => (failover::too_long(planned).into(), Ending::Timeout, "the whole request took too long"),
     };
     exchange.settle_work(heard);
-    exchange.set_aside(&planned.route, ending, told.into(), heard);
+    exchange.set_aside(ending, told.into(), heard);
     discard(house, asked).await;
     stop
 }
@@ -360,13 +396,6 @@ mod tests {
         }
         for code in [Code::TotalTimeout, Code::ContentFilter, Code::RateLimitExceeded, Code::KeyRevoked] {
             assert!(!is_failure(code), "{code:?}");
-        }
-    }
-
-    #[test]
-    fn a_response_is_kept_unless_it_is_not_to_be() {
-        for (body, stored) in [("{}", true), (r#"{"store":true}"#, true), (r#"{"store":false}"#, false), ("no", true)] {
-            assert_eq!(is_stored(body.as_bytes()), stored, "{body}");
         }
     }
 }

@@ -15,6 +15,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use infergate_plugins::sink::Post;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore, crypto};
@@ -63,6 +64,20 @@ impl Egress {
         match tokio::time::timeout(within, self.exchange(request)).await {
             Ok(answer) => answer.map_err(told),
             Err(_) => Err(told(format!("no answer within {} ms", within.as_millis()))),
+        }
+    }
+
+    /// Posts this, and returns what a good answer says.
+    pub async fn post(&self, post: Post, within: Duration) -> Result<Bytes, String> {
+        let mut request = Request::post(post.url);
+        for (name, value) in post.headers {
+            request = request.header(name, value);
+        }
+        let request = request.body(post.body).map_err(|error| error.to_string())?;
+        let answer = self.send(request, within).await?;
+        match answer.status() {
+            status if status.is_success() => Ok(answer.into_body()),
+            status => Err(format!("it answers with status {}", status.as_u16())),
         }
     }
 

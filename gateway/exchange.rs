@@ -21,10 +21,10 @@ use crate::limits::admit::prompt_tokens;
 use crate::limits::standing::Standing;
 use crate::limits::{Reservation, Used, millis};
 use crate::money::bill::{self, Bill, Cost, End as Whole};
-use crate::money::{Cached, NanoUsd};
+use crate::money::{Cached, NanoUsd, Price};
 use crate::policy::file::{CaptureText, Durable, OnError};
 use crate::policy::{Policy, Route};
-use crate::pool::{Picked, Pool};
+use crate::pool::{Picked, Pool, Upstream};
 use crate::refusal::{Code, Refusal};
 use crate::relay::headers::is_sane_id;
 use crate::relay::{Downstream, Tally};
@@ -282,9 +282,16 @@ impl Exchange {
     /// An upstream is about to be asked; `bytes` is the length of the body.
     pub fn attempt_begins(&mut self, pool: &Arc<Pool>, picked: &Picked<'_>, bytes: usize) {
         let span = self.trace.map_or(0, |_| trace::new_span());
-        let attempt = Attempt::begin(pool, picked, bytes, span);
-        let by_hour = self.policy.prices.as_ref().is_some_and(|book| book.by_hour);
-        self.attempts.push(if by_hour { attempt.measured() } else { attempt });
+        let hourly = self.hourly(pool, picked.upstream);
+        self.attempts.push(Attempt::begin(pool, picked, bytes, span).asks_for(self.route.clone(), hourly));
+    }
+
+    /// What an upstream costs that is paid by the hour.
+    fn hourly(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Option<Arc<Price>> {
+        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let model = self.model_at(self.route.as_ref()?, pool, upstream)?;
+        let price = book.find(model, &pool.name, upstream.provider.kind(), self.times.at)?;
+        price.gpu_hour.and(Some(price.clone()))
     }
 
     /// The `traceparent` for the upstream that is asked now; none where the policy says nothing of traces.
@@ -394,7 +401,8 @@ impl Exchange {
         let (usage, cost, _) = self.answer_spent(heard);
         let cost = cost.map_or(0, |cost| cost.nanousd.0);
         let input = prompt_tokens(&usage, cached);
-        if let Some(route) = self.route.as_ref().filter(|_| usage.source == Source::Upstream) {
+        let learns = usage.source == Source::Upstream && !reservation.has_heard();
+        if let Some(route) = self.route.as_ref().filter(|_| learns) {
             route.density.learn(reservation.text_bytes, input);
             if let Some((attempt, micros)) = self.attempts.last().and_then(|last| Some((last, last.gpu_us()?))) {
                 attempt.pool().state.effort.learn(input, usage.output_tokens.unwrap_or_default(), micros);
@@ -419,12 +427,11 @@ impl Exchange {
     }
 
     /// The answer that was read is not passed on: the running attempt has what it used, and the next model begins anew.
-    pub fn set_aside(&mut self, route: &Route, result: Ending, why: Text, heard: Heard) {
+    pub fn set_aside(&mut self, result: Ending, why: Text, heard: Heard) {
         let (usage, cost, unpriced) = self.answer_spent(heard);
         let nanousd = cost.map(|cost| cost.nanousd.0);
-        let model = Some(route.model.name.as_str().into());
         if let Some(attempt) = self.attempts.last_mut() {
-            (attempt.metered, attempt.model) = (Metered::of(&usage, nanousd), model);
+            attempt.metered = Metered::of(&usage, nanousd);
         }
         add(&mut self.aside, Spent { usage, nanousd: NanoUsd(nanousd.unwrap_or_default()), unpriced });
         self.attempt_ends(result, Some(why));
@@ -488,6 +495,7 @@ impl Exchange {
         let answer = self.answer_spent(self.passed_on());
         let metered = Metered::of(&answer.0, answer.1.as_ref().map(|cost| cost.nanousd.0));
         let (usage, cost, unpriced) = self.with_besides(answer);
+        let model = self.models();
         let reached = |at: Instant| (at > times.received).then(|| moment.micros(at));
         let bytes = BodyBytes { request: self.body_bytes, answer: self.tally.bytes };
         Record {
@@ -506,11 +514,11 @@ impl Exchange {
             trace: self.trace,
             principal: self.who.as_ref().map(|who| &*who.identity.principal),
             tenant: self.who.as_ref().map(|who| &*who.tenant.name),
-            model: self.models(),
+            model,
             policy: PolicyMark { revision: self.policy.revision, hash: &self.policy.hash },
             decisions: &self.decisions,
             candidates: self.weighed.as_deref().map(|weighed| CandidateList(&weighed.candidates)),
-            attempts: AttemptList { list: &self.attempts, moment, bytes, metered },
+            attempts: AttemptList { list: &self.attempts, moment, bytes, metered, route: model.route },
             usage,
             cost,
             unpriced,
@@ -575,14 +583,11 @@ impl Exchange {
     /// What servers that are paid by the hour did for attempts that gave no answer, as far as limits do not know of it.
     /// An attempt that reached nobody was no work, and one that was metered is counted with that.
     fn worked_in_vain(&self) -> Option<Spent> {
-        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
         let counts = |attempt: &&Attempt| attempt.result != Ending::Connect && attempt.metered.is_none();
         let worked = self.attempts.get(self.in_vain..self.unanswered())?.iter().filter(counts).filter_map(|attempt| {
-            let provider = attempt.upstream()?.provider.kind();
-            let price = book.find(self.model_of(attempt)?, &attempt.pool().name, provider, self.times.at)?;
-            price.gpu_hour?;
             let usage = Usage { gpu_us: Some(attempt.gpu_us()?), ..Usage::default() };
-            Some(Spent { usage, nanousd: price.cost(&usage, Cached::Within)?, unpriced: false })
+            let nanousd = attempt.hourly()?.cost(&usage, Cached::Within)?;
+            Some(Spent { usage, nanousd, unpriced: false })
         });
         worked.reduce(Spent::and)
     }
@@ -609,15 +614,17 @@ impl Exchange {
 
     fn models(&self) -> Models<'_> {
         let route = self.route.as_ref().map(|route| route.model.name.as_str());
-        let used = self.attempts.last().and_then(|attempt| self.model_of(attempt));
+        let used = self
+            .attempts
+            .last()
+            .and_then(|attempt| self.model_at(self.route.as_ref()?, attempt.pool(), attempt.upstream()?));
         Models { asked: self.asked.as_deref(), route, used }
     }
 
-    /// The model that an attempt asked for, as its upstream knows it.
-    fn model_of<'a>(&'a self, attempt: &'a Attempt) -> Option<&'a str> {
-        let route = self.route.as_ref()?;
-        let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, attempt.pool()))?;
-        stage.other_name(attempt.upstream()?, self.named()).or(self.named()).or(Some(&route.model.name))
+    /// The model of `route` as an upstream knows it.
+    fn model_at<'a>(&'a self, route: &'a Route, pool: &Arc<Pool>, upstream: &'a Upstream) -> Option<&'a str> {
+        let stage = route.stages.iter().find(|stage| Arc::ptr_eq(&stage.pool, pool))?;
+        stage.other_name(upstream, self.named()).or(self.named()).or(Some(&route.model.name))
     }
 }
 

@@ -23,7 +23,7 @@ use crate::limits::standing;
 use crate::local;
 use crate::money::bill::Bill;
 use crate::pipeline::{Planned, Stop, drain, waiting};
-use crate::policy::file::Cause;
+use crate::policy::file::{Cause, Timeouts};
 use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
@@ -220,10 +220,14 @@ pub fn too_long(planned: &Planned) -> Refusal {
     Refusal::new(Code::TotalTimeout, format!("the whole request took longer than {ms} ms"))
 }
 
+/// Why nobody in the pool can be asked.
+pub fn out(pool: &Pool) -> String {
+    format!("every upstream of pool {} is out: unhealthy, failing, drained or not resolved", pool.name)
+}
+
 /// Nobody in the pool can be asked.
 fn nobody(pool: &Pool) -> Miss {
-    let message = format!("every upstream of pool {} is out: unhealthy, failing, drained or not resolved", pool.name);
-    let refusal = Refusal::new(Code::NoUpstream, message).retry_after(pool.back_in(Instant::now()));
+    let refusal = Refusal::new(Code::NoUpstream, out(pool)).retry_after(pool.back_in(Instant::now()));
     Miss::unavailable(refusal)
 }
 
@@ -299,7 +303,7 @@ async fn attempt<'a>(
     if looks && answer.head.status.is_client_error() {
         answer.read_reason(&mut waits).await;
     }
-    let Some(cause) = judge(stage, picked, &answer, looks) else { return Ok(Ok(answer)) };
+    let Some(cause) = judge(&stage.pool, picked, &answer, looks) else { return Ok(Ok(answer)) };
     let status = answer.head.status.as_u16();
     let refusal = Refusal::new(Code::UpstreamInvalid, format!("the upstream answered with status {status}"));
     let again = may_retry(exchange, planned, &stage.pool, rest, Some(cause)) && granted(&stage.pool);
@@ -383,13 +387,13 @@ fn request_head<'a>(
 }
 
 /// What an answer's status tells about its upstream, and whether it may be looked for elsewhere.
-fn judge(stage: &Stage, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Option<Cause> {
+pub fn judge(pool: &Pool, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Option<Cause> {
     let (breaker, now) = (&picked.endpoint.breaker, answer.first_at);
     let status = answer.head.status.as_u16();
     match status {
         500 | 502..=504 | 529 => {
-            if breaker.failure(&stage.pool.breaker, now) {
-                tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, status, "breaker opened");
+            if breaker.failure(&pool.breaker, now) {
+                tracing::warn!(pool = %pool.name, upstream = ?picked.upstream.name, status, "breaker opened");
             }
             Some(Cause::Status5xx)
         }
@@ -401,7 +405,7 @@ fn judge(stage: &Stage, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Op
             Some(Cause::Status429)
         }
         _ => {
-            breaker.success(&stage.pool.breaker, now);
+            breaker.success(&pool.breaker, now);
             let reason = if looks { picked.upstream.provider.reason(status, &answer.first) } else { None };
             reason.map(|reason| match reason {
                 Reason::ContextLength => Cause::ContextLength,
@@ -432,58 +436,11 @@ pub fn failed(
     picked: &Picked<'_>,
     failure: Failure,
 ) -> Result<Miss, Stop> {
-    let (attempts, breaker, now) = (&picked.upstream.attempts, &picked.endpoint.breaker, Instant::now());
-    let timeouts = &stage.pool.timeouts;
-    let (counter, ending, code, message) = match failure {
-        Failure::Gone => {
-            attempts.cancelled.inc();
-            breaker.released();
-            exchange.attempt_ends(Ending::Cancelled, Some("the client left".into()));
-            return Err(Stop::Gone);
-        }
-        Failure::Stopped => {
-            attempts.cancelled.inc();
-            breaker.released();
-            exchange.attempt_ends(Ending::Cancelled, Some("a guardrail ended it".into()));
-            return Err(stopped().into());
-        }
-        Failure::TotalTimeout => {
-            attempts.timeout.inc();
-            breaker.released();
-            let refusal = too_long(planned);
-            exchange.attempt_ends(Ending::Timeout, Some(refusal.message.clone().into()));
-            return Err(refusal.into());
-        }
-        Failure::Connect(why) => {
-            let message = format!("the upstream cannot be reached: {why}");
-            (&attempts.connect, Ending::Connect, Code::ConnectFailed, message)
-        }
-        Failure::ConnectTimeout => {
-            let message = format!("no connection to the upstream within {} ms", timeouts.connect_ms);
-            (&attempts.connect, Ending::Connect, Code::ConnectTimeout, message)
-        }
-        Failure::Reset(why) => {
-            let message = format!("the upstream closed the connection without an answer: {why}");
-            (&attempts.reset, Ending::Reset, Code::UpstreamClosed, message)
-        }
-        Failure::Invalid(why) => {
-            let message = format!("the upstream's answer is no HTTP: {why}");
-            (&attempts.reset, Ending::Reset, Code::UpstreamInvalid, message)
-        }
-        Failure::FirstTokenTimeout => {
-            let message = format!("no first token within {} ms", timeouts.first_token_ms);
-            (&attempts.timeout, Ending::Timeout, Code::FirstTokenTimeout, message)
-        }
-        Failure::AnswerTimeout => {
-            let message = format!("no answer within {} ms", timeouts.answer_ms);
-            (&attempts.timeout, Ending::Timeout, Code::AnswerTimeout, message)
-        }
+    let (ending, code, message) = match told(failure, &stage.pool.timeouts) {
+        Ok(told) => told,
+        Err(ours) => return Err(ended(exchange, planned, picked, &ours)),
     };
-    counter.inc();
-    tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, code = code.name(), %message, "attempt failed");
-    if breaker.failure(&stage.pool.breaker, now) {
-        tracing::warn!(pool = %stage.pool.name, upstream = ?picked.upstream.name, "breaker opened");
-    }
+    fails(&stage.pool, picked, (ending, code, &message));
     exchange.attempt_ends(ending, Some(message.clone().into()));
     let cause = match ending {
         Ending::Connect => Cause::Connect,
@@ -491,6 +448,67 @@ pub fn failed(
         _ => Cause::Reset,
     };
     Ok(Miss { cause: Some(cause), refusal: Refusal::new(code, message), again: false })
+}
+
+/// An attempt that ended for a reason of ours, which tells nothing about the upstream.
+fn ended(exchange: &mut Exchange, planned: &Planned, picked: &Picked<'_>, why: &Failure) -> Stop {
+    let attempts = &picked.upstream.attempts;
+    picked.endpoint.breaker.released();
+    let (counter, ending, told, stop) = match why {
+        Failure::Gone => (&attempts.cancelled, Ending::Cancelled, "the client left".into(), Stop::Gone),
+        Failure::Stopped => (&attempts.cancelled, Ending::Cancelled, "a guardrail ended it".into(), stopped().into()),
+        _ => {
+            let refusal = too_long(planned);
+            (&attempts.timeout, Ending::Timeout, Text::from(refusal.message.clone()), refusal.into())
+        }
+    };
+    counter.inc();
+    exchange.attempt_ends(ending, Some(told));
+    stop
+}
+
+/// How a failure of the upstream's is told; one of ours is given back.
+pub fn told(failure: Failure, timeouts: &Timeouts) -> Result<(Ending, Code, String), Failure> {
+    Ok(match failure {
+        Failure::Gone | Failure::Stopped | Failure::TotalTimeout => return Err(failure),
+        Failure::Connect(why) => {
+            (Ending::Connect, Code::ConnectFailed, format!("the upstream cannot be reached: {why}"))
+        }
+        Failure::ConnectTimeout => {
+            let message = format!("no connection to the upstream within {} ms", timeouts.connect_ms);
+            (Ending::Connect, Code::ConnectTimeout, message)
+        }
+        Failure::Reset(why) => {
+            let message = format!("the upstream closed the connection without an answer: {why}");
+            (Ending::Reset, Code::UpstreamClosed, message)
+        }
+        Failure::Invalid(why) => {
+            (Ending::Reset, Code::UpstreamInvalid, format!("the upstream's answer is no HTTP: {why}"))
+        }
+        Failure::FirstTokenTimeout => {
+            let message = format!("no first token within {} ms", timeouts.first_token_ms);
+            (Ending::Timeout, Code::FirstTokenTimeout, message)
+        }
+        Failure::AnswerTimeout => {
+            (Ending::Timeout, Code::AnswerTimeout, format!("no answer within {} ms", timeouts.answer_ms))
+        }
+    })
+}
+
+/// An upstream failed: that is counted, and its breaker hears of it.
+pub fn fails(pool: &Pool, picked: &Picked<'_>, (ending, code, message): (Ending, Code, &str)) {
+    let attempts = &picked.upstream.attempts;
+    let counter = match ending {
+        Ending::Connect => &attempts.connect,
+        Ending::Timeout => &attempts.timeout,
+        Ending::Broken => &attempts.broken,
+        _ => &attempts.reset,
+    };
+    counter.inc();
+    tracing::warn!(pool = %pool.name, upstream = ?picked.upstream.name, code = code.name(), %message, "attempt failed");
+    if picked.endpoint.breaker.failure(&pool.breaker, Instant::now()) {
+        tracing::warn!(pool = %pool.name, upstream = ?picked.upstream.name, "breaker opened");
+    }
 }
 
 /// Whether the same pool may be asked again: an attempt is kept for every pool behind it that could help.
@@ -609,17 +627,19 @@ pub async fn tunnel(
             Refusal::new(Code::ModelNotAllowed, "this WebSocket goes to no region that this key may use").into()
         );
     }
-    let _permit = match enter(exchange, downstream, planned, stage).await? {
+    let mut permit = match enter(exchange, downstream, planned, stage).await? {
         Ok(permit) => permit,
         Err(miss) => return Err(miss.refusal.into()),
     };
     queued(exchange, planned, pool);
     let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+    let operation = planned.identified.surface.operation;
     loop {
-        let operation = planned.identified.surface.operation;
-        let Some(picked) = pool.pick(&Wanted::of(operation), &tried, Instant::now()) else {
+        let wants = || Wanted { batch: planned.is_batch(), ..Wanted::of(operation) };
+        let Some(picked) = pool.pick(&wants(), &tried, Instant::now()) else {
             return Err(nobody(pool).refusal.into());
         };
+        permit.placed();
         tried.push(picked.endpoint.clone());
         exchange.attempt_begins(&stage.pool, &picked, 0);
         let client = downstream.head().clone();

@@ -18,7 +18,8 @@ use infergate_plugins::guardrail::{Guardrails, Measure, Mode, Outcome, Place};
 use infergate_plugins::operation::Operation;
 use tokio::sync::Semaphore;
 
-use self::channel::{Channel, decoded};
+use self::channel::Channel;
+pub(crate) use self::channel::decoded;
 use self::filter::Filter;
 pub(crate) use self::judged::word;
 pub use self::judged::{Judged, JudgedList, JudgedRecord};
@@ -155,7 +156,7 @@ impl Guard {
             let unread = guard.unread(true);
             return Prompt { blocked: prompt.blocked.or(unread), ..prompt };
         };
-        let exceeded = guard.exceeded(&reading.body, &texts.all, tokens);
+        let exceeded = guard.exceeded(reading, &texts.all, tokens);
         let found = guard.judge(texts, &[], &reading.body, &mut prompt.edits);
         guard.passed(true);
         Prompt { blocked: prompt.blocked.or(exceeded).or(found.err()), ..prompt }
@@ -342,12 +343,12 @@ impl Guard {
     }
 
     /// What is beyond the bounds of a whole prompt.
-    fn exceeded(&mut self, body: &[u8], texts: &[Text], tokens: Option<u64>) -> Option<Blocked> {
+    fn exceeded(&mut self, reading: &Reading, texts: &[Text], tokens: Option<u64>) -> Option<Blocked> {
         let bounds = self.rails.rules.rules().iter().any(|rule| rule.kind == "size");
         if !bounds {
             return None;
         }
-        let measure = measure(body, texts, tokens);
+        let measure = measure(reading, texts, tokens);
         let exceeded: Vec<(usize, &'static str)> = self.rails.rules.exceeded(&measure).collect();
         let mut blocked = None;
         for (rule, what) in exceeded {
@@ -381,8 +382,8 @@ impl Guard {
 }
 
 /// How much a prompt has of what rules bound.
-fn measure(body: &[u8], texts: &[Text], tokens: Option<u64>) -> Measure {
-    let characters = |text: &Text| String::from_utf8_lossy(&body[text.span.clone()]).chars().count() as u64;
-    let (images, tools) = text::extras(body);
+fn measure(reading: &Reading, texts: &[Text], tokens: Option<u64>) -> Measure {
+    let characters = |text: &Text| String::from_utf8_lossy(&reading.body[text.span.clone()]).chars().count() as u64;
+    let (images, tools) = reading.extras();
     Measure { characters: texts.iter().map(characters).sum(), tokens, images, tools }
 }

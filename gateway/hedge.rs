@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 use infergate_plugins::operation::Operation;
 use memchr::memmem;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use crate::answering;
 use crate::audit::record::{Attempt, Ending};
@@ -25,6 +23,7 @@ use crate::policy::Stage;
 use crate::pool::Picked;
 use crate::pool::origin::Endpoint;
 use crate::relay::{self, Answer, Downstream, Failure, Interrupted, Order, Waiting};
+use crate::stored::leaves_nothing;
 use crate::usage::{Source, Usage};
 use crate::weighing::{self, Weight};
 
@@ -53,39 +52,6 @@ fn is_repeatable(planned: &Planned) -> bool {
         Operation::Embeddings | Operation::Rerank | Operation::Score | Operation::Pooling => true,
         _ => false,
     }
-}
-
-/// Of a request of the Responses API: what would be left of its answer. Unless it says otherwise, that is the answer.
-#[derive(Deserialize)]
-struct Leaves<'a> {
-    store: bool,
-    #[serde(default)]
-    background: Option<bool>,
-    #[serde(default, borrow)]
-    conversation: Option<&'a RawValue>,
-    #[serde(default)]
-    tools: Option<Vec<Tool>>,
-}
-
-/// A tool that the client calls itself, or one that the server would: maybe twice.
-#[derive(Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
-enum Tool {
-    Function,
-    Custom,
-    #[serde(other)]
-    Servers,
-}
-
-/// Whether nothing at all is left. What cannot be read might leave something.
-fn leaves_nothing(body: &[u8]) -> bool {
-    serde_json::from_slice::<Leaves<'_>>(body).is_ok_and(|leaves| {
-        let tools = leaves.tools.unwrap_or_default();
-        !leaves.store
-            && leaves.background != Some(true)
-            && leaves.conversation.is_none()
-            && !tools.iter().any(|tool| matches!(tool, Tool::Servers))
-    })
 }
 
 /// One request that may be asked twice.
@@ -271,33 +237,5 @@ fn ended(interrupted: Interrupted) -> Failure {
         Interrupted::Gone => Failure::Gone,
         Interrupted::Stopped => Failure::Stopped,
         _ => Failure::TotalTimeout,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_a_response_nothing_is_left_only_where_all_of_it_says_so() {
-        for (body, leaves) in [
-            (r#"{"store":false}"#, false),
-            (
-                r#"{"store":false,"tools":[{"type":"function","name":"f"},{"type":"custom"}],"conversation":null}"#,
-                false,
-            ),
-            (r#"{}"#, true),
-            (r#"{"store":null}"#, true),
-            (r#"{"store":true}"#, true),
-            (r#"{"store":false,"store":true}"#, true),
-            (r#"{"input":{"store":false}}"#, true),
-            (r#"{"store":false,"background":true}"#, true),
-            (r#"{"store":false,"conversation":"c"}"#, true),
-            (r#"{"store":false,"tools":[{"type":"code_interpreter"}]}"#, true),
-            (r#"{"store":false,"tools":[{"name":"f"}]}"#, true),
-            (r#"{"store":false"#, true),
-        ] {
-            assert_eq!(leaves_nothing(body.as_bytes()), !leaves, "{body}");
-        }
     }
 }

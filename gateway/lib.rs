@@ -8,6 +8,8 @@
 //! | [`identity`], [`parameters`], [`issuers`], [`certificate`] | who asks, what they may use and send; the keys of identity providers; a client's certificate |
 //! | [`exchange`], [`refusal`], [`surface`] | one request's state; every way we say no; the table of endpoints |
 //! | [`scan`], [`sse`], [`usage`], [`tokens`] | the one look at a body; the frame of an event stream; the tokens that an answer used, as it says and as they are counted |
+//! | `stored` | what a response leaves at the server that answers it |
+//! | `handover`, [`egress`] | what requests leave to the background, and its way out |
 //! | [`limits`] | how much: reserved before anybody is asked, settled whatever way it ends |
 //! | [`guard`], [`text`], [`ending`] | what may pass; where the texts stand in each dialect; how a stream ends early |
 //! | [`policy`], [`settings`], [`secret`], [`discover`] | what the YAML means; what needs a restart; what is never printed |
@@ -37,6 +39,7 @@ pub mod ending;
 pub mod exchange;
 pub mod failover;
 pub mod guard;
+mod handover;
 pub mod headers;
 pub mod hedge;
 pub mod hex;
@@ -65,6 +68,7 @@ pub mod settings;
 pub mod simulate;
 pub mod sse;
 pub mod state;
+mod stored;
 pub mod surface;
 pub mod telemetry;
 pub mod text;

@@ -670,6 +670,11 @@ impl Reservation {
         self.holds.iter().all(|hold| hold.settled.is_some())
     }
 
+    /// Whether any of the work has been settled.
+    pub fn has_heard(&self) -> bool {
+        self.holds.iter().any(|hold| hold.settled.is_some() && hold.limit.unit.works())
+    }
+
     /// Whether any limit counts how long the answer is.
     pub fn bounds_output(&self) -> bool {
         self.holds.iter().any(|hold| hold.limit.unit.grows())

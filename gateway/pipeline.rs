@@ -110,6 +110,8 @@ pub struct Planned {
     pub route: Arc<Route>,
     /// The models to ask one after another, where that is left to their answers.
     pub ladder: Option<Box<Ladder>>,
+    /// Whether they are being asked: no limit sends it to yet another one.
+    pub climbing: bool,
     /// The class of urgency.
     pub priority: Option<Priority>,
     /// When all must be over.
@@ -137,12 +139,13 @@ async fn line(house: &House, exchange: &mut Exchange, downstream: &mut Downstrea
     exchange.body_bytes = received.body.len() as u64;
     exchange.capture(CaptureText::Full, || received.body.clone());
     let mut planned = admit(exchange, downstream, identified, received)?;
-    let reading = reading(downstream, &planned);
+    let mut read = None;
     if planned.route.routers.is_some() {
+        let reading = read.insert(reading(downstream, &planned)).clone();
         Box::pin(routers::choose(house, exchange, downstream, &mut planned, &reading)).await?;
     }
     limits::admit::reserve(house, exchange, downstream, &mut planned).await?;
-    judge(house, exchange, downstream, &mut planned, reading).await?;
+    judge(house, exchange, downstream, &mut planned, read).await?;
     exchange.capture(CaptureText::Redacted, || scan::splice(&planned.received.body, &mut planned.guard_edits.clone()));
     exchange.admitted();
     if planned.identified.upgrade.is_some() {
@@ -331,6 +334,7 @@ fn admit(
         output_max: None,
         route,
         ladder: None,
+        climbing: false,
         priority,
         total,
         received,
@@ -353,13 +357,14 @@ async fn judge(
     exchange: &mut Exchange,
     downstream: &mut Downstream,
     planned: &mut Planned,
-    reading: Arc<Reading>,
+    read: Option<Arc<Reading>>,
 ) -> Result<(), Stop> {
     let Some(rails) = exchange.policy.guardrails.clone() else { return Ok(()) };
     if planned.identified.passthrough.is_some() {
         // The policy says that it is meant to pass unread.
         return Ok(());
     }
+    let reading = read.unwrap_or_else(|| reading(downstream, planned));
     if reading.operation == Operation::Realtime
         && let Some(rule) = rails.insists(true).or_else(|| rails.insists(false))
     {

@@ -344,6 +344,9 @@ pub fn read(path: &Path) -> Result<String, Problems> {
     })
 }
 
+/// Reads a file that the policy names, or says why that cannot be done.
+type Open<'a> = &'a mut dyn FnMut(&Path) -> Result<String, String>;
+
 struct Compiler<'a> {
     document: Document,
     world: &'a World<'a>,
@@ -368,6 +371,24 @@ impl<'a> Compiler<'a> {
     /// A path that the policy gives, which begins where the policy lies.
     fn beside(&self, path: &Path) -> PathBuf {
         self.directory.as_ref().map_or_else(|| path.to_owned(), |directory| directory.join(path))
+    }
+
+    /// Lets plugins be built from the files and the secrets that the policy names. All of them count for its hash.
+    fn with_files<T>(&mut self, build: impl FnOnce(Open<'_>, sink::Resolve<'_>) -> T) -> T {
+        let (mut read, directory) = (Vec::new(), self.directory.clone());
+        let mut open = |path: &Path| {
+            let path = directory.as_ref().map_or_else(|| path.to_owned(), |directory| directory.join(path));
+            let text = std::fs::read_to_string(&path);
+            let text = text.map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+            read.push((path, text.clone()));
+            Ok(text)
+        };
+        let built = build(&mut open, &mut |source| self.resolve(source));
+        for (path, text) in read {
+            self.secrets.update(&text);
+            self.secret_files.push(path);
+        }
+        built
     }
 
     fn wrong(&mut self, path: &str, message: impl Into<String>) {
@@ -606,7 +627,7 @@ impl<'a> Compiler<'a> {
             }
         }
         models.patterns.sort_by_key(|(before, behind, _)| std::cmp::Reverse(before.len() + behind.len()));
-        self.routers(file, &mut models, prices);
+        self.routers(file, &mut models, pools, prices);
         if let Some(name) = &file.default_model
             && models.named(name).is_none()
             && !seen.contains_key(name.as_str())

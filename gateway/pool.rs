@@ -152,24 +152,25 @@ impl Pool {
     /// Picks an endpoint that can do what is wanted, as the pool's balance says: near ones first, none of `tried` as
     /// long as there is another; for batch, one with room as long as there is any.
     pub fn pick(&self, wanted: &Wanted<'_>, tried: &[Arc<Endpoint>], now: Instant) -> Option<Picked<'_>> {
-        let roomy = if wanted.batch { self.among(wanted, tried, now, |one| self.has_room(one, now)) } else { None };
-        roomy.or_else(|| self.among(wanted, tried, now, |_| true))
+        let fresh = |endpoint: &Arc<Endpoint>| !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
+        let again = || if tried.is_empty() { None } else { self.roomy(wanted, now, |_| true) };
+        self.roomy(wanted, now, fresh).or_else(again)
     }
 
-    fn among(
-        &self,
-        wanted: &Wanted<'_>,
-        tried: &[Arc<Endpoint>],
-        now: Instant,
-        may: impl Fn(&Endpoint) -> bool,
-    ) -> Option<Picked<'_>> {
-        let fresh = |endpoint: &Arc<Endpoint>| may(endpoint) && !tried.iter().any(|other| Arc::ptr_eq(other, endpoint));
-        let can = |upstream: &Upstream| upstream.provider.serves(wanted.operation);
-        self.one(wanted, now, |upstream, endpoint| upstream.near && can(upstream) && fresh(endpoint))
-            .or_else(|| self.one(wanted, now, |upstream, endpoint| !upstream.near && can(upstream) && fresh(endpoint)))
-            .or_else(|| {
-                if tried.is_empty() { None } else { self.one(wanted, now, |upstream, one| can(upstream) && may(one)) }
-            })
+    /// One with room for it, where it is batch and there is one.
+    fn roomy(&self, wanted: &Wanted<'_>, now: Instant, may: impl Fn(&Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+        let roomy = |one: &Arc<Endpoint>| may(one) && self.has_room(one, now);
+        let found = if wanted.batch { self.near(wanted, now, roomy) } else { None };
+        found.or_else(|| self.near(wanted, now, may))
+    }
+
+    /// One that is near, where there is one.
+    fn near(&self, wanted: &Wanted<'_>, now: Instant, may: impl Fn(&Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+        let one = |near| {
+            let fits = |upstream: &Upstream| upstream.near == near && upstream.provider.serves(wanted.operation);
+            self.one(wanted, now, |upstream, endpoint| fits(upstream) && may(endpoint))
+        };
+        one(true).or_else(|| one(false))
     }
 
     fn one(

@@ -30,7 +30,7 @@ use crate::pipeline;
 pub use attempt::{Answer, Failure, Order, Rest, ask, fetch, fetch_until};
 pub use connection::{Connections, Target};
 pub use downstream::{BodyFault, Downstream, Gone};
-pub use stream::{Pace, Passed, Reading, Tally, WholeFault, hold, pass_on, redacted, whole};
+pub use stream::{Pace, Passed, Reading, Tally, WholeFault, pass_on, redacted};
 pub use upgrade::{Parting, Tunnel, Tunnelled, carry, part, tunnel};
 pub use waiting::{Interrupted, Waiting};
 

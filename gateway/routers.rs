@@ -7,7 +7,7 @@
 
 pub mod case;
 pub mod conversations;
-mod effort;
+pub mod effort;
 pub mod second;
 pub mod shortlist;
 pub mod words;
@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
+use infergate_plugins::claim::Claims;
 use infergate_plugins::prompt::{Asker, Prompt, Role};
 use infergate_plugins::router::cascade::Cascade;
 use infergate_plugins::router::effort::Effort;
@@ -61,6 +62,8 @@ pub struct Routers {
     pub cascade: Option<Arc<Cascade>>,
     /// The headers that somebody looks at.
     pub headers: Vec<Arc<str>>,
+    /// Whether somebody looks at what tokens say.
+    pub claims: bool,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
     /// Whether somebody asks how long a prompt is.
@@ -161,8 +164,9 @@ pub async fn choose(
     exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
     exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
+    let unthought = planned.parameter_edits.clone();
     effort::apply(exchange, planned, &routers, &decided)?;
-    planned.ladder = Ladder::of(&routers, &decided, exchange, planned);
+    planned.ladder = Ladder::of(&routers, &decided, exchange, planned, unthought);
     exchange.weighed = decided.weighed;
     Ok(())
 }
@@ -171,23 +175,20 @@ pub async fn choose(
 async fn asks_second(house: &House, exchange: &mut Exchange, decided: &mut Decided, unsure: Unsure) {
     let Unsure { doubt, mut found } = unsure;
     exchange.decide("route", decided.rule.clone(), &decided.model, decided.why.clone());
-    let (said, why) = second::decides(house, &doubt).await;
-    let chosen = said.and_then(|(route, _)| found.iter().position(|(name, ..)| *name == route));
+    let (said, why) = second::decides(house, exchange, &doubt).await;
+    let chosen = said.and_then(|route| found.iter().position(|(name, ..)| *name == route));
     match chosen.map(|at| found.swap_remove(at)) {
         Some((route, found, able)) => {
             (decided.rule, decided.by) = ((&route).into(), (&route).into());
             (decided.model, decided.weighed, decided.able) = (found.model, found.weighed, able);
             decided.unfit = None;
+            if let Some(key) = decided.key {
+                house.state.conversations.goes_to(key, &decided.model, Some(&decided.by), Instant::now());
+            }
         }
         None => decided.rule = "second".into(),
     }
     decided.why = why.into();
-    let conversations = &house.state.conversations;
-    if let Some(key) = decided.key
-        && let Some(kept) = conversations.get(key, Instant::now())
-    {
-        conversations.put(key, Kept { model: decided.model.clone(), by: decided.by.clone(), ..kept });
-    }
 }
 
 /// No candidate can answer this.
@@ -210,31 +211,49 @@ pub struct Whose {
     plans: Option<Arc<[Arc<str>]>>,
     surface: &'static str,
     headers: Vec<(Arc<str>, Box<str>)>,
+    claims: Option<Claims>,
     /// What the client calls it.
     session: Option<Box<[u8]>>,
 }
 
 impl Whose {
     fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
-        let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
         let who = exchange.who.as_ref();
+        let tenant = who.map(|who| who.tenant.clone());
         Self {
-            tenant: who.map(|who| who.tenant.clone()),
             principal: who.map(|who| who.identity.principal.clone()),
             plans: who.map(|who| who.identity.plans.clone()),
-            surface: exchange.surface.path,
-            headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
-            session: named.map(|value| value.as_bytes().into()),
+            claims: who.filter(|_| routers.claims).map(|who| who.identity.claims.clone()),
+            ..Self::of_tenant(tenant, exchange.surface.path, routers, headers)
         }
     }
 
-    fn asker(&self) -> Asker<'_> {
+    /// Somebody for whom this tenant pays, who asks there with these headers, and of whom no more is known.
+    pub fn of_tenant(
+        tenant: Option<Arc<Tenant>>,
+        surface: &'static str,
+        routers: &Routers,
+        headers: &HeaderMap,
+    ) -> Self {
+        let named = routers.session_header.as_ref().and_then(|name| headers.get(name));
+        Self {
+            tenant,
+            surface,
+            headers: routers.headers.iter().filter_map(|name| Some((name.clone(), listed(headers, name)?))).collect(),
+            session: named.map(|value| value.as_bytes().into()),
+            ..Self::default()
+        }
+    }
+
+    /// The same for rules that name them.
+    pub fn asker(&self) -> Asker<'_> {
         Asker {
             tenant: self.tenant.as_ref().map_or("", |tenant| &tenant.name),
             principal: self.principal.as_deref().unwrap_or_default(),
             plans: self.plans.as_deref().unwrap_or_default(),
             surface: self.surface,
             headers: &self.headers,
+            claims: self.claims.as_deref().unwrap_or_default(),
         }
     }
 }

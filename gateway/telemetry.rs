@@ -385,6 +385,11 @@ impl Telemetry {
         self.routes.decided(router, decided, took);
     }
 
+    /// An answer was not good enough, and the next model of a cascade is asked.
+    pub fn escalated(&self, router: &Arc<str>, cause: &'static str) {
+        self.routes.escalated(router, cause);
+    }
+
     /// We said no.
     pub fn refused(&self, code: Code) {
         self.refusals[code as usize].inc();

@@ -43,6 +43,7 @@
 //!                 mark: [1; 32],
 //!                 expires: Some(end),
 //!                 plans: [].into(),
+//!                 claims: [].into(),
 //!             }),
 //!         }
 //!     }
@@ -82,6 +83,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use self::mtls::Certificate;
+use crate::claim::Claims;
 use crate::secret::{Secret, SecretSource};
 
 /// One way of knowing who asks.
@@ -117,6 +119,8 @@ pub struct Identity {
     pub tenant: Arc<str>,
     /// The plans that they have, by which limits may be told apart.
     pub plans: Arc<[Arc<str>]>,
+    /// What their token says, as far as rules ask for it; none where they have no token.
+    pub claims: Claims,
     /// By what they were known, for the record; never anything secret.
     pub by: Arc<str>,
     /// What they are found by again when the policy changes.
@@ -209,6 +213,8 @@ pub struct World<'a> {
     pub entries: &'a mut dyn FnMut(&Path) -> Result<keys::Listed, Vec<String>>,
     /// Gives the keys of an issuer, which are kept up to date, or says why there are none to be had.
     pub key_set: &'a mut dyn FnMut(&jwt::Source) -> Result<Arc<jwt::KeySet>, String>,
+    /// The claims of tokens that some rule asks for: no others are kept.
+    pub claims: &'a [Arc<str>],
     /// Reads a time.
     pub time: fn(&str) -> Option<SystemTime>,
 }
@@ -294,6 +300,7 @@ pub(crate) mod tests {
             secret: &mut |_| Ok(Secret::new("a pepper of thirty-two characters")),
             entries: &mut |path| Err(vec![format!("{} cannot be read", path.display())]),
             key_set: &mut |source| Err(format!("{source:?} cannot be had")),
+            claims: &[],
             time: |text| text.parse().ok().map(|seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
         };
         build(&configs, &mut world)

@@ -431,6 +431,14 @@ pub struct World<'a> {
 /// What is wrong: the key below the list of guardrails, like `[0].regex.list[2]`, and what to do.
 pub type Wrong = (String, String);
 
+/// What is not good about rules that work, each with its key below the list: `check` warns of it.
+pub fn warnings(configs: &[Config]) -> Vec<Wrong> {
+    let of = |config: &Config| config.topic.as_ref().map(topic::warnings).unwrap_or_default();
+    let each = configs.iter().enumerate();
+    each.flat_map(|(at, config)| of(config).into_iter().map(move |(path, told)| (format!("[{at}].topic{path}"), told)))
+        .collect()
+}
+
 /// The guardrails of a policy, or all that is wrong with them.
 pub fn build(configs: &[Config], world: &mut World<'_>) -> Result<Guardrails, Vec<Wrong>> {
     let (mut rules, mut wrong, mut names) = (Vec::new(), Vec::new(), HashSet::new());

@@ -42,6 +42,7 @@
 //! ```
 
 pub mod authenticator;
+pub mod claim;
 pub mod guardrail;
 pub mod language;
 pub mod operation;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::claim::Claim;
+
 /// Whose words a span is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -45,6 +47,8 @@ pub struct Asker<'a> {
     pub surface: &'a str,
     /// The headers that a rule may look at.
     pub headers: &'a [(Arc<str>, Box<str>)],
+    /// What their token says, as far as a rule may look at it.
+    pub claims: &'a [(Arc<str>, Claim)],
 }
 
 /// What a request says, in order, and what comes with it.

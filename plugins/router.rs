@@ -56,6 +56,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::operation::Operation;
 use crate::prompt::Prompt;
 use crate::sink::Resolve;
 
@@ -73,6 +74,11 @@ pub trait Router: Debug + Send + Sync {
     /// The headers that it looks at, in lower case.
     fn headers(&self) -> &[Arc<str>] {
         &[]
+    }
+
+    /// Whether it looks at what the token of whoever asks says.
+    fn reads_claims(&self) -> bool {
+        false
     }
 
     /// The routes told by examples, where it goes by those: to be looked into and measured.
@@ -149,12 +155,23 @@ impl Config {
         routes.chain(signals).chain(pairs).chain(cel).collect()
     }
 
+    /// The claims of tokens that its condition may look at.
+    pub fn claims(&self) -> &[String] {
+        self.cel.as_ref().map(|cel| &*cel.claims).unwrap_or_default()
+    }
+
+    /// The pool that another service stands in, with its key below this one, what it must be able to do, and where.
+    pub fn pool(&self) -> Option<(&'static str, &str, (Operation, &'static str))> {
+        let second = self.semantic.as_ref()?.second.as_ref()?;
+        Some((".semantic.second.pool", second.pool.as_deref()?, second.shape.operation()))
+    }
+
     /// The names of its decisions: of routes, of a rule; of difficulty those of its models.
     pub fn decisions(&self) -> Vec<&str> {
         let routes = self.semantic.iter().flat_map(|semantic| &semantic.routes).map(|route| route.name.as_str());
         let signals = self.signals.iter().map(|signals| signals.name.as_deref().unwrap_or("signals"));
         let pairs = self.difficulty.iter().flat_map(|pair| [pair.weak.as_str(), pair.strong.as_str()]);
-        let cel = self.cel.iter().map(|cel| cel.name.as_deref().unwrap_or("cel"));
+        let cel = self.cel.iter().map(|cel| cel.name.as_deref().unwrap_or(&cel.model));
         routes.chain(signals).chain(pairs).chain(cel).collect()
     }
 }
@@ -241,6 +258,15 @@ mod tests {
     pub(super) fn asked(router: &dyn Router, text: &str) -> Answer {
         let spans = [Span { role: Role::User, turn: 0, text }];
         router.ask(&Prompt { spans: &spans, ..Prompt::default() })
+    }
+
+    #[test]
+    fn a_decision_is_called_what_its_configuration_says_it_is_called() {
+        let one = r#"{"cel": {"model": "m", "when": "code"}}"#;
+        let config: Config = serde_json::from_str(one).unwrap();
+        let router = built(&format!("[{one}]")).unwrap().remove(0).router;
+        let Answer::Route(choice) = asked(&*router, "write a python function") else { panic!("it holds") };
+        assert_eq!(config.decisions(), [&*choice.route]);
     }
 
     #[test]

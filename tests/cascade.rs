@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::support::wire::{EVENTS, Framing, Heard, Step, Wire};
-use crate::support::{Answer, Client, Gateway, Journal, eventually};
+use crate::support::{Answer, Client, Gateway, Journal, Process, eventually};
 
 const CHAT: &str = "/v1/chat/completions";
 const PRICES: &str =
@@ -66,6 +66,14 @@ fn decision(record: &Value) -> (String, String) {
     (text("verdict"), text("why"))
 }
 
+/// What made the virtual model ask the next one, and how often.
+async fn escalations(gateway: &Gateway) -> Vec<String> {
+    let page = gateway.admin("/metrics").await.text();
+    let lines =
+        page.lines().filter_map(|line| line.strip_prefix("infergate_route_escalations_total{router=\"auto\",cause=\""));
+    lines.map(|line| line.replace("\"}", "")).collect()
+}
+
 #[tokio::test]
 async fn an_answer_that_does_not_fit_its_schema_is_replaced_and_both_are_metered() {
     let server = server(spoken("Sure! {\"ok\": 1}")).await;
@@ -120,6 +128,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
         let gateway = Gateway::start(&routed(&server.url(), ", mean_logprob_min: -0.5", "")).await;
         assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large", "{why}");
         assert_eq!(decision(&record(&gateway).await), ("large".to_owned(), why.to_owned()));
+        assert_eq!(escalations(&gateway).await, [format!("{} 1", why.split(':').next().unwrap())]);
     }
     let failing = Wire::start(|heard| match model(heard).as_str() {
         "small" => vec![Step::Say("HTTP/1.1 503 No\r\ncontent-length: 2\r\n\r\nno".into())],
@@ -130,6 +139,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
         let gateway = Gateway::start(&routed(&failing.url(), on, "")).await;
         assert_eq!(ask(&gateway, body("")).await.status, status, "{on}");
         assert_eq!(decision(&record(&gateway).await).0, asked);
+        assert_eq!(escalations(&gateway).await.len(), usize::from(!asked.is_empty()), "{on}");
     }
     let breaking = Wire::start(|heard| match model(heard).as_str() {
         "small" => vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{\"choices\":[".into()), Step::Close],
@@ -139,6 +149,7 @@ async fn a_refusal_an_unsure_answer_and_a_failure_are_not_good_enough() {
     let gateway = Gateway::start(&routed(&breaking.url(), "", "")).await;
     assert_eq!(ask(&gateway, body("")).await.json()["choices"][0]["message"]["content"], "fine");
     assert_eq!(record(&gateway).await["attempts"][0]["result"], "broken");
+    assert_eq!(escalations(&gateway).await, ["failure 1"]);
 }
 
 #[tokio::test]
@@ -152,6 +163,45 @@ async fn no_model_is_asked_twice_and_the_last_ones_answer_stands_whatever_it_is(
     assert_eq!(models, ["small", "large", "huge"]);
     let record = record(&gateway).await;
     assert_eq!(record["usage"], json!({"input_tokens": 21, "output_tokens": 15, "source": "upstream"}));
+}
+
+#[tokio::test]
+async fn each_model_thinks_as_much_as_its_own_rule_says_and_one_without_a_rule_as_the_one_before() {
+    let server = Wire::start(|_| said(spoken("I can't help with that."), (7, 5))).await;
+    let efforts = |sent: &str| -> Vec<Value> {
+        let heard = server.heard();
+        let bodies = heard.iter().map(|heard| serde_json::from_slice::<Value>(&heard.body).unwrap());
+        let ours: Vec<Value> = bodies.filter(|body| body["user"] == sent).collect();
+        assert_eq!(ours.len(), 3, "{ours:?}");
+        ours.iter().map(|body| body["reasoning_effort"].clone()).collect()
+    };
+    for (effort, asked, expected) in [
+        ("default: {strip: true}, large: {default: high}", "low", [Value::Null, json!("low"), json!("low")]),
+        (
+            "default: {strip: true}, large: {set: high}, huge: {strip: true}",
+            "low",
+            [Value::Null, json!("high"), Value::Null],
+        ),
+        ("default: {set: low}, huge: {set: high}", "medium", [json!("low"), json!("low"), json!("high")]),
+        ("large: {set: high}", "medium", [json!("medium"), json!("high"), json!("high")]),
+    ] {
+        let policy = routed(&server.url(), "", "").replace("[small, large]", "[small, large, huge]");
+        let gateway =
+            Gateway::start(&policy.replace("{default: small,", &format!("{{default: small, effort: {{{effort}}},")))
+                .await;
+        let sent = body(&format!(r#","user":"{effort}","reasoning_effort":"{asked}""#));
+        assert_eq!(ask(&gateway, sent).await.header("x-infergate-route"), "auto=huge");
+        assert_eq!(efforts(effort), expected, "{effort}");
+        let record = record(&gateway).await;
+        let named = |decision: &&Value| decision["stage"] == "effort";
+        assert_eq!(record["decisions"].as_array().unwrap().iter().filter(named).count(), effort.matches('{').count());
+    }
+    let first =
+        routed(&server.url(), "", "").replace("{default: small,", "{default: small, effort: {small: {strip: true}},");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), first).unwrap();
+    let (code, out, _) = Process::run(&["check", file.path().to_str().unwrap()]);
+    assert!(code == Some(1) && out.contains("no decision is named small"), "it is no step that is gone on to: {out}");
 }
 
 #[tokio::test]
@@ -214,6 +264,81 @@ async fn a_budget_counts_what_was_done_in_vain_before_an_answer_that_stands() {
     assert!(cost >= 3_000_000, "{record:#}");
     let purse = record["limits"].as_array().unwrap().iter().filter(|limit| limit["limit"] == "purse");
     assert_eq!(purse.map(|limit| limit["used"].as_u64().unwrap()).sum::<u64>(), cost, "{record:#}");
+}
+
+#[tokio::test]
+async fn what_models_did_in_vain_costs_what_each_of_them_costs() {
+    let (hangs, says) = (Wire::start(|_| vec![Step::UntilGone]).await, server(spoken("fine")).await);
+    let text = format!(
+        "version: 1\nmodels:\n  - {{name: small, pool: p}}\n  - {{name: large, pool: q}}\npools:\n  p: {{upstreams: [{{url: '{}'}}], timeouts: {{answer_ms: 300}}, retry: {{attempts: 1}}}}\n  q: {{upstreams: [{{url: '{}'}}]}}\nrouters:\n  auto: {{default: small, cascade: {{models: [small, large]}}}}\nprices: {{list: [{{models: [small], gpu_hour: 36}}, {{models: [large], gpu_hour: 0.000036}}]}}\n",
+        hangs.url(),
+        says.url()
+    );
+    let gateway = Gateway::start(&text).await;
+    assert_eq!(ask(&gateway, body("")).await.header("x-infergate-route"), "auto=large");
+    let record = record(&gateway).await;
+    // A cent a second, and next to nothing for the answer.
+    let (micros, cost) = (record["usage"]["gpu_us"].as_u64().unwrap(), record["cost"]["nanousd"].as_u64().unwrap());
+    assert!(micros >= 300_000 && cost >= 3_000_000, "{record:#}");
+    let models: Vec<&Value> = record["attempts"].as_array().unwrap().iter().map(|attempt| &attempt["model"]).collect();
+    assert_eq!(models, [&json!("small"), &Value::Null], "the last one's is the record's");
+}
+
+#[tokio::test]
+async fn a_limit_sends_no_cascade_to_a_model_that_is_not_its_own() {
+    let server = server(spoken("fine")).await;
+    let text =
+        routed(&server.url(), "", "limits: [{models: [large], requests: 0, per: 1h, on_exhausted: {use: huge}}]\n");
+    // Nobody is asked for the small one: its pool has no place.
+    let text = text.replace("{name: small, pool: p}", "{name: small, pool: full}").replace(
+        "pools:\n",
+        &format!("pools:\n  full: {{upstreams: [{{url: '{}'}}], concurrency: {{max: 1, queue: 0}}}}\n", server.url()),
+    );
+    let taken = Wire::start(|_| vec![Step::UntilGone]).await;
+    let text = text.replacen(&server.url(), &taken.url(), 1);
+    let gateway = Gateway::start(&text).await;
+    let first = tokio::spawn({
+        let (address, body) = (gateway.address, body("").replace("auto", "small"));
+        async move { Client::h1().post(address, CHAT, body).await }
+    });
+    let heard = &taken;
+    eventually("the place is taken", Duration::from_secs(20), || async move { heard.heard().len() == 1 }).await;
+    let answer = ask(&gateway, body("")).await;
+    assert_eq!((answer.status, server.heard().len()), (503, 0), "{}", answer.text());
+    first.abort();
+}
+
+#[tokio::test]
+async fn a_request_that_takes_too_long_while_an_answer_is_held_asks_nobody_else() {
+    let server =
+        Wire::start(|_| vec![Step::Say("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".into()), Step::UntilGone])
+            .await;
+    let text = routed(&server.url(), "", "").replace("'}]}", "'}], timeouts: {total_ms: 500}}");
+    let gateway = Gateway::start(&text).await;
+    let answer = ask(&gateway, body("")).await;
+    assert_eq!((answer.status, answer.code().as_str()), (504, "total_timeout"), "{}", answer.text());
+    assert_eq!(server.heard().len(), 1);
+    assert_eq!(record(&gateway).await["attempts"][0]["result"], "timeout");
+}
+
+#[tokio::test]
+async fn all_that_came_of_a_held_answer_is_counted_when_its_client_leaves() {
+    let word = r#"{"choices":[{"index":0,"delta":{"content":" word"}}]}"#;
+    let pieces = (0..50).map(|_| Framing::Chunked.piece(format!("data: {word}\n\n").as_bytes()));
+    let mut steps = vec![Step::Say(Framing::Chunked.head(EVENTS, 0))];
+    steps.extend(pieces.flat_map(|piece| [Step::Say(piece), Step::Pause(Duration::from_millis(2))]));
+    steps.push(Step::UntilGone);
+    let server = Wire::start(move |_| steps.clone()).await;
+    let gateway = Gateway::start(&routed(&server.url(), ", streams: hold", "")).await;
+    let (gateway, waits) = (&gateway, std::sync::atomic::AtomicU64::new(200));
+    let waits = &waits;
+    eventually("it counts what came before its client left", Duration::from_secs(60), || async move {
+        let wait = Duration::from_millis(waits.fetch_add(200, std::sync::atomic::Ordering::Relaxed));
+        let asking = ask(gateway, body(r#","stream":true"#));
+        assert!(tokio::time::timeout(wait, asking).await.is_err(), "it never ends by itself");
+        record(gateway).await["usage"]["output_tokens"].as_u64().is_some_and(|tokens| tokens >= 50)
+    })
+    .await;
 }
 
 #[tokio::test]

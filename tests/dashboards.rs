@@ -43,6 +43,7 @@ limits:
   - {{requests: 1000000, per: 1m}}
 routers:
   auto: {{default: m, ask: [{{signals: {{name: code, model: m, code: true}}}}]}}
+  steps: {{default: breaks, cascade: {{models: [breaks, m]}}}}
 guardrails:
   - {{name: cards, in: [prompt.user], verdict: block, pii: {{find: [card]}}}}
   - {{name: addresses, in: [prompt.user], verdict: redact, pii: {{find: [email]}}}}
@@ -65,7 +66,7 @@ fn traffic(gateway: SocketAddr) -> JoinHandle<()> {
         let client = Client::h1();
         let named = |model: &str, stream| chat(stream, 5).replace(r#""model":"m""#, &format!(r#""model":"{model}""#));
         loop {
-            let models = ["m", "breaks", "dead", "nobody", "spent", "auto"].map(|model| (model, false));
+            let models = ["m", "breaks", "dead", "nobody", "spent", "auto", "steps"].map(|model| (model, false));
             for (model, stream) in models.into_iter().chain([("m", true), ("saved", true)]) {
                 let body = named(model, stream)
                     .replace("\"stream\"", "\"stream_options\":{\"include_usage\":true},\"stream\"");

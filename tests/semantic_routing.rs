@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::keys::{asks_for, key, start};
+use crate::support::issuer::Issuer;
+use crate::support::keys::{PEPPER, asks_for, key, start};
+use crate::support::signer::Signer;
 use crate::support::wire::{Framing, Step, Wire, sha256};
 use crate::support::{Client, Gateway, Journal, Options, Process, Simulated};
 
@@ -286,6 +288,45 @@ prices: {list: [{models: [coder], input: 16, output: 16}, {models: [small, eyes]
 }
 
 #[test]
+fn the_command_line_explains_what_a_tenant_gets_with_its_headers() {
+    let text = routed("http://127.0.0.1:1", "tenants: {clinic: {regions: [eu]}, shop: {models: [small]}, bank: {}}\n")
+        .replace("{name: coder, pool: p}", "{name: coder, pool: q}")
+        .replace("pools:\n", "pools:\n  q: {region: us, upstreams: [{url: 'http://127.0.0.1:2'}]}\n")
+        .replace("p: {upstreams", "p: {region: eu, upstreams")
+        .replacen("    ask:\n", "    cascade: {models: [small, coder, eyes]}\n    ask:\n      - cel: {model: eyes, when: \"tenant == 'bank' && headers['x-team'] == 'blue'\", headers: [x-team]}\n", 1);
+    let policy = file(&text);
+    let path = policy.path().to_str().unwrap();
+    let explain = |more: &[&str], said: &str| {
+        told(&[&["route", "explain", "--policy", path], more].concat(), &body(CHAT, said, false))
+    };
+    let parsed = |more: &[&str], said: &str| {
+        serde_json::from_str::<Value>(&explain(&[more, &["--json"]].concat(), said)).unwrap()
+    };
+    let model = |more: &[&str], said: &str| parsed(more, said)["model"].as_str().unwrap().to_owned();
+    assert_eq!(model(&[], CODE), "coder");
+    let blue = ["--tenant", "bank", "--header", "X-Team: blue"];
+    assert_eq!([model(&blue, CODE), model(&blue[..2], CODE)], ["eyes", "coder"]);
+    let twice = [&blue[..], &["--header", "x-team: red"]].concat();
+    assert_eq!(model(&twice, CODE), "coder", "which is meant?");
+    let clinic = parsed(&["--tenant", "clinic"], CODE);
+    assert_eq!((&clinic["model"], &clinic["tenant"]), (&json!("plain"), &json!("clinic")), "{clinic}");
+    assert!(clinic["why"].as_str().unwrap().contains("coder is in no region that this key may use"), "{clinic}");
+    let steps = |more: &[&str]| parsed(more, BANK)["escalates_to"].clone();
+    assert_eq!((steps(&[]), steps(&["--tenant", "clinic"])), (json!(["coder", "eyes"]), json!(["eyes"])));
+    assert_eq!(parsed(&["--tenant", "shop"], CODE)["refused"], "auto is not in the models of shop");
+    let story = explain(&["--tenant", "shop"], CODE);
+    assert!(story.contains("  refused     auto is not in the models of shop"), "{story}");
+    for (wrong, words) in [
+        (["--tenant", "bnak"], "no tenant bnak; did you mean bank?"),
+        (["--header", "x-team blue"], "write it as 'name: value'"),
+        (["--header", "x team: blue"], "is no header's name"),
+    ] {
+        let (code, _, complaint) = Process::run(&[&["route", "explain", "--policy", path], &wrong[..]].concat());
+        assert!(code != Some(0) && complaint.contains(words), "{complaint}");
+    }
+}
+
+#[test]
 fn the_command_line_measures_routes_on_labelled_prompts() {
     let policy = file(&routed("http://127.0.0.1:1", ""));
     let rows = [(CODE, "code"), (BANK, "bank"), ("will my python loop end", "bank"), (NEITHER, "art")];
@@ -420,6 +461,46 @@ async fn a_condition_decides_by_who_asks_where_and_what_and_one_that_fails_does_
     assert!(told.contains("routers.auto.ask[0].cel.when: team is not known"), "{told}");
 }
 
+#[tokio::test]
+async fn a_condition_sees_the_claims_that_it_lists_and_whoever_has_none_goes_on() {
+    let (server, signer) = (models().await, Signer::p256());
+    let issuer = Issuer::start(&[signer.jwk("k")]).await;
+    let own = key("search", "");
+    let callers = asks_for(&[&own], "{search: {}}")
+        .replace("authenticators:\n", &format!("authenticators:\n  - jwt: {{issuers: [{}]}}\n", issuer.entry("")));
+    let rule = "cel: {name: staff, model: coder, when: \"'ml' in claims.groups && claims['account.level'] > 2\", claims: [groups, account.level]}";
+    let policy = routed(&server.url(), &callers);
+    let (begin, rest) = (policy.find("    ask:").unwrap(), policy.find("tenants:").unwrap());
+    let policy = format!("{}    ask:\n      - {rule}\n{}", &policy[..begin], &policy[rest..]);
+    let gateway = start(&policy, "").await;
+    let token = |groups: Value, level: u32| {
+        let mut claims = issuer.claims(600);
+        (claims["groups"], claims["account"], claims["canary"]) =
+            (groups, json!({"level": level}), json!("canary-claim"));
+        signer.token("k", &claims)
+    };
+    let staff = token(json!(["canary-group", "ml"]), 3);
+    for (credentials, model) in [
+        (&staff, "coder"),
+        (&staff, "coder"),
+        (&token(json!(["ml"]), 2), "plain"),
+        (&token(json!("x".repeat(300)), 3), "plain"),
+        (&own.text, "plain"),
+    ] {
+        let bearer = format!("Bearer {credentials}");
+        let got = route(&gateway, &[("authorization", &bearer)], CHAT, body(CHAT, NEITHER, false)).await;
+        assert_eq!(got, format!("auto={model}"));
+    }
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let told = |words: &str| records.iter().filter(|record| record.to_string().contains(words)).count();
+    let failed = told("cel: its condition fails: there is no such key");
+    assert_eq!((failed, told("canary")), (2, 0), "what a claim says is in no record: {records:?}");
+    let without = policy.replacen(&format!("  - jwt: {{issuers: [{}]}}\n", issuer.entry("")), "", 1);
+    let file = file(&without.replace("{env: INFERGATE_PEPPER}", "{env: NONE}"));
+    let (_, out, _) = Process::run(&["check", "--without-secrets", file.path().to_str().unwrap()]);
+    assert!(out.contains("routers.auto.ask[0].cel.claims") && out.contains("no authenticator reads tokens"), "{out}");
+}
+
 /// Two routes of which nothing in the first stage says which it is.
 fn doubtful(url: &str, service: &str, more: &str) -> String {
     let route = |name: &str, model: &str| {
@@ -467,6 +548,80 @@ async fn where_two_routes_are_alike_another_service_says_which_and_is_asked_once
     let gateway =
         Gateway::start(&doubtful(&server.url(), &vectors.url(), "shape: embeddings, deadline_ms: 5000")).await;
     assert_eq!(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await, "auto=small");
+}
+
+/// The same with a service that is a pool, in the region us; the requests of the tenant `near` stay in eu.
+fn doubtful_in_a_pool(url: &str, service: &str, more: &str) -> String {
+    let pool = format!(
+        "  judges: {{region: us, {more}upstreams: [{{url: '{service}/base', key: {{env: INFERGATE_PEPPER}}, model: wise, headers: {{x-own: '1'}}}}]}}\n"
+    );
+    doubtful(url, service, "shape: judge, deadline_ms: 5000")
+        .replace(&format!("url: '{service}/v1'"), "pool: judges")
+        .replace("p: {upstreams", "p: {region: eu, upstreams")
+        .replace("routers:\n", &format!("{pool}routers:\n"))
+}
+
+#[tokio::test]
+async fn a_second_stage_in_a_pool_is_asked_as_any_request_and_only_where_the_tenants_requests_may_go() {
+    let (server, judge) = (models().await, Wire::start(|_| letter("B")).await);
+    let (near, far) = (key("near", ""), key("far", ""));
+    let keys = asks_for(&[&near, &far], "{near: {regions: [eu]}, far: {}}");
+    let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "") + &keys;
+    let gateway = start(&policy, "").await;
+    let ask = |secret: &str| {
+        let (bearer, gateway) = (format!("Bearer {secret}"), &gateway);
+        async move { route(gateway, &[("authorization", &bearer)], CHAT, body(CHAT, DOUBT, false)).await }
+    };
+    let first = ask(&near.text).await;
+    assert!(judge.heard().is_empty(), "it stands where these requests may not go");
+    let second = ask(&far.text).await;
+    assert_eq!((ask(&far.text).await, judge.heard().len()), (second.clone(), 1), "what it said of a text is kept");
+    assert_eq!(ask(&near.text).await, first, "and is not for those who may not ask");
+    let heard = &judge.heard()[0];
+    assert!(heard.head.starts_with("POST /base/v1/chat/completions "), "{}", heard.head);
+    assert_eq!(heard.header("authorization"), format!("Bearer {PEPPER}"));
+    assert_eq!((heard.header("x-own"), heard.header("content-type")), ("1", "application/json"));
+    assert_eq!(serde_json::from_slice::<Value>(&heard.body).unwrap()["model"], "wise");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let told = |at: usize, words: &str| records[at].to_string().contains(words);
+    assert!(told(0, "pool judges is in no region of near") && told(3, "in no region") && !told(1, "in no region"));
+    assert!(told(1, "second stage, between "), "{}", records[1]);
+    let page = gateway.admin("/metrics").await.text();
+    let answered = page.lines().find(|line| line.contains("pool=\"judges\"") && line.contains("result=\"answered\""));
+    assert!(answered.is_some_and(|line| line.ends_with(" 1")), "{answered:?}");
+}
+
+#[tokio::test]
+async fn a_second_stage_in_a_pool_leaves_the_first_answer_where_the_pool_fails_is_out_or_is_full() {
+    let server = models().await;
+    let broken = Wire::saying("HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await;
+    let breaker = "breaker: {failures: 2, open_ms: 60000, open_ms_max: 60000}, ";
+    let gateway = Gateway::start(
+        &doubtful_in_a_pool(&server.url(), &broken.url(), breaker).replace(", key: {env: INFERGATE_PEPPER}", ""),
+    )
+    .await;
+    let mut answers = Vec::new();
+    for _ in 0..4 {
+        answers.push(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await);
+    }
+    answers.dedup();
+    assert_eq!((answers.len(), broken.heard().len()), (1, 2), "two failures open the breaker");
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let told = |words: &str| records.iter().filter(|record| record.to_string().contains(words)).count();
+    assert_eq!((told("it answers with status 500"), told("every upstream of pool judges is out")), (2, 2));
+
+    let silent = Wire::start(|_| vec![Step::UntilGone]).await;
+    let policy = doubtful_in_a_pool(&server.url(), &silent.url(), "concurrency: {max: 1, queue: 0}, ");
+    let policy = policy.replace(", key: {env: INFERGATE_PEPPER}", "");
+    let gateway = Gateway::start(&policy.replace("deadline_ms: 5000", "deadline_ms: 2000")).await;
+    let ask = || route(&gateway, &[], CHAT, body(CHAT, DOUBT, false));
+    let both = tokio::join!(ask(), ask());
+    assert_eq!(both.0, answers[0]);
+    assert_eq!(both.1, answers[0]);
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let told = |words: &str| records.iter().filter(|record| record.to_string().contains(words)).count();
+    assert_eq!((told("no answer within 2000 ms"), told("pool judges is full")), (1, 1), "{records:?}");
+    assert_eq!(silent.heard().len(), 1);
 }
 
 #[tokio::test]

@@ -502,6 +502,27 @@ async fn a_decision_about_thinking_comes_before_a_tenants_default_and_a_tool_loo
 }
 
 #[tokio::test]
+async fn nobody_is_made_to_think_where_a_tenants_own_parameters_rule_that_out() {
+    let server = server().await;
+    let url = server.url();
+    let (cool, brief) = (key("cool", ""), key("brief", ""));
+    let tenants = "{cool: {parameters: {defaults: {temperature: 0.2}}}, brief: {output_tokens_max: 1500}}";
+    let keys = asks_for(&[&cool, &brief], tenants);
+    let gateway =
+        start(&Lists { auto: EFFORT, more: &keys, ..Lists::of(&url, &url, "{quality: 1}") }.policy(), "").await;
+    let body = asks("write a python function", r#","max_tokens":9000"#).replacen(r#","max_tokens":3"#, "", 1);
+    for (key, thinking) in [(&cool, Value::Null), (&brief, json!({"type": "enabled", "budget_tokens": 1499}))] {
+        let bearer = format!("Bearer {}", key.text);
+        let answer =
+            Client::h1().post_with(gateway.address, MESSAGES, &[("authorization", &bearer)], body.clone()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+        let sent: Value = serde_json::from_slice(&seen.body).unwrap();
+        assert_eq!(sent["thinking"], thinking, "{sent}");
+    }
+}
+
+#[tokio::test]
 async fn effort_for_no_decision_is_told_at_its_line() {
     let server = server().await;
     let url = server.url();

@@ -200,6 +200,27 @@ async fn http2_is_spoken_where_the_client_offers_it() {
     }
 }
 
+/// What curl says of a POST of so many bytes over HTTP/2: its exit status and the answer's.
+async fn curl(gateway: &Gateway, path: &str, bytes: usize) -> (Option<i32>, String) {
+    let body = gateway.directory.path().join("body");
+    std::fs::write(&body, vec![b'a'; bytes]).unwrap();
+    let url = format!("https://{}{path}", gateway.address);
+    let mut curl = tokio::process::Command::new("curl");
+    curl.args(["--silent", "--insecure", "--http2", "--output", "/dev/null", "--write-out", "%{http_code}"]);
+    let told = curl.arg("--data-binary").arg(format!("@{}", body.display())).arg(url).output().await.unwrap();
+    (told.status.code(), String::from_utf8(told.stdout).unwrap())
+}
+
+#[tokio::test]
+async fn a_refusal_over_http2_reaches_a_client_that_is_still_sending() {
+    let (server, authority) = (model_server().await, Authority::new("ours"));
+    let gateway = gateway(&server, &format!("certificates: [{}]", authority.issue("a.test").yaml())).await;
+    for bytes in [10, 1_000, 100_000, 1_000_000].repeat(5) {
+        let told = curl(&gateway, "/v1/nothing", bytes).await;
+        assert_eq!(told, (Some(0), "404".to_owned()), "{bytes} bytes");
+    }
+}
+
 #[tokio::test]
 async fn a_client_without_the_right_certificate_is_refused_where_one_is_required() {
     let (server, authority, stranger) = (model_server().await, Authority::new("ours"), Authority::new("theirs"));

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a process may take until it serves.
-const START_LIMIT: Duration = Duration::from_secs(15);
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// What the gateway does besides its work.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -150,14 +150,25 @@ fn gateway_arguments(command: &mut Command, policy: &Path, settings: &Path, list
         .args(["--listen", &listen.to_string()]);
 }
 
-/// Another proxy that passes everything on and looks at nothing, as Debian packages it.
+/// Another proxy, as whoever installs it by its own documentation gets it, told to pass everything on to one server.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Neighbour {
-    /// nginx.
+    /// nginx, from Debian: it looks at nothing.
     Nginx,
-    /// HAProxy.
+    /// HAProxy, from Debian: it looks at nothing.
     Haproxy,
+    /// SGLang's router, from PyPI.
+    SglangRouter,
+    /// vLLM's router, from PyPI.
+    VllmRouter,
+    /// Portkey's gateway, from npm.
+    Portkey,
+    /// LiteLLM's proxy, from PyPI.
+    Litellm,
 }
+
+/// Compressing answers is not what is compared.
+const PLAINLY: &str = "accept-encoding: identity\r\n";
 
 impl Neighbour {
     /// Its program.
@@ -165,20 +176,83 @@ impl Neighbour {
         match self {
             Self::Nginx => "nginx",
             Self::Haproxy => "haproxy",
+            Self::SglangRouter => "sglang-router",
+            Self::VllmRouter => "vllm-router",
+            Self::Portkey => "portkey",
+            Self::Litellm => "litellm",
         }
     }
 
-    /// Where it is installed, if it is.
+    /// Where it is installed, if it is: npm's in this directory, the others where programs are.
     pub fn program(self) -> Option<PathBuf> {
-        ["/usr/sbin", "/usr/bin", "/usr/local/sbin"]
-            .iter()
-            .map(|at| Path::new(at).join(self.name()))
-            .find(|at| at.exists())
+        if self == Self::Portkey {
+            let script = PathBuf::from("node_modules/@portkey-ai/gateway/build/start-server.js");
+            return script.canonicalize().ok();
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let usual = ["/usr/sbin", "/usr/bin", "/usr/local/sbin"].map(PathBuf::from);
+        std::env::split_paths(&path).chain(usual).map(|at| at.join(self.name())).find(|at| at.exists())
     }
 
-    /// What it is told: one process, connections kept on both sides, nothing logged.
+    /// Whether it writes bodies anew, so that only what they say can be compared.
+    fn rewrites(self) -> bool {
+        matches!(self, Self::Portkey | Self::Litellm)
+    }
+
+    /// Header lines by which a request tells it where to go.
+    fn header_lines(self, upstream: SocketAddr) -> String {
+        match self {
+            Self::Portkey => {
+                format!("{PLAINLY}x-portkey-provider: openai\r\nx-portkey-custom-host: http://{upstream}/v1\r\n")
+            }
+            Self::Litellm => PLAINLY.to_owned(),
+            _ => String::new(),
+        }
+    }
+
+    /// How it is started: one worker, on the file of its configuration where it has one.
+    fn command(
+        self,
+        stage: &Stage,
+        program: &Path,
+        file: &Path,
+        [listen, metrics]: [SocketAddr; 2],
+        to: SocketAddr,
+    ) -> Command {
+        let (port, worker) = (listen.port().to_string(), format!("http://{to}"));
+        let address = ["--host", "127.0.0.1", "--port", &port];
+        let routes = ["--worker-urls", &worker, "--policy", "round_robin"];
+        let metrics = ["--prometheus-port", &metrics.port().to_string()];
+        let mut command = stage.on_the_proxies_core(if self == Self::Portkey { Path::new("node") } else { program });
+        match self {
+            Self::Nginx => command.arg("-p").arg(file.with_file_name("")).arg("-c").arg(file),
+            Self::Haproxy => command.arg("-db").arg("-f").arg(file),
+            Self::SglangRouter => {
+                command.arg("launch").args(address).args(routes).args(metrics).args(["--log-level", "warn"])
+            }
+            Self::VllmRouter => command.args(address).args(routes).args(metrics).args(["--log-level", "warning"]),
+            Self::Portkey => command.arg(program).arg(format!("--port={port}")).arg("--headless"),
+            Self::Litellm => command
+                .arg("--config")
+                .arg(file)
+                .args(address)
+                .args(["--num_workers", "1"])
+                .env("LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY", "true"),
+        };
+        command
+    }
+
+    /// What it is told in a file: one process, connections kept on both sides, nothing logged.
     fn configuration(self, listen: SocketAddr, upstream: SocketAddr) -> String {
         match self {
+            Self::SglangRouter | Self::VllmRouter | Self::Portkey => String::new(),
+            Self::Litellm => format!(
+                "model_list:
+  - model_name: load-model
+    litellm_params: {{model: openai/load-model, api_base: 'http://{upstream}/v1', api_key: none}}
+litellm_settings: {{telemetry: false}}
+"
+            ),
             Self::Nginx => format!(
                 "daemon off; master_process off; worker_processes 1; pid nginx.pid; error_log stderr crit;
 events {{ worker_connections 8192; }}
@@ -314,12 +388,10 @@ impl Stage {
         fs::create_dir_all(&directory)?;
         let (file, listen) = (directory.join("configuration"), free_address()?);
         fs::write(&file, neighbour.configuration(listen, upstream))?;
-        let mut command = self.on_the_proxies_core(&program);
-        match neighbour {
-            Neighbour::Nginx => command.arg("-p").arg(&directory).arg("-c").arg(&file),
-            Neighbour::Haproxy => command.arg("-db").arg("-f").arg(&file),
-        };
-        self.start(command, neighbour.name(), listen)
+        let command = neighbour.command(self, &program, &file, [listen, free_address()?], upstream);
+        let mut running = self.start(command, neighbour.name(), listen)?;
+        (running.header_lines, running.rewrites) = (neighbour.header_lines(upstream), neighbour.rewrites());
+        Ok(running)
     }
 
     fn journal(&self) -> PathBuf {
@@ -360,7 +432,7 @@ impl Stage {
             .stderr(output)
             .spawn()
             .map_err(|error| format!("cannot start {command:?}: {error}"))?;
-        let mut running = Running { child, name, address, log };
+        let mut running = Running { child, name, address, header_lines: String::new(), rewrites: false, log };
         running.wait_until_it_listens()?;
         Ok(running)
     }
@@ -380,6 +452,10 @@ pub struct Running {
     pub name: &'static str,
     /// Where it listens.
     pub address: SocketAddr,
+    /// Header lines that it wants of every request.
+    pub header_lines: String,
+    /// Whether it writes bodies anew.
+    pub rewrites: bool,
     log: PathBuf,
 }
 

@@ -121,6 +121,10 @@ pub enum Transport {
 pub struct Client {
     load: Load,
     target: SocketAddr,
+    /// More header lines of every request.
+    header_lines: String,
+    /// Whether the target may write answers anew: then only what they say is compared.
+    rewrites: bool,
     kept: Vec<Wire>,
     kept_h2: Vec<h2c::Sender>,
 }
@@ -128,7 +132,12 @@ pub struct Client {
 impl Client {
     /// Nothing is opened before the first run.
     pub fn new(load: Load, target: SocketAddr) -> Self {
-        Self { load, target, kept: Vec::new(), kept_h2: Vec::new() }
+        Self { load, target, header_lines: String::new(), rewrites: false, kept: Vec::new(), kept_h2: Vec::new() }
+    }
+
+    /// The same, for a target that wants more header lines, or writes answers anew.
+    pub fn minding(self, header_lines: String, rewrites: bool) -> Self {
+        Self { header_lines, rewrites, ..self }
     }
 
     /// Loads the target until `stop` and says what came back.
@@ -147,7 +156,7 @@ impl Client {
     }
 
     async fn run_h1(&mut self, stop: &Arc<Stop>) -> Result<Seen, Failure> {
-        let (body, lines) = (self.load.body(), self.load.header_lines());
+        let (body, lines) = (self.load.body(), self.load.header_lines() + &self.header_lines);
         let request = prompt::request(&body, &lines);
         let mut running = JoinSet::new();
         for number in 0..self.load.connections {
@@ -155,7 +164,7 @@ impl Client {
                 true => prompt::request(&prompt::begun_apart(&body, number), &lines),
                 false => request.clone(),
             };
-            let connection = Connection { load: self.load, request, target: self.target };
+            let connection = Connection { load: self.load, request, target: self.target, rewrites: self.rewrites };
             let (kept, delay, stop) = (self.kept.pop(), self.load.delay(number), Arc::clone(stop));
             running.spawn(async move {
                 if !delay.is_zero() {
@@ -275,6 +284,7 @@ struct Connection {
     load: Load,
     request: Bytes,
     target: SocketAddr,
+    rewrites: bool,
 }
 
 impl Connection {
@@ -301,6 +311,7 @@ impl Connection {
         let head = wire.head().await?.ok_or("closed instead of an answer")?;
         check_status(&mut wire, &head).await?;
         match self.load.answer {
+            Answer::Whole if self.rewrites => says_the_same(&mut wire, &head).await?,
             Answer::Whole => whole(&mut wire, &head).await?,
             Answer::Stream { .. } => {
                 let events = stream(&mut wire, &head, began, seen).await?;
@@ -337,6 +348,19 @@ async fn whole(wire: &mut Wire, head: &Head) -> Result<(), Failure> {
     match is_same && left.is_empty() {
         true => Ok(()),
         false => Err("the answer is not what the upstream sent".into()),
+    }
+}
+
+/// Whether an answer that was written anew has the text of the one that was sent.
+async fn says_the_same(wire: &mut Wire, head: &Head) -> Result<(), Failure> {
+    let mut text = Vec::new();
+    wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
+    let answer: serde_json::Value = serde_json::from_slice(&text)?;
+    let sent: serde_json::Value = serde_json::from_str(upstream::COMPLETION)?;
+    let said = "/choices/0/message/content";
+    match answer.pointer(said) == sent.pointer(said) {
+        true => Ok(()),
+        false => Err("the answer does not say what the upstream sent".into()),
     }
 }
 

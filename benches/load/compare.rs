@@ -201,6 +201,16 @@ fn cases() -> Vec<Case> {
         neighbour("haproxy, 1 KB", PLAIN, Neighbour::Haproxy),
         neighbour("haproxy, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Haproxy),
         neighbour("haproxy, an event each 10 ms", stream(200, pace), Neighbour::Haproxy),
+        neighbour("sglang-router, 1 KB", PLAIN, Neighbour::SglangRouter),
+        neighbour("sglang-router, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::SglangRouter),
+        neighbour("sglang-router, an event each 10 ms", stream(200, pace), Neighbour::SglangRouter),
+        neighbour("vllm-router, 1 KB", PLAIN, Neighbour::VllmRouter),
+        neighbour("vllm-router, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::VllmRouter),
+        neighbour("vllm-router, an event each 10 ms", stream(200, pace), Neighbour::VllmRouter),
+        neighbour("portkey, 1 KB", PLAIN, Neighbour::Portkey),
+        neighbour("portkey, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Portkey),
+        neighbour("litellm, 1 KB", PLAIN, Neighbour::Litellm),
+        neighbour("litellm, 16 KB", sized(32, 16 << 10, Turns::One), Neighbour::Litellm),
     ]
 }
 
@@ -473,7 +483,7 @@ impl<'a> Lane<'a> {
     fn new(proxy: &'a Running, case: &Case) -> Self {
         Self {
             proxy,
-            client: Client::new(case.load, proxy.address),
+            client: Client::new(case.load, proxy.address).minding(proxy.header_lines.clone(), proxy.rewrites),
             counts_events: case.is_stream(),
             counts_all: case.counts_all(),
             seen: Duration::ZERO,

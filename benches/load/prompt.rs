@@ -80,10 +80,12 @@ fn message(body: &mut String, role: &str, room: usize) {
     body.push_str(r#""}"#);
 }
 
-/// The whole HTTP/1.1 request around a body. `extra` are header lines with their line ends.
+/// The whole HTTP/1.1 request around a body. `extra` are header lines with their line ends; they may say that answers
+/// must not be compressed.
 pub fn request(body: &Bytes, extra: &str) -> Bytes {
+    let accepts = if extra.contains("accept-encoding:") { "" } else { "accept-encoding: gzip, deflate\r\n" };
     let mut request = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\naccept-encoding: gzip, deflate\r\nuser-agent: OpenAI/Python 2.8.1\r\nauthorization: Bearer sk-load-0123456789abcdef\r\ncontent-type: application/json\r\n{extra}content-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n{accepts}user-agent: OpenAI/Python 2.8.1\r\nauthorization: Bearer sk-load-0123456789abcdef\r\ncontent-type: application/json\r\n{extra}content-length: {}\r\n\r\n",
         body.len()
     )
     .into_bytes();

@@ -18,7 +18,9 @@ use super::capture::Mark;
 use crate::guard::{JudgedList, JudgedRecord};
 use crate::hex;
 use crate::limits::{Reservation, Settled};
+use crate::money::Price;
 use crate::money::bill::Cost;
+use crate::policy::Route;
 use crate::pool::origin::{Address, Endpoint};
 use crate::pool::worked::Share;
 use crate::pool::{Picked, Pool, Upstream};
@@ -166,7 +168,13 @@ impl<'a> Record<'a> {
             },
             decisions: &[],
             candidates: None,
-            attempts: AttemptList { list: &[], moment, bytes: BodyBytes { request: 1024, answer: 587 }, metered: None },
+            attempts: AttemptList {
+                list: &[],
+                moment,
+                bytes: BodyBytes { request: 1024, answer: 587 },
+                metered: None,
+                route: None,
+            },
             usage: Usage {
                 input_tokens: Some(211),
                 output_tokens: Some(49),
@@ -402,7 +410,7 @@ fn hex64_option<S: Serializer>(value: &Option<u64>, serializer: S) -> Result<S::
 }
 
 /// A model's names on the way from the client to the upstream.
-#[derive(Debug, Default, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
 pub struct Models<'a> {
     /// What the client asked for, clipped to 256 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -557,8 +565,10 @@ pub struct Attempt {
     gpu_us: Option<u64>,
     /// What it used and what that cost, where its answer was read and another's was passed on.
     pub metered: Option<Metered>,
-    /// The policy's entry for the model that was asked, where another one was asked after it.
-    pub model: Option<Arc<str>>,
+    /// Where the policy sent it.
+    route: Option<Arc<Route>>,
+    /// What its server costs, where that is paid by the hour.
+    hourly: Option<Arc<Price>>,
 }
 
 /// What an attempt came to.
@@ -605,14 +615,25 @@ impl Attempt {
             share: None,
             gpu_us: None,
             metered: None,
-            model: None,
+            route: None,
+            hourly: None,
         }
     }
 
-    /// Measures how long its server works for it.
-    pub fn measured(mut self) -> Self {
-        self.share = Some(Share::begin(&self.endpoint, self.began));
-        self
+    /// It asks for the model of `route`. Where its server is paid by the hour, how long that works is measured.
+    pub fn asks_for(mut self, route: Option<Arc<Route>>, hourly: Option<Arc<Price>>) -> Self {
+        self.share = hourly.as_ref().map(|_| Share::begin(&self.endpoint, self.began));
+        Self { route, hourly, ..self }
+    }
+
+    /// What its server costs, where that is paid by the hour.
+    pub fn hourly(&self) -> Option<&Price> {
+        self.hourly.as_deref()
+    }
+
+    /// The policy's entry for the model that was asked.
+    pub fn model(&self) -> Option<&str> {
+        self.route.as_ref().map(|route| route.model.name.as_str())
     }
 
     /// The microseconds that its server has worked for it, where that is measured.
@@ -667,7 +688,7 @@ impl Attempt {
             sent: Some(self.sent).filter(|sent| *sent != bytes.request),
             received: Some(self.received).filter(|received| *received != bytes.answer),
             metered: self.metered,
-            model: self.model.as_deref().map(clip),
+            model: self.model().map(clip),
         }
     }
 }
@@ -743,6 +764,8 @@ pub struct AttemptList<'a> {
     pub bytes: BodyBytes,
     /// What the answer used that was passed on: the last attempt's.
     pub metered: Option<Metered>,
+    /// The policy's entry for the request's model: an attempt tells only another one.
+    pub route: Option<&'a str>,
 }
 
 impl Serialize for AttemptList<'_> {
@@ -751,7 +774,8 @@ impl Serialize for AttemptList<'_> {
         let passed_on = |index| self.metered.filter(|_| index > 0 && index == last);
         serializer.collect_seq(self.list.iter().enumerate().map(|(index, attempt)| {
             let told = attempt.record(&self.moment, self.bytes);
-            AttemptRecord { metered: told.metered.or(passed_on(index)), ..told }
+            let model = told.model.filter(|_| attempt.model() != self.route);
+            AttemptRecord { metered: told.metered.or(passed_on(index)), model, ..told }
         }))
     }
 }

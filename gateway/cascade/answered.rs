@@ -9,6 +9,7 @@ use infergate_plugins::router::cascade::Answered;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::guard::decoded;
 use crate::text::{self, Place, Text};
 
 /// Reads the whole answer `body` to `operation`, or all `events` of one.
@@ -42,12 +43,13 @@ const LOGPROB_MIN: f64 = -100.0;
 
 impl Told {
     fn says(&mut self, document: &[u8], texts: &[Text]) {
+        let mut room = String::new();
         for text in texts.iter().filter(|text| !text.span.is_empty()) {
             match text.place {
                 Place::AnswerRefusal => self.refuses = Some("refusal"),
                 Place::AnswerContent => {
                     let said = self.texts.entry(text.channel >> 32).or_default();
-                    said.push_str(&unquoted(&document[text.span.clone()]));
+                    said.push_str(decoded(&document[text.span.clone()], text, &mut room));
                 }
                 _ => {}
             }
@@ -105,12 +107,6 @@ impl Told {
         let mean_logprob = means.min_by(f64::total_cmp);
         Answered { texts: self.texts.into_values().collect(), refuses: self.refuses, mean_logprob }
     }
-}
-
-/// What stands between the quotes of a JSON string; as it is where that cannot be read.
-fn unquoted(encoded: &[u8]) -> String {
-    let quoted = [b"\"", encoded, b"\""].concat();
-    serde_json::from_slice(&quoted).unwrap_or_else(|_| String::from_utf8_lossy(encoded).into_owned())
 }
 
 /// An answer, or an event of one: each has some of these.

@@ -41,9 +41,9 @@ const END: &str = "<!-- /reference -->";
 
 impl Reference {
     pub(super) fn run(self) -> Result<ExitCode, String> {
-        let text = match self.of {
+        let of = if self.settings { Of::Settings } else { self.of };
+        let text = match of {
             Of::Settings => shapes::markdown(schemars::schema_for!(Settings).as_value()),
-            Of::Policy if self.settings => shapes::markdown(schemars::schema_for!(Settings).as_value()),
             Of::Policy => shapes::markdown(policy::schema().as_value()),
             Of::Metrics => metrics::markdown(),
             Of::Headers => headers::markdown(),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, Subcommand};
+use http::{HeaderName, HeaderValue};
 use infergate_plugins::operation::Operation;
 use infergate_plugins::prompt::Prompt;
 use infergate_plugins::router::effort::Effort;
@@ -20,14 +21,15 @@ use infergate_plugins::semantic::Embedding;
 use serde_json::{Value, json};
 
 use super::counted;
-use crate::policy::{Policy, World, load};
+use crate::policy::problem::nearest;
+use crate::policy::{self, Policy, Tenant, World, load};
 use crate::routers::conversations::Conversations;
 use crate::routers::shortlist::{Weighed, Weight};
 use crate::routers::words::Words;
 use crate::routers::{Routers, Whose, told};
 use crate::scan;
 use crate::state::State;
-use crate::surface;
+use crate::surface::{self, Surface};
 use crate::telemetry::Telemetry;
 use crate::text::Reading;
 
@@ -63,6 +65,12 @@ struct Explain {
     /// The endpoint that the request is for
     #[arg(long, value_name = "PATH", default_value = "/v1/chat/completions")]
     surface: String,
+    /// The tenant that asks: its models, surfaces and regions count. Of its principal, plans and claims nothing is known
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<String>,
+    /// A header that the request has; may be given several times
+    #[arg(long = "header", value_name = "NAME: VALUE", value_parser = header)]
+    headers: Vec<(HeaderName, HeaderValue)>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -103,10 +111,14 @@ impl Route {
 
 impl Of {
     fn routers(&self) -> Result<Arc<Routers>, String> {
-        let policy = compiled(&self.policy)?;
-        let mut virtuals = policy.listed().iter().filter_map(|(name, route)| Some((name, route.routers.clone()?)));
-        let found = virtuals.find(|(name, _)| self.model.as_ref().is_none_or(|wanted| wanted == *name));
-        found.map(|(_, routers)| routers).ok_or_else(|| {
+        Ok(self.route(&compiled(&self.policy)?)?.1)
+    }
+
+    /// The virtual model of the policy.
+    fn route(&self, policy: &Policy) -> Result<(Arc<policy::Route>, Arc<Routers>), String> {
+        let mut virtuals = policy.listed().iter().filter_map(|(_, route)| Some((route, route.routers.clone()?)));
+        let found = virtuals.find(|(route, _)| self.model.as_ref().is_none_or(|wanted| *wanted == route.model.name));
+        found.map(|(route, routers)| (route.clone(), routers)).ok_or_else(|| {
             let file = self.policy.display();
             match &self.model {
                 Some(name) => format!("{file} has no {name} under `routers`"),
@@ -125,15 +137,28 @@ fn compiled(file: &Path) -> Result<Policy, String> {
     load(file, &world).map_err(|problems| problems.lines(&file.display().to_string()).join("\n"))
 }
 
+/// A header as it is written on the command line.
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let (name, value) = text.split_once(':').ok_or("write it as 'name: value'")?;
+    let name = name.trim().parse().map_err(|_| format!("{name} is no header's name: write it as 'name: value'"))?;
+    let value = value.trim().parse().map_err(|_| format!("no header can have this value: {}", value.trim()))?;
+    Ok((name, value))
+}
+
 impl Explain {
     fn run(self) -> Result<ExitCode, String> {
-        let routers = self.of.routers()?;
-        let operation = surface::find(&self.surface).map(|surface| surface.operation);
-        let operation = operation.ok_or_else(|| format!("nothing is served at {}", self.surface))?;
+        let policy = compiled(&self.of.policy)?;
+        let (route, routers) = self.of.route(&policy)?;
+        let surface = surface::find(&self.surface).ok_or_else(|| format!("nothing is served at {}", self.surface))?;
+        let tenant = self.tenant.as_deref().map(|name| known(&policy, name)).transpose()?;
         let mut body = Vec::new();
         let read = std::io::stdin().take(LONGEST).read_to_end(&mut body);
         read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
-        let found = explained(&routers, operation, body)?;
+        let headers = self.headers.iter().cloned().collect();
+        let whose = Whose::of_tenant(tenant.clone(), surface.path, &routers, &headers);
+        let mut found = explained(&routers, surface.operation, &whose, body)?;
+        found["tenant"] = self.tenant.as_deref().into();
+        found["refused"] = tenant.and_then(|tenant| refused(&tenant, &route, surface)).into();
         if self.json {
             println!("{found}");
         } else {
@@ -143,23 +168,39 @@ impl Explain {
     }
 }
 
+/// The tenant of this name.
+fn known(policy: &Policy, name: &str) -> Result<Arc<Tenant>, String> {
+    policy.tenants.get(name).cloned().ok_or_else(|| {
+        let hint = nearest(name, policy.tenants.keys().map(|known| &**known));
+        format!("the policy has no tenant {name}{hint}: name one that stands under `tenants`")
+    })
+}
+
+/// Why the tenant's requests do not come as far as to be routed, if so.
+fn refused(tenant: &Tenant, route: &policy::Route, surface: &Surface) -> Option<String> {
+    let (name, model) = (&tenant.name, &route.model.name);
+    if !tenant.may_ask(surface.path) {
+        return Some(format!("{} is not in the surfaces of {name}", surface.path));
+    }
+    (!tenant.may_use(route, Some(model))).then(|| format!("{model} is not in the models of {name}"))
+}
+
 /// What a request gets, and what everybody says of it.
-fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<Value, String> {
+fn explained(routers: &Routers, operation: Operation, whose: &Whose, body: Vec<u8>) -> Result<Value, String> {
     let unreadable = "this is no request for that endpoint: give the JSON that a client would send";
     let scan = scan::json(&body).map_err(|fault| fault.to_string())?;
     let request = Reading::of(operation, body);
     let words = Words::of(&request, true).map_err(|_| unreadable)?;
-    let prompt = words.prompt();
+    let prompt = Prompt { asker: whose.asker(), ..words.prompt() };
     let kept = Conversations::default();
     // The first time the tables are cold.
-    let decided = routers.decide(&request, &scan, &kept, &Whose::default());
+    let decided = routers.decide(&request, &scan, &kept, whose);
     let fresh = Conversations::default();
     let began = Instant::now();
     for _ in 0..ROUNDS {
         let unread = Reading::of(operation, request.body.clone());
-        std::hint::black_box(routers.decide(&unread, &scan, &fresh, &Whose::default()));
+        std::hint::black_box(routers.decide(&unread, &scan, &fresh, whose));
     }
-    let escalates = routers.cascade.as_ref().map(|cascade| cascade.after(&decided.model)).unwrap_or_default();
     let micros = (began.elapsed() / ROUNDS).as_nanos() as f64 / 1000.0;
     Ok(json!({
         "asked": &*routers.name,
@@ -171,7 +212,7 @@ fn explained(routers: &Routers, operation: Operation, body: Vec<u8>) -> Result<V
         "unfit": decided.unfit.map(|unfit| unfit.1),
         "shortlist": decided.weighed.as_deref().map(weighed),
         "effort": routers.effort.get(decided.by.as_str()).map(|effort| thinks(*effort)),
-        "escalates_to": escalates.iter().map(|name| &**name).collect::<Vec<_>>(),
+        "escalates_to": decided.able.iter().map(|name| &**name).collect::<Vec<_>>(),
         "candidates": routers.candidates().map(|name| &**name).collect::<Vec<_>>(),
         "routers": routers.ask.iter().map(|router| said(router.as_ref(), &prompt)).collect::<Vec<_>>(),
         "signals": signals(&prompt),
@@ -245,6 +286,9 @@ fn story(found: &Value) -> String {
         text(&found["why"]),
         found["microseconds"].as_f64().unwrap_or_default()
     );
+    if let Some(refused) = found["refused"].as_str() {
+        told += &format!("  refused     {refused}\n");
+    }
     told += &listed(&found["shortlist"]);
     if let Some(unfit) = found["unfit"].as_str() {
         told += &format!("  nobody      {unfit}\n");

@@ -107,7 +107,7 @@ impl Codec {
 }
 
 /// A whole text, decoded into `room` if it is not the same as it is encoded.
-pub(super) fn decoded<'t>(encoded: &'t [u8], of: &Text, room: &'t mut String) -> &'t str {
+pub(crate) fn decoded<'t>(encoded: &'t [u8], of: &Text, room: &'t mut String) -> &'t str {
     let is_plain = of.is_raw || (!of.is_json && memchr::memchr(b'\\', encoded).is_none());
     if let (true, Ok(text)) = (is_plain, std::str::from_utf8(encoded)) {
         return text;

@@ -1,23 +1,22 @@
 //! Rules that ask another service: asked from the background, in time, so many at once, and not twice about the same.
 //!
-//! A request hands its questions over and waits for what is said; where it stops waiting nobody goes on. The calls run on
-//! the background's runtime, which may wait for names and connections; threads that carry requests never do.
+//! A request hands its questions over and waits for what is said; where it stops waiting nobody goes on.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use http::Request;
 use infergate_plugins::guardrail::remote::{Call, Finds, Question, Remote};
 use infergate_plugins::guardrail::{Outcome, Verdict};
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout_at;
 
 use super::channel::{Channel, decoded};
 use super::{Blocked, Guard, Rails};
 use crate::egress::Egress;
+use crate::handover::Handover;
 use crate::house::House;
 use crate::kept::Kept;
 use crate::scan::{self, Edit};
@@ -25,21 +24,21 @@ use crate::text::Text;
 
 /// So many requests may wait for the background to take their questions.
 const WAITING_MAX: usize = 4_096;
+/// Longer than any deadline of a rule.
+const LONG: Duration = Duration::from_secs(3_600);
 /// So many verdicts are kept, of all rules together.
 const KEPT_MAX: usize = 20_000;
 
 /// The way from requests to the background, and what was said lately.
 #[derive(Debug)]
 pub struct Remotes {
-    jobs: mpsc::Sender<Job>,
-    taking: Mutex<Option<mpsc::Receiver<Job>>>,
+    jobs: Handover<Job>,
     kept: Mutex<Kept<Finds>>,
 }
 
 impl Default for Remotes {
     fn default() -> Self {
-        let (jobs, taking) = mpsc::channel(WAITING_MAX);
-        Self { jobs, taking: Mutex::new(Some(taking)), kept: Mutex::new(Kept::new(KEPT_MAX)) }
+        Self { jobs: Handover::of(WAITING_MAX), kept: Mutex::new(Kept::new(KEPT_MAX)) }
     }
 }
 
@@ -71,24 +70,14 @@ impl Remotes {
     fn ask(&self, rails: &Arc<Rails>, asked: Vec<(usize, Vec<Question>)>) -> watch::Receiver<Option<Arc<[Said]>>> {
         let (said, hears) = watch::channel(None);
         // Where there is no room nobody says anything, which is heard at once.
-        let _ = self.jobs.try_send(Job { rails: rails.clone(), asked, said });
+        self.jobs.give(Job { rails: rails.clone(), asked, said });
         hears
     }
 }
 
 /// Asks for all requests, until the process ends.
 pub async fn run(house: Arc<House>, egress: Arc<Egress>) {
-    let Some(mut jobs) = house.remotes.taking.lock().take() else { return };
-    let mut running = JoinSet::new();
-    loop {
-        tokio::select! {
-            job = jobs.recv() => match job {
-                Some(job) => drop(running.spawn(work(house.clone(), egress.clone(), job))),
-                None => return,
-            },
-            Some(_) = running.join_next() => {}
-        }
-    }
+    house.remotes.jobs.each(usize::MAX, |job| work(house.clone(), egress.clone(), job)).await;
 }
 
 async fn work(house: Arc<House>, egress: Arc<Egress>, job: Job) {
@@ -155,19 +144,10 @@ async fn of_call(
         Some(permits) => Some(timeout_at(until.into(), permits.acquire()).await.map_err(|_| Fault::TimedOut)?),
         None => None,
     };
-    let mut request = Request::post(call.post.url);
-    for (name, value) in call.post.headers {
-        request = request.header(name, value);
-    }
-    let request = request.body(call.post.body).map_err(|error| Fault::Failed(error.to_string()))?;
-    let left = until.saturating_duration_since(Instant::now());
-    // The deadline here cuts first: what is left for the exchange is the same.
-    let answer = timeout_at(until.into(), egress.send(request, left * 2)).await.map_err(|_| Fault::TimedOut)?;
+    // The deadline here cuts first, however late somebody looks.
+    let answer = timeout_at(until.into(), egress.post(call.post, LONG)).await.map_err(|_| Fault::TimedOut)?;
     let answer = answer.map_err(Fault::Failed)?;
-    if !answer.status().is_success() {
-        return Err(Fault::Failed(format!("it answers with status {}", answer.status().as_u16())));
-    }
-    let finds = remote.read(&asked[call.questions.clone()], answer.body()).map_err(Fault::Failed)?;
+    let finds = remote.read(&asked[call.questions.clone()], &answer).map_err(Fault::Failed)?;
     Ok((call.questions, finds))
 }
 

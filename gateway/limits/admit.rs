@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use super::effort::Work;
 use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
 use crate::exchange::Exchange;
+use crate::failover;
 use crate::house::House;
 use crate::money::bill::{cached, text_bytes, work};
 use crate::money::{Cached, Price};
@@ -69,6 +70,7 @@ pub async fn reserve(
         let Some(pause) = pause(&short, began) else { return Err(refuse(exchange, short).into()) };
         match waiting(downstream, exchange, planned).until(Instant::now() + pause, std::future::pending::<()>()).await {
             Err(Interrupted::Gone) => return Err(Stop::Gone),
+            Err(Interrupted::Stopped) => return Err(failover::stopped().into()),
             _ if Instant::now() >= planned.total => return Err(refuse(exchange, short).into()),
             _ => {}
         }
@@ -282,8 +284,8 @@ fn unavailable(exchange: &mut Exchange) -> Refusal {
 /// Another model answers, where the limit that is short names one that has not been tried.
 fn goes_elsewhere(exchange: &mut Exchange, planned: &mut Planned, policy: &Policy, short: &Short) -> bool {
     let Some(instead) = &short.limit.exhausted.instead else { return false };
-    if !exchange.attempts.is_empty() {
-        // A model has answered already: that answer stands.
+    if planned.climbing {
+        // The cascade has named the model: what came before it stands.
         return false;
     }
     if *planned.route.model.name == **instead {

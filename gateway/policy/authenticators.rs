@@ -1,12 +1,14 @@
 //! What the policy says of callers: the authenticators, and the tenants that they name.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use infergate_plugins::authenticator::jwt::{KeySet, Source};
 use infergate_plugins::authenticator::{self, Authenticator, Named, keys};
+use infergate_plugins::router;
 use serde_json::{Value, json};
 use sha2::Digest;
 
@@ -61,7 +63,7 @@ impl Compiler<'_> {
     /// The authenticators, if there are to be any: nobody else is let in then.
     pub(super) fn authenticators(&mut self, file: &file::File) -> Option<Vec<Arc<dyn Authenticator>>> {
         let configs = file.authenticators.as_ref()?;
-        let built = self.built(configs).unwrap_or_else(|problems| {
+        let built = self.built(configs, &claims_that_rules_name(file)).unwrap_or_else(|problems| {
             for (path, message) in problems {
                 self.wrong(&format!("authenticators{path}"), message);
             }
@@ -80,6 +82,7 @@ impl Compiler<'_> {
     fn built(
         &mut self,
         configs: &[authenticator::Config],
+        claims: &[Arc<str>],
     ) -> Result<Vec<authenticator::Built>, Vec<authenticator::Wrong>> {
         // All of them read something that counts for the hash.
         let compiler = RefCell::new(self);
@@ -87,6 +90,7 @@ impl Compiler<'_> {
             secret: &mut |source| compiler.borrow_mut().pepper(source),
             entries: &mut |path| compiler.borrow_mut().key_file(path),
             key_set: &mut |source| compiler.borrow_mut().key_set(source),
+            claims,
             time: time::parse,
         };
         authenticator::build(configs, &mut world)
@@ -138,6 +142,13 @@ impl Compiler<'_> {
             self.wrong(&format!("authenticators{}", named.path), named.within.clone() + &message);
         }
     }
+}
+
+/// The claims of tokens that some rule asks for, each once.
+fn claims_that_rules_name(file: &file::File) -> Vec<Arc<str>> {
+    let rules = file.routers.values().flat_map(|written| &written.ask);
+    let named: BTreeSet<&str> = rules.flat_map(router::Config::claims).map(String::as_str).collect();
+    named.into_iter().map(Arc::from).collect()
 }
 
 /// A YAML list of keys. A file without any is good.

@@ -373,7 +373,8 @@ pub struct VirtualModel {
     #[serde(default)]
     pub shortlists: BTreeMap<String, router::score::Config>,
     /// How much models think, by the decision that chose them: the name of a route or a rule, for `difficulty` that of
-    /// the model, or `default`.
+    /// the model, or `default`. Where a `cascade` goes on, by the name of the model that it goes on to: one that is not
+    /// named here is asked as the one before it was.
     #[serde(default)]
     pub effort: BTreeMap<String, router::effort::Config>,
     /// Models that are asked one after another until one gives a good answer.

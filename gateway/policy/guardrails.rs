@@ -1,21 +1,12 @@
 //! From guardrails as they are written to those that texts meet.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infergate_plugins::guardrail::redact::Redaction;
 use infergate_plugins::guardrail::{self, Config};
-use sha2::Digest;
 
 use super::{Compiler, file};
 use crate::guard::Rails;
-
-/// A file that the policy in `directory` names: where it lies, and what it says.
-pub(super) fn beside(directory: Option<&Path>, path: &Path) -> Result<(PathBuf, String), String> {
-    let path = directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
-    let text = std::fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    Ok((path, text))
-}
 
 impl Compiler<'_> {
     /// The guardrails, if the policy has any.
@@ -27,26 +18,19 @@ impl Compiler<'_> {
             return None;
         }
         let key = self.guardrail_key(file);
-        let mut read = Vec::new();
-        let directory = self.directory.clone();
-        let mut open = |path: &Path| {
-            let (path, text) = beside(directory.as_deref(), path)?;
-            read.push((path, text.clone()));
-            Ok(text)
-        };
-        let mut secret = |source: &_| self.resolve(source);
-        let mut world = guardrail::World { file: &mut open, secret: &mut secret, key: &key };
-        let built = guardrail::build(&file.guardrails, &mut world);
-        for (path, text) in read {
-            self.secrets.update(&text);
-            self.secret_files.push(path);
-        }
+        let built = self.with_files(|open, secret| {
+            guardrail::build(&file.guardrails, &mut guardrail::World { file: open, secret, key: &key })
+        });
         let rules = built.map_err(|wrongs| {
             for (path, message) in wrongs {
                 self.wrong(&format!("guardrails{path}"), message);
             }
         });
         let rules = rules.ok()?;
+        for (path, message) in guardrail::warnings(&file.guardrails) {
+            let warning = self.document.problem(&format!("guardrails{path}"), message);
+            self.warnings.push(warning);
+        }
         let meters = rules.rules().iter().map(|rule| self.world.telemetry.guardrail(&rule.name)).collect();
         let rails = Rails::new(rules, meters);
         self.unread_paths(file, &rails);
@@ -97,6 +81,26 @@ mod tests {
             told.iter().any(|line| line.contains("guardrail_key") && line.starts_with("policy.yaml:7:")),
             "{told:?}"
         );
+    }
+
+    #[test]
+    fn topics_that_are_only_forbidden_are_a_warning() {
+        let topic = |name: &str| {
+            format!(
+                "{{name: {name}, examples: [my {name} hurts, what helps my {name}, is my {name} ill, see a doctor for the {name}, a pill for my {name}]}}"
+            )
+        };
+        let rule = |topics: String| {
+            format!("{POOLS}guardrails:\n  - {{name: a, in: [prompt.user], verdict: block, topic: {{{topics}}}}}\n")
+        };
+        let forbid = format!("forbid: [{}]", topic("head"));
+        let warnings = compiled(&rule(forbid.clone())).unwrap().warnings;
+        let [warning] = &warnings[..] else { panic!("{warnings:?}") };
+        assert_eq!(warning.path, "guardrails[0].topic.forbid");
+        assert!(warning.message.contains("name under `allow`") && warning.place.is_some(), "{warning:?}");
+        for fine in [format!("{forbid}, allow: [{}]", topic("car")), format!("allow: [{}]", topic("car"))] {
+            assert!(compiled(&rule(fine)).unwrap().warnings.is_empty());
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The last good policy on disk, so that a process that is started beside a broken file serves all the same.
 
-use std::fs::{OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::audit::private;
 use crate::hex;
 use crate::house::House;
 use crate::settings::StartWith;
@@ -33,13 +34,9 @@ impl Kept {
     /// Keeps `text` in place of the one before: whole or not at all, and for nobody else's eyes.
     pub fn keep(&self, text: &str) -> io::Result<()> {
         if let Some(directory) = self.0.parent() {
-            std::fs::create_dir_all(directory)?;
+            private::directory(directory)?;
             std::fs::set_permissions(directory, Permissions::from_mode(0o700))?;
         }
-        let new = self.0.with_extension(format!("{}.new", std::process::id()));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&new, &self.0)
+        private::replace(&self.0, text, None)
     }
 }

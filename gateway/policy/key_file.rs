@@ -1,9 +1,7 @@
 //! The file of keys beside the policy, as the admin port changes it: whole, at once, or not at all.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use infergate_plugins::authenticator::keys::Entry;
@@ -12,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Problems;
 use super::problem::Document;
+use crate::audit::private;
 
 /// How long another process may be at it.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -27,7 +26,8 @@ pub fn change<T, E: From<String>>(path: &Path, change: impl FnOnce(&mut Vec<Entr
     let text = std::fs::read_to_string(&path).map_err(|error| told(&error))?;
     let mut entries = read(&text).map_err(|error| told(&error))?;
     let changed = change(&mut entries)?;
-    replace(&path, &directory, &written(&text, &entries)).map_err(|error| told(&error))?;
+    let permissions = std::fs::metadata(&path).map_err(|error| told(&error))?.permissions();
+    private::replace(&path, &written(&text, &entries), Some(permissions)).map_err(|error| told(&error))?;
     Ok(changed)
 }
 
@@ -59,28 +59,6 @@ fn lock(directory: &Path) -> Result<File, String> {
         }
     }
     Ok(locked)
-}
-
-/// Whoever reads the file gets the old one or the new one, also after a power cut.
-fn replace(path: &Path, directory: &Path, text: &str) -> std::io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let fresh = Fresh(directory.join(format!(".{name}.{}", uuid::Uuid::now_v7().simple())));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh.0)?;
-    file.write_all(text.as_bytes())?;
-    file.set_permissions(std::fs::metadata(path)?.permissions())?;
-    file.sync_all()?;
-    std::fs::rename(&fresh.0, path)?;
-    File::open(directory)?.sync_all()
-}
-
-/// A file that is not to stay behind when something fails.
-struct Fresh(PathBuf);
-
-impl Drop for Fresh {
-    fn drop(&mut self) {
-        // After the rename it is not there any more.
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 /// An entry on one line of YAML.

@@ -1,19 +1,17 @@
 //! From virtual models as they are written to those that choose. Training happens here, away from the threads that carry
 //! requests.
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::HeaderName;
 use infergate_plugins::router::{self, effort, score};
-use sha2::Digest;
 
-use super::guardrails::beside;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::money::book::Book;
+use crate::pool::Pool;
 use crate::routers::Routers;
 use crate::routers::shortlist::{Listed, Shortlist};
 use crate::tokens::Tokenizer;
@@ -23,7 +21,13 @@ type Known = HashMap<Arc<str>, Arc<Route>>;
 
 impl Compiler<'_> {
     /// Adds the virtual models to those that are served.
-    pub(super) fn routers(&mut self, file: &file::File, models: &mut Models, prices: Option<&Arc<Book>>) {
+    pub(super) fn routers(
+        &mut self,
+        file: &file::File,
+        models: &mut Models,
+        pools: &BTreeMap<String, Arc<Pool>>,
+        prices: Option<&Arc<Book>>,
+    ) {
         let mut built = Vec::new();
         for (name, written) in &file.routers {
             let path = format!("routers.{name}");
@@ -31,11 +35,38 @@ impl Compiler<'_> {
             let known = self.candidates(&path, written, file, models);
             let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
             let routers = self.built_routers(&path, name, written, known, shortlists);
+            self.somebody_has_claims(&path, written, file);
+            self.pools_of_seconds(&path, written, pools);
             built.extend(routers.map(|routers| (name, self.virtual_route(name, written, routers))));
         }
         // Only now, so that none finds another one.
         for (name, route) in built {
             models.add(name, route);
+        }
+    }
+
+    /// A condition that looks at claims, where nobody comes with a token, hardly ever holds.
+    fn somebody_has_claims(&mut self, path: &str, written: &file::VirtualModel, file: &file::File) {
+        if file.authenticators.iter().flatten().any(|config| config.jwt.is_some()) {
+            return;
+        }
+        for (at, _) in written.ask.iter().enumerate().filter(|(_, config)| !config.claims().is_empty()) {
+            let message = "nobody has any: no authenticator reads tokens (`jwt`)";
+            let warning = self.document.problem(&format!("{path}.ask[{at}].cel.claims"), message);
+            self.warnings.push(warning);
+        }
+    }
+
+    /// A second stage that stands in a pool has one that can do what it takes.
+    fn pools_of_seconds(&mut self, path: &str, written: &file::VirtualModel, pools: &BTreeMap<String, Arc<Pool>>) {
+        let named = written.ask.iter().enumerate().filter_map(|(at, config)| Some((at, config.pool()?)));
+        for (at, (key, name, (operation, endpoint))) in named {
+            let wrong = match pools.get(name) {
+                None => format!("no pool is named {name}{}", nearest(name, pools.keys().map(String::as_str))),
+                Some(pool) if !pool.serves(operation) => format!("no upstream of the pool {name} serves {endpoint}"),
+                Some(_) => continue,
+            };
+            self.wrong(&format!("{path}.ask[{at}]{key}"), wrong);
         }
     }
 
@@ -155,7 +186,9 @@ impl Compiler<'_> {
 
     /// How much models think, by the decision: one that there is.
     fn effort(&mut self, path: &str, written: &file::VirtualModel) -> HashMap<Box<str>, effort::Effort> {
-        let decisions: Vec<&str> = written.ask.iter().flat_map(router::Config::decisions).chain(["default"]).collect();
+        let steps = written.cascade.iter().flat_map(|cascade| cascade.models.iter().skip(1)).map(String::as_str);
+        let asked = written.ask.iter().flat_map(router::Config::decisions);
+        let decisions: Vec<&str> = asked.chain(["default"]).chain(steps).collect();
         let mut built = HashMap::new();
         for (decision, config) in &written.effort {
             let path = format!("{path}.effort.{decision}");
@@ -184,18 +217,7 @@ impl Compiler<'_> {
             self.wrong(&format!("{path}.session_header"), format!("{header} is no header name"));
         }
         let effort = self.effort(path, written);
-        let (mut read, directory) = (Vec::new(), self.directory.clone());
-        let mut open = |path: &Path| {
-            let (path, text) = beside(directory.as_deref(), path)?;
-            read.push((path, text.clone()));
-            Ok(text)
-        };
-        let mut secret = |source: &_| self.resolve(source);
-        let built = router::build(&written.ask, &mut router::World { file: &mut open, secret: &mut secret });
-        for (path, text) in read {
-            self.secrets.update(&text);
-            self.secret_files.push(path);
-        }
+        let built = self.with_files(|file, secret| router::build(&written.ask, &mut router::World { file, secret }));
         let built = built.map_err(|wrongs| {
             for (key, message) in wrongs {
                 self.wrong(&format!("{path}.ask{key}"), message);
@@ -222,6 +244,7 @@ impl Compiler<'_> {
         Some(Routers {
             name: name.into(),
             counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())) || can().any(lacks),
+            claims: ask.iter().any(|router| router.reads_claims()),
             headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
             measures: !shortlists.is_empty() || can().any(|can| can.context_tokens.is_some()),
             ask,
@@ -389,6 +412,29 @@ mod tests {
         assert_eq!(allocated(&listed), plain);
         let weighed = allocated(&listed.replacen("model: large", "model: best", 1));
         assert!(weighed <= plain + 8, "{weighed} and not {plain}");
+    }
+
+    #[test]
+    fn a_second_stage_stands_in_a_pool_that_there_is_and_that_can_do_it() {
+        let second = |pool: &str, shape: &str| {
+            auto("").replace(
+                "          routes:\n",
+                &format!("          second: {{pool: {pool}, shape: {shape}, model: m}}\n          routes:\n"),
+            )
+        };
+        assert!(compiled(&second("slow", "embeddings")).is_ok());
+        let told = problems(&second("slwo", "judge"));
+        assert!(
+            told[0].contains("routers.auto.ask[0].semantic.second.pool: no pool is named slwo; did you mean slow?"),
+            "{told:?}"
+        );
+        let told = problems(
+            &second("slow", "embeddings").replace("'http://127.0.0.1:2'", "'http://127.0.0.1:2', provider: anthropic"),
+        );
+        assert!(
+            told.iter().any(|line| line.contains("no upstream of the pool slow serves /v1/embeddings")),
+            "{told:?}"
+        );
     }
 
     #[test]

@@ -60,6 +60,9 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// How long it may take until an engine is connected to and says who it is.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// How long an engine may tell nothing: then it is asked again who it is. A host that vanished says no goodbye.
+const SILENCE: Duration = Duration::from_secs(60);
+
 /// Listens at `port` of the endpoint's address, until the endpoint is gone.
 pub async fn follow(endpoint: Weak<Endpoint>, port: u16) {
     let (mut sequence, mut pause) = (Sequence::default(), AGAIN.0);
@@ -83,7 +86,7 @@ async fn listen(endpoint: &Weak<Endpoint>, address: SocketAddr, sequence: &mut S
     let connected = async { Subscription::open(TcpStream::connect(address).await?).await };
     let mut subscription = tokio::time::timeout(CONNECT, connected).await??;
     loop {
-        let message = subscription.next().await?;
+        let message = tokio::time::timeout(SILENCE, subscription.next()).await??;
         let Some(endpoint) = endpoint.upgrade() else { return Ok(()) };
         match numbered(message) {
             Some((number, batch)) => endpoint.follows(sequence.step(number), batch),

@@ -223,18 +223,7 @@ pub async fn fetch_until(
     mut enough: impl FnMut(&[u8]) -> bool,
 ) -> Result<u16, String> {
     let (client, ()) = http::Request::get("/").body(()).map_err(|error| error.to_string())?.into_parts();
-    let head = RequestHead {
-        client: &client,
-        path,
-        authority: &upstream.authority,
-        set: &upstream.headers,
-        required: upstream.provider.required_headers(),
-        id: "infergate",
-        traceparent: None,
-        inspected: true,
-        length: None,
-        upgrade: None,
-    };
+    let head = RequestHead::own(&client, upstream, path, "infergate");
     let (nothing, timeouts) = (Bytes::new(), Timeouts::default());
     let order = Order::new(target, &head, nothing, false, &timeouts).map_err(|failure| format!("{failure:?}"))?;
     let connection = connections.connect(target, Duration::ZERO, None).await?;

@@ -388,10 +388,12 @@ impl Downstream {
             self.session.shutdown().await;
             return None;
         }
+        self.session.set_total_drain_timeout(Some(Duration::from_secs(1)));
         if self.is_http2() {
+            // A stream whose body was not read is reset behind its answer, and then some clients (curl 7.88) lose that.
+            let _ = self.session.drain_request_body().await;
             return None;
         }
-        self.session.set_total_drain_timeout(Some(Duration::from_secs(1)));
         let settings = HttpPersistentSettings::for_session(&self.session);
         let reusable = self.session.finish().await.ok()??;
         let (stream, settings) = ReusedHttpStream::from_reusable_stream(reusable, settings).consume();

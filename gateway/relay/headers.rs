@@ -7,6 +7,7 @@ use http::header::{
 use http::{HeaderMap, HeaderName, HeaderValue, request};
 
 use crate::headers::REQUEST_ID;
+use crate::pool::Upstream;
 use crate::telemetry::trace::{Context, TRACEPARENT, TRACESTATE};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -85,7 +86,23 @@ pub struct RequestHead<'a> {
     pub upgrade: Option<&'a HeaderValue>,
 }
 
-impl RequestHead<'_> {
+impl<'a> RequestHead<'a> {
+    /// The head of what the gateway asks an upstream for itself.
+    pub fn own(client: &'a request::Parts, upstream: &'a Upstream, path: &'a str, id: &'a str) -> Self {
+        Self {
+            client,
+            path,
+            authority: &upstream.authority,
+            set: &upstream.headers,
+            required: upstream.provider.required_headers(),
+            id,
+            traceparent: None,
+            inspected: true,
+            length: None,
+            upgrade: None,
+        }
+    }
+
     /// Every header of the request but the framing, in the order in which it is sent.
     pub fn each(&self, mut header: impl FnMut(&[u8], &HeaderValue)) {
         let replaced = |name: &HeaderName| {

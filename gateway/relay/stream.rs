@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_now::now;
 use infergate_plugins::operation::Operation;
 use memchr::memmem::Finder;
-use tokio::time::{sleep_until, timeout_at};
+use tokio::time::sleep_until;
 
 use super::attempt::{Answer, AnswerBody, Rest};
 use super::connection::{Connections, Target};
@@ -386,60 +386,63 @@ async fn flushed(downstream: &mut Downstream, tally: &mut Tally, passed: Result<
 /// Why an answer is not here as a whole.
 #[derive(Debug)]
 pub enum WholeFault {
-    /// The client left.
-    Gone,
+    /// Nobody waits for it any more.
+    Interrupted(Interrupted),
     /// The upstream broke off.
     Broken(Code, String),
     /// It is longer than may be held.
     TooLong,
 }
 
-/// Reads an answer to its end, `most` bytes of it, and keeps it. Between two pieces it waits no longer than `between`.
-pub async fn whole(
+impl Answer {
+    /// Reads it to its end, `most` bytes of it, and keeps what has come, whatever comes of the rest. Between two pieces
+    /// it waits no longer than `between`.
+    pub async fn read_whole(
+        &mut self,
+        waiting: &mut Waiting<'_>,
+        between: Duration,
+        most: usize,
+    ) -> Result<(), WholeFault> {
+        to_the_end(waiting, &mut self.first, &mut self.body, between, most).await
+    }
+}
+
+impl Rest {
+    /// The same of what comes behind a head.
+    pub async fn read_whole(
+        &mut self,
+        waiting: &mut Waiting<'_>,
+        between: Duration,
+        most: usize,
+    ) -> Result<(), WholeFault> {
+        to_the_end(waiting, &mut self.first, &mut self.body, between, most).await
+    }
+}
+
+async fn to_the_end(
     waiting: &mut Waiting<'_>,
-    answer: &mut Rest,
+    first: &mut Bytes,
+    body: &mut AnswerBody,
     between: Duration,
     most: usize,
 ) -> Result<(), WholeFault> {
-    let mut read = BytesMut::from(&*answer.first);
-    while !answer.body.ended && read.len() <= most {
-        match waiting.until(Instant::now() + between, answer.body.next(&mut read)).await {
-            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
-            Err(Interrupted::Gone) => return Err(WholeFault::Gone),
-            Err(_) => return Err(late()),
+    let mut read = BytesMut::from(&**first);
+    let ended = loop {
+        if read.len() > most {
+            break Err(WholeFault::TooLong);
         }
-    }
-    if read.len() > most {
-        return Err(WholeFault::TooLong);
-    }
-    answer.first = read.freeze();
-    Ok(())
-}
-
-/// Reads an answer to its end, `most` bytes of it, while somebody else minds the client. What has come is kept,
-/// whatever comes of the rest.
-pub async fn hold(answer: &mut Answer, between: Duration, total: Instant, most: usize) -> Result<(), WholeFault> {
-    let mut read = BytesMut::from(&*answer.first);
-    let ended = rest(&mut read, &mut answer.body, (between, total), most).await;
-    answer.first = read.freeze();
+        if body.ended {
+            break Ok(());
+        }
+        match waiting.until(Instant::now() + between, body.next(&mut read)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => break Err(WholeFault::Broken(Code::UpstreamClosed, why)),
+            Err(Interrupted::Limit) => break Err(late()),
+            Err(interrupted) => break Err(WholeFault::Interrupted(interrupted)),
+        }
+    };
+    *first = read.freeze();
     ended
-}
-
-/// Reads on to the end of an answer, `most` bytes of it.
-async fn rest(
-    read: &mut BytesMut,
-    body: &mut AnswerBody,
-    (between, total): (Duration, Instant),
-    most: usize,
-) -> Result<(), WholeFault> {
-    while !body.ended && read.len() <= most {
-        let limit = total.min(Instant::now() + between);
-        match timeout_at(limit.into(), body.next(read)).await {
-            Ok(next) => next.map_err(|why| WholeFault::Broken(Code::UpstreamClosed, why))?,
-            Err(_) => return Err(late()),
-        }
-    }
-    if read.len() > most { Err(WholeFault::TooLong) } else { Ok(()) }
 }
 
 fn late() -> WholeFault {

@@ -78,10 +78,11 @@ impl Conversations {
         self.shard(key).lock().put(key, kept);
     }
 
-    /// This conversation has another model from now on, by the same decision.
-    pub fn goes_to(&self, key: u64, model: &Arc<str>, now: Instant) {
+    /// This conversation has another model from now on, by another decision if there is one.
+    pub fn goes_to(&self, key: u64, model: &Arc<str>, by: Option<&Text>, now: Instant) {
         if let Some(kept) = self.get(key, now) {
-            self.put(key, Kept { model: model.clone(), at: now, ..kept });
+            let by = by.unwrap_or(&kept.by).clone();
+            self.put(key, Kept { model: model.clone(), by, at: now, ..kept });
         }
     }
 

@@ -31,7 +31,12 @@ struct Said<'a> {
     in_loop: bool,
     /// The most tokens of the answer.
     output_max: Option<u64>,
+    /// Whether the tenant's parameters put something in that rules thinking out.
+    hindered: bool,
 }
+
+/// What Anthropic's API does not take beside thinking; of `tool_choice` only what forces a tool.
+const HINDERS: [&str; 3] = ["temperature", "top_k", "tool_choice"];
 
 /// Changes what the request says of thinking as the decision wants it.
 pub(super) fn apply(
@@ -41,11 +46,24 @@ pub(super) fn apply(
     decided: &Decided,
 ) -> Result<(), Refusal> {
     let Some(effort) = routers.effort.get(decided.by.as_str()).copied() else { return Ok(()) };
+    says(exchange, planned, effort, (decided.by.clone(), decided.in_loop))
+}
+
+/// Changes it as this rule wants it.
+pub fn says(
+    exchange: &mut Exchange,
+    planned: &mut Planned,
+    effort: Effort,
+    (rule, in_loop): (Text, bool),
+) -> Result<(), Refusal> {
     let (surface, body) = (planned.identified.surface, planned.received.body.clone());
     let names = names(surface.operation);
     let Some(members) = scan::members(&body).filter(|_| !names.is_empty()) else { return Ok(()) };
-    let output_max = planned.scan.output_max(surface.operation, &body).ok().flatten();
-    let said = Said { operation: surface.operation, body: &body, members, in_loop: decided.in_loop, output_max };
+    let asked = planned.scan.output_max(surface.operation, &body).ok().flatten();
+    let cap = exchange.who.as_ref().and_then(|who| who.tenant.output_tokens_max);
+    let output_max = asked.into_iter().chain(cap).min();
+    let hindered = parameters::has_default(exchange, &HINDERS);
+    let said = Said { operation: surface.operation, body: &body, members, in_loop, output_max, hindered };
     let by_default = parameters::has_default(exchange, names);
     let change = match effort {
         Effort::Default(_) if by_default => leave("the tenant's parameters say it"),
@@ -55,7 +73,6 @@ pub(super) fn apply(
         planned.parameter_edits = parameters::without_defaults(exchange, surface, &body, names)?;
     }
     planned.parameter_edits.extend(change.edits);
-    let rule: Text = decided.by.clone();
     exchange.decide("effort", rule, change.verdict, change.why);
     Ok(())
 }
@@ -178,8 +195,8 @@ impl Said<'_> {
             let kind = inner.iter().find(|(name, _)| name == "type").and_then(|(_, span)| self.body.get(span.clone()));
             kind.is_some_and(|kind| kind == b"\"any\"" || kind == b"\"tool\"")
         };
-        let sampled = ["temperature", "top_k"].iter().any(|name| self.value(name).is_some());
-        sampled || self.value("tool_choice").is_some_and(forced)
+        let sampled = HINDERS[..2].iter().any(|name| self.value(name).is_some());
+        self.hindered || sampled || self.value("tool_choice").is_some_and(forced)
     }
 }
 
@@ -217,7 +234,7 @@ mod tests {
         let scan = scan::json(body.as_bytes()).unwrap();
         let members = scan::members(body.as_bytes()).unwrap();
         let output_max = scan.output_max(operation, body.as_bytes()).unwrap();
-        let said = Said { operation, body: body.as_bytes(), members, in_loop, output_max };
+        let said = Said { operation, body: body.as_bytes(), members, in_loop, output_max, hindered: false };
         let mut change = said.change(effort).unwrap();
         let bytes = scan::splice(&Bytes::copy_from_slice(body.as_bytes()), &mut change.edits);
         (String::from_utf8(bytes.to_vec()).unwrap(), change.verdict)
@@ -306,8 +323,14 @@ mod tests {
     fn what_stands_twice_is_refused() {
         let body = r#"{"reasoning_effort":"low","reasoning_effort":"high"}"#;
         let members = scan::members(body.as_bytes()).unwrap();
-        let said =
-            Said { operation: Operation::Chat, body: body.as_bytes(), members, in_loop: false, output_max: None };
+        let said = Said {
+            operation: Operation::Chat,
+            body: body.as_bytes(),
+            members,
+            in_loop: false,
+            output_max: None,
+            hindered: false,
+        };
         assert_eq!(said.change(Effort::Strip).unwrap_err().code, crate::refusal::Code::DuplicateField);
     }
 

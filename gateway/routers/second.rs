@@ -1,20 +1,22 @@
-//! The second stage on its way: asked from the background, in time, so many at once, and not twice about the same.
+//! The second stage on its way: asked in time, so many at once, and not twice about the same. A service of its own is asked
+//! from the background, a pool as for any request.
 //!
-//! A request hands its doubt over and waits no longer than the policy lets it. The calls run on the background's runtime,
-//! which may wait for names and connections; threads that carry requests never do.
+//! A request waits no longer than the policy lets it.
+
+mod pooled;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::Request;
-use infergate_plugins::router::second::Doubt;
+use infergate_plugins::router::second::{Doubt, Whom};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::egress::Egress;
+use crate::exchange::Exchange;
+use crate::handover::Handover;
 use crate::house::House;
 use crate::kept::Kept;
 
@@ -28,15 +30,13 @@ const KEPT_MAX: usize = 10_000;
 /// The way from requests to the background, and what was said lately.
 #[derive(Debug)]
 pub struct Seconds {
-    jobs: mpsc::Sender<Job>,
-    taking: Mutex<Option<mpsc::Receiver<Job>>>,
+    jobs: Handover<Job>,
     kept: Mutex<Kept<Arc<str>>>,
 }
 
 impl Default for Seconds {
     fn default() -> Self {
-        let (jobs, taking) = mpsc::channel(WAITING_MAX);
-        Self { jobs, taking: Mutex::new(Some(taking)), kept: Mutex::new(Kept::new(KEPT_MAX)) }
+        Self { jobs: Handover::of(WAITING_MAX), kept: Mutex::new(Kept::new(KEPT_MAX)) }
     }
 }
 
@@ -47,39 +47,49 @@ struct Job {
     said: oneshot::Sender<Result<Arc<str>, String>>,
 }
 
+/// The route that it is, or why nobody says so.
+async fn said(house: &House, exchange: &Exchange, doubt: &Doubt) -> Result<Arc<str>, String> {
+    // Whether the pool may be asked comes first: what it said for another tenant is not this one's to hear.
+    let pool = match &doubt.second.whom {
+        Whom::Pool(name) => Some(pooled::reached(exchange, name)?),
+        Whom::Service(_) => None,
+    };
+    let key = Sha256::digest(doubt.key()).into();
+    if let Some(route) = house.seconds.kept.lock().get(&key) {
+        return Ok(route.clone());
+    }
+    let route = match pool {
+        Some(pool) => pooled::ask(house, exchange, &pool, doubt).await?,
+        None => house.seconds.ask(doubt).await?,
+    };
+    house.seconds.kept.lock().keep(key, route.clone(), doubt.second.kept());
+    Ok(route)
+}
+
+/// Nobody said anything in time.
+fn late(doubt: &Doubt) -> String {
+    format!("no answer within {} ms", doubt.second.deadline().as_millis())
+}
+
 impl Seconds {
-    /// The route that it is, or why nobody says so.
-    pub async fn ask(&self, doubt: &Doubt) -> Result<Arc<str>, String> {
-        let key = Sha256::digest(doubt.key()).into();
-        if let Some(route) = self.kept.lock().get(&key) {
-            return Ok(route.clone());
-        }
+    /// What a service of its own says.
+    async fn ask(&self, doubt: &Doubt) -> Result<Arc<str>, String> {
         let (said, hears) = oneshot::channel();
         let job = Job { doubt: doubt.clone(), said };
-        self.jobs.try_send(job).map_err(|_| "too many wait for it".to_owned())?;
-        let route = match timeout(doubt.second.deadline(), hears).await {
-            Ok(Ok(said)) => said?,
-            Ok(Err(_)) => return Err("it was not asked".to_owned()),
-            Err(_) => return Err(format!("no answer within {} ms", doubt.second.deadline().as_millis())),
-        };
-        self.kept.lock().keep(key, route.clone(), doubt.second.kept());
-        Ok(route)
+        if !self.jobs.give(job) {
+            return Err("too many wait for it".to_owned());
+        }
+        match timeout(doubt.second.deadline(), hears).await {
+            Ok(Ok(said)) => said,
+            Ok(Err(_)) => Err("it was not asked".to_owned()),
+            Err(_) => Err(late(doubt)),
+        }
     }
 }
 
 /// Asks for all requests, until the process ends.
 pub async fn run(house: Arc<House>, egress: Arc<Egress>) {
-    let Some(mut jobs) = house.seconds.taking.lock().take() else { return };
-    let mut running = JoinSet::new();
-    loop {
-        tokio::select! {
-            job = jobs.recv(), if running.len() < CALLS_MAX => match job {
-                Some(job) => drop(running.spawn(work(egress.clone(), job))),
-                None => return,
-            },
-            Some(_) = running.join_next() => {}
-        }
-    }
+    house.seconds.jobs.each(CALLS_MAX, |job| work(egress.clone(), job)).await;
 }
 
 async fn work(egress: Arc<Egress>, Job { doubt, mut said }: Job) {
@@ -91,31 +101,19 @@ async fn work(egress: Arc<Egress>, Job { doubt, mut said }: Job) {
 }
 
 async fn asked(egress: &Egress, doubt: &Doubt) -> Result<Arc<str>, String> {
-    let post = doubt.post();
-    let mut request = Request::post(post.url);
-    for (name, value) in post.headers {
-        request = request.header(name, value);
-    }
-    let request = request.body(post.body).map_err(|error| error.to_string())?;
-    let answer = egress.send(request, doubt.second.deadline()).await?;
-    if !answer.status().is_success() {
-        return Err(format!("it answers with status {}", answer.status().as_u16()));
-    }
-    let index = doubt.read(answer.body())?;
-    Ok(doubt.routes[index].0.clone())
+    let Whom::Service(service) = &doubt.second.whom else { return Err("it is a pool".to_owned()) };
+    let answer = egress.post(doubt.post(service), doubt.second.deadline()).await?;
+    Ok(doubt.read(&answer)?.clone())
 }
 
 /// What a decision that was in doubt comes to: the model and route, or why the first stage's answer stands.
-pub async fn decides(house: &House, doubt: &Doubt) -> (Option<(Arc<str>, Arc<str>)>, String) {
+pub async fn decides(house: &House, exchange: &Exchange, doubt: &Doubt) -> (Option<Arc<str>>, String) {
     let began = Instant::now();
-    let said = house.seconds.ask(doubt).await;
+    let said = said(house, exchange, doubt).await;
     let [(one, _), (other, _)] = &doubt.routes;
     let between = format!("between {one} and {other}, margin {:.3}", doubt.margin);
     match said {
-        Ok(route) => {
-            let chosen = doubt.routes.iter().find(|(name, _)| *name == route).cloned();
-            (chosen, format!("second stage, {between}, in {} ms", began.elapsed().as_millis()))
-        }
+        Ok(route) => (Some(route), format!("second stage, {between}, in {} ms", began.elapsed().as_millis())),
         Err(why) => (None, format!("second stage, {between}: {why}")),
     }
 }

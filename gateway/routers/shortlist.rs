@@ -168,12 +168,9 @@ impl Shortlist {
     /// What is known of one where the conversation's own has read such a share of the prompt.
     fn known(&self, case: &Case<'_>, one: &Measured<'_>, share: f32, goes_on: bool) -> Candidate {
         let settled = one.held.max((share * one.prompt as f32) as u32);
-        Candidate {
-            quality: one.listed.quality,
-            now: self.takes(case, one, one.held, goes_on),
-            settled: self.takes(case, one, settled, goes_on),
-            load: one.outlook.load(),
-        }
+        let now = self.takes(case, one, one.held, goes_on);
+        let settled = if settled == one.held { now } else { self.takes(case, one, settled, goes_on) };
+        Candidate { quality: one.listed.quality, now, settled, load: one.outlook.load() }
     }
 
     /// What it takes where so much is held. What neither counts nor is lost is not measured.

@@ -33,7 +33,7 @@ impl<'a> Words<'a> {
             let read = undone.or_else(|| text::written(body, text)).unwrap_or_default();
             Span { role: role(text.place), turn: text.turn, text: read }
         };
-        let (images, tools) = if counts { text::extras(body) } else { (0, 0) };
+        let (images, tools) = if counts { reading.extras() } else { (0, 0) };
         Ok(Self {
             spans: texts.all.iter().enumerate().map(span).collect(),
             images: clamp(images),

@@ -19,6 +19,7 @@ pub(super) struct Routes {
     decisions: Family<DecisionLabels, Counter>,
     abstentions: Family<AbstentionLabels, Counter>,
     took: Family<RouterLabels, Histogram>,
+    escalations: Family<EscalationLabels, Counter>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -36,18 +37,26 @@ struct AbstentionLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct EscalationLabels {
+    router: Arc<str>,
+    cause: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RouterLabels {
     router: Arc<str>,
 }
 
 impl Routes {
     pub(super) fn new(registry: &mut Registry) -> Self {
-        let (decisions, abstentions) = (Family::default(), Family::default());
+        let (decisions, abstentions, escalations) = (Family::default(), Family::default(), Family::default());
         let took = Family::<RouterLabels, Histogram>::new_with_constructor(|| Histogram::new(SELF_BUCKETS));
         registry.register("route_decisions", "Models that were chosen, by route", decisions.clone());
         registry.register("route_abstentions", "Routers that had no answer, by why", abstentions.clone());
         registry.register_with_unit("route_decision", "To choose a model", Unit::Seconds, took.clone());
-        Self { decisions, abstentions, took }
+        let asked = "Models that were asked because the answer before was not good enough, by cause";
+        registry.register("route_escalations", asked, escalations.clone());
+        Self { decisions, abstentions, took, escalations }
     }
 
     /// A virtual model was asked for. What nobody can answer is no decision.
@@ -63,12 +72,18 @@ impl Routes {
         }
     }
 
+    /// The next model of a cascade is asked.
+    pub(super) fn escalated(&self, router: &Arc<str>, cause: &'static str) {
+        self.escalations.get_or_create(&EscalationLabels { router: router.clone(), cause }).inc();
+    }
+
     /// Puts each on the page once.
     pub(super) fn show(&self) {
         let none: Arc<str> = "".into();
         let (router, route, gen_ai_request_model) = (none.clone(), none.clone(), none.clone());
         let _ = self.decisions.get_or_create(&DecisionLabels { router, route, gen_ai_request_model });
         let _ = self.abstentions.get_or_create(&AbstentionLabels { router: none.clone(), kind: "", why: "" });
+        let _ = self.escalations.get_or_create(&EscalationLabels { router: none.clone(), cause: "" });
         let _ = self.took.get_or_create(&RouterLabels { router: none });
     }
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 use infergate_plugins::operation::Operation;
 
-use super::{Text, Unreadable, form, prompt};
+use super::{Text, Unreadable, extras, form, prompt};
 
 /// The texts of one request.
 #[derive(Debug)]
@@ -18,12 +18,13 @@ pub struct Reading {
     /// Its content type, if it is a form.
     form: Option<HeaderValue>,
     texts: OnceLock<Result<Texts, Unreadable>>,
+    extras: OnceLock<(u64, u64)>,
 }
 
 impl Reading {
     /// What `body` says to `operation`.
     pub fn of(operation: Operation, body: impl Into<Bytes>) -> Self {
-        Self { operation, body: body.into(), form: None, texts: OnceLock::new() }
+        Self { operation, body: body.into(), form: None, texts: OnceLock::new(), extras: OnceLock::new() }
     }
 
     /// The same of a form, whose `Content-Type` this is.
@@ -38,6 +39,11 @@ impl Reading {
             None => prompt(self.operation, &self.body).map(Texts::from),
         });
         texts.as_ref().map_err(|unreadable| *unreadable)
+    }
+
+    /// How many images and how many tools it has.
+    pub fn extras(&self) -> (u64, u64) {
+        *self.extras.get_or_init(|| extras(&self.body))
     }
 }
 

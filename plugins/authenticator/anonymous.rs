@@ -24,8 +24,15 @@ struct Anonymous(Identity);
 pub(super) fn build(config: &Config) -> Built {
     let tenant: Arc<str> = config.tenant.as_str().into();
     let by = "the policy lets anybody in".into();
-    let identity =
-        Identity { principal: "anonymous".into(), tenant, plans: [].into(), by, mark: [0; 32], expires: None };
+    let identity = Identity {
+        principal: "anonymous".into(),
+        tenant,
+        plans: [].into(),
+        claims: [].into(),
+        by,
+        mark: [0; 32],
+        expires: None,
+    };
     let path = ".anonymous.tenant".to_owned();
     let named = Named { path, within: String::new(), tenant: config.tenant.clone() };
     Built { authenticator: Arc::new(Anonymous(identity)), tenants: vec![named] }

@@ -152,7 +152,7 @@ fn known(config: &Issuer, world: &mut World<'_>) -> Result<Known, Vec<Wrong>> {
         let place = if matches!(source, Source::File(_)) { ".jwks.file" } else { ".jwks" };
         (world.key_set)(&source).map_err(|told| wrong.push((place.to_owned(), told))).ok()
     });
-    let claims = Claims::build(config).map_err(|faults| wrong.extend(faults)).ok();
+    let claims = Claims::build(config, world.claims).map_err(|faults| wrong.extend(faults)).ok();
     match (keys, claims) {
         (Some(keys), Some(claims)) if wrong.is_empty() => Ok(Known {
             issuer: config.issuer.as_str().into(),
@@ -286,6 +286,7 @@ impl Known {
             principal: format!("{}:{subject}", self.name).into(),
             tenant: given.tenant,
             plans: given.plans,
+            claims: given.claims,
             by: format!("a token of {}", self.name).into(),
             mark,
             expires: Some(ends),

@@ -123,6 +123,7 @@ impl Ring<Identity> {
             principal: entry.name.as_ref().unwrap_or(&entry.prefix).as_str().into(),
             tenant: entry.tenant.as_str().into(),
             plans: [].into(),
+            claims: [].into(),
             by: format!("the key {}", entry.prefix).into(),
             mark: hash,
             expires,

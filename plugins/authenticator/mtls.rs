@@ -199,6 +199,7 @@ impl Known {
             principal: self.rule.name.clone().unwrap_or(own).into(),
             tenant: self.tenant.clone(),
             plans: [].into(),
+            claims: [].into(),
             mark: self.mark,
             expires: Some(certificate.ends),
         }

@@ -114,6 +114,17 @@ fn wrong(config: &Config) -> Vec<Wrong> {
     wrong
 }
 
+/// What works and is not good: on texts that others labelled, forbidden topics alone found 68 of 100 texts about something
+/// else.
+pub(super) fn warnings(config: &Config) -> Vec<Wrong> {
+    if config.forbid.is_empty() || !config.allow.is_empty() {
+        return Vec::new();
+    }
+    let message = "without `allow`, much of what is about something else is taken for it too: name under `allow` what people \
+                   usually ask";
+    vec![(".forbid".to_owned(), message.to_owned())]
+}
+
 /// Examples from which nothing can be learned.
 fn unknown(config: &Config, report: &Report) -> Vec<Wrong> {
     let each = |(path, topic): (String, &TopicConfig)| {

@@ -120,6 +120,17 @@ pub enum Fault {
     Unsure(f64, f64),
 }
 
+impl Fault {
+    /// The same in a word, for metrics.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Schema(_) => "schema",
+            Self::Refuses(_) => "refusal",
+            Self::Unsure(..) => "logprob",
+        }
+    }
+}
+
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -239,6 +250,7 @@ mod tests {
             (Answered::default(), shape(), None),
         ] {
             assert_eq!(cascade.fault(&answered, &asked), expected, "{answered:?}");
+            assert!(expected.is_none_or(|fault| fault.to_string().starts_with(fault.word())));
         }
     }
 

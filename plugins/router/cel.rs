@@ -5,6 +5,7 @@
 //! own, short and not deep, with no comprehension in another: how long it takes is bounded then. One that fails at a
 //! request, or is no boolean, does not hold.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
@@ -17,11 +18,13 @@ use serde::Deserialize;
 
 use super::signals::Signals;
 use super::{Answer, Choice, Router, Why, Wrong};
+use crate::claim::Claim;
 use crate::prompt::Prompt;
 
 /// A rule whose condition is an expression in CEL (cel.dev), without regular expressions, dates and durations. It knows
 /// `tenant`, `principal` and `plans` (a list) of whoever asks, `surface` (the endpoint's path), `headers` (a map of those
-/// listed here that the request has, by their names in lower case), and the signals: `bytes`, `tokens`, `turns`, `images`,
+/// listed here that the request has, by their names in lower case), `claims` (a map of those listed here that the token of
+/// whoever asks has; empty where they came with a key, a certificate or nothing), and the signals: `bytes`, `tokens`, `turns`, `images`,
 /// `tools` (numbers), `language` (a text, empty where it cannot be told), `code`, `maths`, `structured` (booleans).
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[schemars(rename = "CelRouter")]
@@ -38,20 +41,26 @@ pub struct Config {
     /// The headers that it may look at, 16 at most.
     #[serde(default)]
     pub headers: Vec<String>,
+    /// The claims of tokens (JWT) that it may look at, 16 at most. A dot leads into an object: `claims['account.plan']`.
+    /// Texts of up to 256 bytes, whole numbers, booleans and lists of up to 128 texts are claims, as far as 4 KiB of one
+    /// token hold them; any other is as one that is not there. Nothing else of a token is kept, and none of it goes on
+    /// record.
+    #[serde(default)]
+    pub claims: Vec<String>,
 }
 
 /// The longest expression, in bytes.
 const BYTES_MAX: usize = 1024;
 /// How deep it may be.
 const DEPTH_MAX: u16 = 24;
-/// So many headers may be looked at.
-const HEADERS_MAX: usize = 16;
+/// So many headers may be looked at, and so many claims.
+const NAMES_MAX: usize = 16;
 /// The stack that it is compiled on: the parser takes about 100 KiB a level where it is not optimised.
 const STACK: usize = 64 << 20;
 
 /// What can be counted, and what is known of who asks.
 const SIGNALS: [&str; 9] = ["bytes", "tokens", "turns", "images", "tools", "language", "code", "maths", "structured"];
-const ASKER: [&str; 5] = ["tenant", "principal", "plans", "surface", "headers"];
+const ASKER: [&str; 6] = ["tenant", "principal", "plans", "surface", "headers", "claims"];
 
 /// A condition, compiled.
 pub struct Condition {
@@ -60,6 +69,7 @@ pub struct Condition {
     expression: Expression,
     env: Arc<Env>,
     headers: Vec<Arc<str>>,
+    claims: Vec<Arc<str>>,
     /// What it looks at.
     looks_at: Vec<&'static str>,
 }
@@ -75,8 +85,10 @@ pub(super) fn build(config: &Config) -> Result<Condition, Wrong> {
     if config.model.is_empty() {
         return Err(wrong(".model", "is empty: name a model".to_owned()));
     }
-    if config.headers.len() > HEADERS_MAX {
-        return Err(wrong(".headers", format!("{} headers are too many: {HEADERS_MAX} at most", config.headers.len())));
+    for (path, what, list) in [(".headers", "headers", &config.headers), (".claims", "claims", &config.claims)] {
+        if list.len() > NAMES_MAX {
+            return Err(wrong(path, format!("{} {what} are too many: {NAMES_MAX} at most", list.len())));
+        }
     }
     let is_plain = |name: &String| name.parse::<http::HeaderName>().is_ok_and(|parsed| parsed.as_str() == name);
     if let Some(at) = config.headers.iter().position(|name| !is_plain(name)) {
@@ -87,14 +99,21 @@ pub(super) fn build(config: &Config) -> Result<Condition, Wrong> {
         let message = format!("{} carries credentials: nothing is decided by them", config.headers[secret]);
         return Err(wrong(&format!(".headers[{secret}]"), message));
     }
+    if let Some(at) = config.claims.iter().position(String::is_empty) {
+        return Err(wrong(&format!(".claims[{at}]"), "is empty: name a claim, such as groups".to_owned()));
+    }
     let (env, expression) = compiled(&config.when).map_err(|message| wrong(".when", message))?;
     let looks_at = known(&expression).map_err(|message| wrong(".when", message))?;
     if looks_at.contains(&"headers") && config.headers.is_empty() {
         return Err(wrong(".headers", "is empty: list the headers that the condition looks at".to_owned()));
     }
+    if looks_at.contains(&"claims") && config.claims.is_empty() {
+        return Err(wrong(".claims", "is empty: list the claims that the condition looks at".to_owned()));
+    }
     let name = config.name.as_deref().unwrap_or(&config.model).into();
-    let headers = config.headers.iter().map(|name| name.as_str().into()).collect();
-    Ok(Condition { model: config.model.as_str().into(), name, expression, env, headers, looks_at })
+    let listed = |names: &[String]| names.iter().map(|name| name.as_str().into()).collect();
+    let (headers, claims) = (listed(&config.headers), listed(&config.claims));
+    Ok(Condition { model: config.model.as_str().into(), name, expression, env, headers, claims, looks_at })
 }
 
 /// Headers in which secrets come.
@@ -128,28 +147,32 @@ fn check(at: &Expression, depth: u16, loops: bool) -> Result<(), String> {
     if depth > 2 * DEPTH_MAX {
         return Err(format!("is too deep: more than {} operations in one another", 2 * DEPTH_MAX));
     }
-    let next = |part: &Expression| check(part, depth + 1, loops);
-    match &at.expr {
-        Expr::Call(call) => call.target.iter().map(|target| &**target).chain(&call.args).try_for_each(next),
-        Expr::Select(select) => next(&select.operand),
-        Expr::List(list) => list.elements.iter().try_for_each(next),
-        Expr::Map(map) => map.entries.iter().try_for_each(|entry| check_entry(&entry.expr, depth, loops)),
-        Expr::Struct(object) => object.entries.iter().try_for_each(|entry| check_entry(&entry.expr, depth, loops)),
-        Expr::Comprehension(_) if loops => Err("has a comprehension (all, exists, map, filter) in another".to_owned()),
-        Expr::Comprehension(all) => [&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
-            .into_iter()
-            .try_for_each(|part| check(part, depth + 1, true)),
-        Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => Ok(()),
+    let is_loop = matches!(at.expr, Expr::Comprehension(_));
+    if is_loop && loops {
+        return Err("has a comprehension (all, exists, map, filter) in another".to_owned());
+    }
+    parts(at).into_iter().try_for_each(|part| check(part, depth + 1, loops || is_loop))
+}
+
+/// What an expression consists of.
+fn parts(of: &Expression) -> Vec<&Expression> {
+    match &of.expr {
+        Expr::Call(call) => call.target.iter().map(|target| &**target).chain(&call.args).collect(),
+        Expr::Select(select) => vec![&select.operand],
+        Expr::List(list) => list.elements.iter().collect(),
+        Expr::Map(map) => map.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Struct(object) => object.entries.iter().flat_map(|entry| entry_parts(&entry.expr)).collect(),
+        Expr::Comprehension(all) => {
+            vec![&all.iter_range, &all.accu_init, &all.loop_cond, &all.loop_step, &all.result]
+        }
+        Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => Vec::new(),
     }
 }
 
-fn check_entry(entry: &EntryExpr, depth: u16, loops: bool) -> Result<(), String> {
+fn entry_parts(entry: &EntryExpr) -> Vec<&Expression> {
     match entry {
-        EntryExpr::StructField(field) => check(&field.value, depth + 1, loops),
-        EntryExpr::MapEntry(entry) => {
-            check(&entry.key, depth + 1, loops)?;
-            check(&entry.value, depth + 1, loops)
-        }
+        EntryExpr::StructField(field) => vec![&field.value],
+        EntryExpr::MapEntry(entry) => vec![&entry.key, &entry.value],
     }
 }
 
@@ -170,19 +193,11 @@ fn known(expression: &Expression) -> Result<Vec<&'static str>, String> {
 
 /// The names that comprehensions give to their elements.
 fn bound<'e>(at: &'e Expression, names: &mut Vec<&'e str>) {
-    match &at.expr {
-        Expr::Call(call) => {
-            call.target.iter().map(|target| &**target).chain(&call.args).for_each(|part| bound(part, names));
-        }
-        Expr::Select(select) => bound(&select.operand, names),
-        Expr::List(list) => list.elements.iter().for_each(|part| bound(part, names)),
-        Expr::Comprehension(all) => {
-            names.extend([all.iter_var.as_str(), all.accu_var.as_str()]);
-            names.extend(all.iter_var2.as_deref());
-            bound(&all.iter_range, names);
-        }
-        _ => {}
+    if let Expr::Comprehension(all) = &at.expr {
+        names.extend([all.iter_var.as_str(), all.accu_var.as_str()]);
+        names.extend(all.iter_var2.as_deref());
     }
+    parts(at).into_iter().for_each(|part| bound(part, names));
 }
 
 impl Condition {
@@ -227,6 +242,7 @@ impl Condition {
             "surface" => asker.surface.into(),
             "plans" => Value::List(Arc::new(asker.plans.iter().map(|plan| (&**plan).into()).collect())),
             "headers" => self.headers(prompt),
+            "claims" => self.claims(prompt),
             _ => Value::Null,
         }
     }
@@ -234,8 +250,23 @@ impl Condition {
     /// Those that it may look at, of all that somebody may.
     fn headers(&self, prompt: &Prompt<'_>) -> Value {
         let listed = prompt.asker.headers.iter().filter(|(name, _)| self.headers.contains(name));
-        let map: std::collections::HashMap<&str, &str> = listed.map(|(name, value)| (&**name, &**value)).collect();
+        let map: HashMap<&str, &str> = listed.map(|(name, value)| (&**name, &**value)).collect();
         Value::Map(map.into())
+    }
+
+    fn claims(&self, prompt: &Prompt<'_>) -> Value {
+        let listed = prompt.asker.claims.iter().filter(|(name, _)| self.claims.contains(name));
+        let map: HashMap<&str, Value> = listed.map(|(name, claim)| (&**name, said(claim))).collect();
+        Value::Map(map.into())
+    }
+}
+
+fn said(claim: &Claim) -> Value {
+    match claim {
+        Claim::Text(text) => (&**text).into(),
+        Claim::Number(number) => Value::Int(*number),
+        Claim::Flag(flag) => Value::Bool(*flag),
+        Claim::Texts(texts) => Value::List(Arc::new(texts.iter().map(|text| (&**text).into()).collect())),
     }
 }
 
@@ -275,6 +306,10 @@ impl Router for Condition {
     fn headers(&self) -> &[Arc<str>] {
         &self.headers
     }
+
+    fn reads_claims(&self) -> bool {
+        self.looks_at.contains(&"claims")
+    }
 }
 
 #[cfg(test)]
@@ -284,18 +319,26 @@ mod tests {
 
     fn condition(when: &str, headers: &[&str]) -> Result<Condition, Wrong> {
         let headers = headers.iter().map(|&name| name.to_owned()).collect();
-        build(&Config { model: "m".to_owned(), name: None, when: when.to_owned(), headers })
+        let claims = ["groups", "account.level", "staff", "none"].map(str::to_owned).to_vec();
+        build(&Config { model: "m".to_owned(), name: None, when: when.to_owned(), headers, claims })
     }
 
     fn asked(condition: &Condition) -> Answer {
         let plans: [Arc<str>; 1] = ["gold".into()];
         let headers: [(Arc<str>, Box<str>); 2] = [("x-team".into(), "blue".into()), ("x-other".into(), "y".into())];
+        let claims: [(Arc<str>, Claim); 4] = [
+            ("groups".into(), Claim::Texts(["ml".into(), "ops".into()].into())),
+            ("account.level".into(), Claim::Number(3)),
+            ("staff".into(), Claim::Flag(true)),
+            ("email".into(), Claim::Text("alice@corp.test".into())),
+        ];
         let asker = Asker {
             tenant: "acme",
             principal: "key:1",
             plans: &plans,
             surface: "/v1/chat/completions",
             headers: &headers,
+            claims: &claims,
         };
         let spans = [Span { role: Role::User, turn: 0, text: "fix this bug in my python function: def f():" }];
         condition.ask(&Prompt { spans: &spans, tools: 2, asker, ..Prompt::default() })
@@ -318,6 +361,10 @@ mod tests {
             ("code && tools == 2 && images == 0 && turns == 1", true),
             ("tokens > 5 && tokens < 100 && bytes > 20 && !maths && !structured", true),
             ("plans.exists(plan, plan == 'gold')", true),
+            ("{'a': plans.exists(p, p == 'gold')}['a']", true),
+            ("'ml' in claims.groups && claims['account.level'] >= 3 && claims.staff", true),
+            ("!('none' in claims) && claims.groups.exists(group, group.startsWith('op'))", true),
+            ("'email' in claims", false),
             ("language == 'de'", false),
             ("size(plans) > 1 ? true : tokens > 100000", false),
         ] {
@@ -329,6 +376,8 @@ mod tests {
     fn what_fails_or_is_no_boolean_does_not_hold_and_says_so() {
         for (when, why) in [
             ("headers['x-none'] == 'a'", "there is no such key"),
+            ("claims.none == 'a'", "there is no such key"),
+            ("claims.groups > 3", "an operation does not go with these types"),
             ("tokens", "it is no boolean"),
             ("tokens / 0 == 1", "it divides by zero"),
             ("9223372036854775807 + tokens > 0", "a number is too large"),

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{World, Wrong};
+use crate::operation::Operation;
 use crate::secret::SecretSource;
 use crate::sink::{self, Post};
 
@@ -25,14 +26,20 @@ use crate::sink::{self, Post};
 pub struct Config {
     /// How it is asked.
     pub shape: Shape,
-    /// Where it is asked, path and all: `http://gpu-1.internal:8000/v1/embeddings`.
-    pub url: String,
+    /// Where it is asked, path and all: `http://gpu-1.internal:8000/v1/embeddings`. Either this or `pool` is given.
+    #[serde(default)]
+    pub url: Option<String>,
+    /// One of the `pools`, whose upstreams are asked as for any request: with their keys and headers, within their time
+    /// limits, unless their breakers are open or all places are taken, and only where the tenant's `regions` let its
+    /// requests go. One attempt is made.
+    #[serde(default)]
+    pub pool: Option<String>,
     /// The model that it is asked for.
     pub model: String,
-    /// More headers.
+    /// More headers, with `url`.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
-    /// More headers whose values are secrets, such as `authorization`.
+    /// More headers whose values are secrets, such as `authorization`, with `url`.
     #[serde(default)]
     pub secret_headers: BTreeMap<String, SecretSource>,
     /// It is asked where the two best routes are nearer to each other than this, from 0 to 0.5.
@@ -61,6 +68,16 @@ pub enum Shape {
     Judge,
 }
 
+impl Shape {
+    /// What a pool must be able to do for it, and where.
+    pub fn operation(self) -> (Operation, &'static str) {
+        match self {
+            Self::Embeddings => (Operation::Embeddings, "/v1/embeddings"),
+            Self::Judge => (Operation::Chat, "/v1/chat/completions"),
+        }
+    }
+}
+
 fn margin() -> f32 {
     0.1
 }
@@ -84,11 +101,27 @@ const NEAREST: usize = 3;
 #[derive(Debug)]
 pub struct Second {
     config: Config,
-    url: Uri,
-    headers: Vec<(HeaderName, HeaderValue)>,
+    /// Who is asked.
+    pub whom: Whom,
     examples: BTreeMap<Arc<str>, Vec<String>>,
     /// What makes its answers its own, in a cache that others use too.
     seed: Box<str>,
+}
+
+/// Who is asked.
+#[derive(Debug)]
+pub enum Whom {
+    /// A service of its own.
+    Service(Service),
+    /// One of the policy's pools, by its name.
+    Pool(Box<str>),
+}
+
+/// A service that stands somewhere.
+#[derive(Debug)]
+pub struct Service {
+    url: Uri,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// A text that the first stage cannot place: the best route, the second best, and how far they are apart.
@@ -110,14 +143,35 @@ pub(super) fn build<'c>(
     world: &mut World<'_>,
 ) -> Result<Second, Vec<Wrong>> {
     let mut wrong = contradictions(config);
-    let url = sink::url(&config.url).map_err(|fault| wrong.push(fault));
-    let headers = sink::headers(&config.headers, &config.secret_headers, world.secret);
-    let headers = headers.map_err(|fault| wrong.push(fault));
-    let (Ok(url), Ok(headers), true) = (url, headers, wrong.is_empty()) else { return Err(wrong) };
+    let whom = whom(config, world, &mut wrong);
+    let Some(whom) = whom.filter(|_| wrong.is_empty()) else { return Err(wrong) };
     let first = |examples: &[String]| examples.iter().take(EXAMPLES).map(|text| clipped(text).to_owned()).collect();
     let examples: BTreeMap<Arc<str>, Vec<String>> = routes.map(|(name, all)| (name.into(), first(all))).collect();
     let seed = format!("{config:?} {examples:?}").into();
-    Ok(Second { config: config.clone(), url, headers, examples, seed })
+    Ok(Second { config: config.clone(), whom, examples, seed })
+}
+
+/// Who is to be asked, if that is said well.
+fn whom(config: &Config, world: &mut World<'_>, wrong: &mut Vec<Wrong>) -> Option<Whom> {
+    match (&config.url, &config.pool) {
+        (Some(url), None) => {
+            let url = sink::url(url).map_err(|fault| wrong.push(fault)).ok();
+            let headers = sink::headers(&config.headers, &config.secret_headers, world.secret);
+            let headers = headers.map_err(|fault| wrong.push(fault)).ok();
+            Some(Whom::Service(Service { url: url?, headers: headers? }))
+        }
+        (None, Some(pool)) => {
+            if !(config.headers.is_empty() && config.secret_headers.is_empty()) {
+                let message = "the upstreams of the pool have headers of their own: write these there, or give a url";
+                wrong.push((".headers".to_owned(), message.to_owned()));
+            }
+            Some(Whom::Pool(pool.as_str().into()))
+        }
+        _ => {
+            wrong.push((String::new(), "give exactly one of: url, pool".to_owned()));
+            None
+        }
+    }
 }
 
 /// What cannot be meant.
@@ -142,6 +196,11 @@ impl Second {
         margin < self.config.margin
     }
 
+    /// What a pool must be able to do for it, and where.
+    pub fn operation(&self) -> (Operation, &'static str) {
+        self.config.shape.operation()
+    }
+
     /// How long it may take.
     pub fn deadline(&self) -> Duration {
         Duration::from_millis(self.config.deadline_ms)
@@ -150,6 +209,11 @@ impl Second {
     /// How long what it said is kept.
     pub fn kept(&self) -> Duration {
         Duration::from_secs(self.config.cache_s)
+    }
+
+    /// The model that it is asked for.
+    pub fn model(&self) -> &str {
+        &self.config.model
     }
 
     fn examples(&self, route: &str) -> &[String] {
@@ -166,27 +230,38 @@ impl Doubt {
         parts.iter().flat_map(|part| (part.len() as u64).to_le_bytes().into_iter().chain(part.bytes())).collect()
     }
 
-    /// What the service is asked.
-    pub fn post(&self) -> Post {
-        let second = &self.second;
-        let body = match second.config.shape {
-            Shape::Embeddings => json!({"model": second.config.model, "input": self.inputs()}),
+    /// What is asked, of whoever knows the model by this name.
+    pub fn body(&self, model: &str) -> Bytes {
+        let body = match self.second.config.shape {
+            Shape::Embeddings => json!({"model": model, "input": self.inputs()}),
             Shape::Judge => json!({
-                "model": second.config.model, "max_tokens": 8, "temperature": 0,
+                "model": model, "max_tokens": 8, "temperature": 0,
                 "messages": [{"role": "user", "content": self.question()}],
             }),
         };
+        Bytes::from(body.to_string())
+    }
+
+    /// What a service is asked.
+    pub fn post(&self, service: &Service) -> Post {
         let mut headers = vec![(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
-        headers.extend(second.headers.iter().cloned());
-        Post { url: second.url.clone(), headers, body: Bytes::from(body.to_string()) }
+        headers.extend(service.headers.iter().cloned());
+        Post { url: service.url.clone(), headers, body: self.body(self.second.model()) }
+    }
+
+    /// About how many tokens it is to read.
+    pub fn tokens(&self) -> u32 {
+        let bytes: usize = self.inputs().iter().map(|text| text.len()).sum();
+        u32::try_from(bytes / 4).unwrap_or(u32::MAX)
     }
 
     /// Which of the two routes its answer says. The error says what is wrong with that, and shows nothing of any text.
-    pub fn read(&self, answer: &[u8]) -> Result<usize, &'static str> {
-        match self.second.config.shape {
-            Shape::Embeddings => self.nearer(answer),
-            Shape::Judge => judged(answer),
-        }
+    pub fn read(&self, answer: &[u8]) -> Result<&Arc<str>, &'static str> {
+        let index = match self.second.config.shape {
+            Shape::Embeddings => self.nearer(answer)?,
+            Shape::Judge => judged(answer)?,
+        };
+        Ok(&self.routes[index].0)
     }
 
     fn inputs(&self) -> Vec<&str> {
@@ -288,7 +363,8 @@ mod tests {
     use super::*;
 
     fn second(json: &str) -> Result<Second, Vec<Wrong>> {
-        let config = serde_json::from_str(&format!(r#"{{"url": "http://h/v1", "model": "m", {json}}}"#)).unwrap();
+        let at = if json.contains("pool") { "" } else { r#""url": "http://h/v1", "# };
+        let config = serde_json::from_str(&format!(r#"{{{at}"model": "m", {json}}}"#)).unwrap();
         let many: Vec<String> = (0..20).map(|n| format!("example {n}")).collect();
         let few = ["one".to_owned()];
         let routes = [("code", few.as_slice()), ("bank", many.as_slice())];
@@ -309,14 +385,15 @@ mod tests {
     fn a_judge_says_one_letter_and_anything_else_is_no_answer() {
         let read = |content: &str| {
             let answer = json!({"choices": [{"message": {"content": content}}]}).to_string();
-            doubt("judge", "x").read(answer.as_bytes())
+            doubt("judge", "x").read(answer.as_bytes()).map(|route| route.to_string())
         };
-        assert_eq!((read("A"), read(" **b**.\n"), read("B")), (Ok(0), Ok(1), Ok(1)));
+        let [code, bank] = ["code", "bank"].map(|route| Ok(route.to_owned()));
+        assert_eq!((read("A"), read(" **b**.\n"), read("B")), (code, bank.clone(), bank));
         for other in ["", "AB", "route A", "C", "neither A nor B"] {
             assert!(read(other).is_err(), "{other}");
         }
         assert!(doubt("judge", "x").read(b"{}").is_err());
-        let asked = String::from_utf8(doubt("judge", "Answer B!").post().body.to_vec()).unwrap();
+        let asked = String::from_utf8(doubt("judge", "Answer B!").body("m").to_vec()).unwrap();
         assert!(asked.contains("A: code") && asked.contains("example 7") && !asked.contains("example 8"), "{asked}");
     }
 
@@ -327,14 +404,14 @@ mod tests {
         let answer = |of: &dyn Fn(usize) -> Vec<f32>| {
             // In no order.
             let data: Vec<_> = (0..10).rev().map(|at| json!({"index": at, "embedding": of(at)})).collect();
-            doubt.read(json!({"data": data}).to_string().as_bytes())
+            doubt.read(json!({"data": data}).to_string().as_bytes()).map(|route| &**route)
         };
         let towards = |near: std::ops::Range<usize>| {
             move |at: usize| if at == 0 || near.contains(&at) { vec![1.0, 0.0] } else { vec![0.0, 1.0] }
         };
-        assert_eq!(answer(&towards(1..2)), Ok(0));
-        assert_eq!(answer(&towards(2..5)), Ok(1));
-        assert_eq!(answer(&|_| vec![0.0, 0.0]), Ok(0), "nothing tells them apart");
+        assert_eq!(answer(&towards(1..2)), Ok("code"));
+        assert_eq!(answer(&towards(2..5)), Ok("bank"));
+        assert_eq!(answer(&|_| vec![0.0, 0.0]), Ok("code"), "nothing tells them apart");
         assert!(answer(&|at| vec![1.0; 1 + at % 2]).is_err());
         assert!(answer(&|_| Vec::new()).is_err());
         for body in [
@@ -372,6 +449,9 @@ mod tests {
                 r#""shape": "judge", "secret_headers": {"authorization": {"env": "NONE"}}"#,
                 ".secret_headers.authorization",
             ),
+            (r#""shape": "judge", "pool": "p", "url": "http://h/v1""#, ""),
+            (r#""shape": "judge", "pool": null"#, ""),
+            (r#""shape": "judge", "pool": "p", "headers": {"x-a": "b"}"#, ".headers"),
         ] {
             assert_eq!(second(json).unwrap_err()[0].0, path, "{json}");
         }

@@ -137,7 +137,7 @@ fn attempt_attributes(
 fn model<'a>(record: &Record<'a>, attempt: &'a Attempt) -> Option<&'a str> {
     let last = record.attempts.list.last().is_some_and(|last| std::ptr::eq(last, attempt));
     let own = attempt.upstream().and_then(|upstream| upstream.model.as_deref());
-    own.or(record.model.used.filter(|_| last)).or(attempt.model.as_deref()).or(record.model.route)
+    own.or(record.model.used.filter(|_| last)).or(attempt.model()).or(record.model.route)
 }
 
 /// An attempt's result as records name it.

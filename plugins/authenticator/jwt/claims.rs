@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Issuer, Wrong, half};
+use crate::claim;
 
 /// What is wrong with a token, for the record only.
 pub(super) type Flaw = Cow<'static, str>;
@@ -83,6 +84,8 @@ pub(super) struct Claims {
     tenant: TenantClaim,
     roles: Option<Roles>,
     plans: Option<Plans>,
+    /// Those that are kept as they are.
+    kept: Vec<Arc<str>>,
     /// What all that may come out of it is found by again, where that is known.
     marks: HashSet<[u8; 16]>,
 }
@@ -92,11 +95,12 @@ pub(super) struct Claims {
 pub(super) struct Given {
     pub tenant: Arc<str>,
     pub plans: Arc<[Arc<str>]>,
+    pub claims: claim::Claims,
     pub mark: [u8; 16],
 }
 
 impl Claims {
-    pub(super) fn build(config: &Issuer) -> Result<Self, Vec<Wrong>> {
+    pub(super) fn build(config: &Issuer, kept: &[Arc<str>]) -> Result<Self, Vec<Wrong>> {
         let (tenant, mut wrong) = (&config.tenant, Vec::new());
         if tenant.claim.is_none() && tenant.default.is_none() {
             let message = "nobody pays: name the claim with the tenant, or a `default` for all";
@@ -107,7 +111,8 @@ impl Claims {
         }
         let mapped = tenant.map.iter().flatten().map(|(value, tenant)| mark(value, tenant));
         let marks = mapped.chain(tenant.default.iter().map(|tenant| mark("", tenant))).collect();
-        let claims = Self { tenant: tenant.clone(), roles: config.roles.clone(), plans: config.plans.clone(), marks };
+        let (roles, plans) = (config.roles.clone(), config.plans.clone());
+        let claims = Self { tenant: tenant.clone(), roles, plans, kept: kept.to_vec(), marks };
         if wrong.is_empty() { Ok(claims) } else { Err(wrong) }
     }
 
@@ -126,7 +131,8 @@ impl Claims {
         }
         let (value, tenant) = self.tenant(claims)?;
         let plans = self.plans.as_ref().map_or_else(|| [].into(), |plans| plans.of(claims));
-        Ok(Given { mark: mark(value, tenant), tenant: tenant.into(), plans })
+        let kept = claim::kept(claims, &self.kept);
+        Ok(Given { mark: mark(value, tenant), tenant: tenant.into(), plans, claims: kept })
     }
 
     /// The value that decided, and the tenant.
@@ -165,12 +171,7 @@ pub(super) fn shown(text: &str) -> String {
 
 /// The texts of a claim: its name to the letter, or the way through objects.
 fn texts<'a>(claims: &'a Map<String, Value>, name: &str, words: bool) -> Vec<&'a str> {
-    let value = claims.get(name).or_else(|| {
-        let mut parts = name.split('.');
-        let first = claims.get(parts.next()?)?;
-        parts.try_fold(first, |value, part| value.get(part))
-    });
-    match value {
+    match claim::named(claims, name) {
         Some(Value::String(text)) if words => text.split_ascii_whitespace().collect(),
         Some(Value::String(text)) => vec![text],
         Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).collect(),

@@ -7,6 +7,7 @@ use serde_json::json;
 use self::signer::{Signer, base64, unsigned};
 use super::*;
 use crate::authenticator::tests::headers;
+use crate::claim::Claim;
 use crate::secret::Secret;
 
 #[path = "../../../tests/support/signer.rs"]
@@ -20,11 +21,17 @@ fn at(seconds: u64) -> SystemTime {
 
 /// An authenticator built of issuers in JSON, whose keys are these.
 fn jwt(issuers: &Value, keys: &Arc<KeySet>) -> Result<Built, Vec<Wrong>> {
+    jwt_keeping(&[], issuers, keys)
+}
+
+/// The same that keeps these claims.
+fn jwt_keeping(claims: &[Arc<str>], issuers: &Value, keys: &Arc<KeySet>) -> Result<Built, Vec<Wrong>> {
     let config: Config = serde_json::from_value(json!({"issuers": issuers})).unwrap();
     let mut world = World {
         secret: &mut |_| Ok(Secret::new("")),
         entries: &mut |_| Err(Vec::new()),
         key_set: &mut |_| Ok(keys.clone()),
+        claims,
         time: |_| None,
     };
     build(&config, &mut world)
@@ -108,6 +115,21 @@ fn a_token_of_each_kind_of_key_says_who_asks_and_who_pays() {
     }
     let other = jwt_of_another_issuer(&keys);
     assert!(!other.still_knows(&yes(ask(&*jwt, &signers[0].token("k0", &claims()))).mark));
+}
+
+#[test]
+fn of_the_claims_those_that_rules_name_are_kept_and_no_others() {
+    let signer = Signer::ed25519();
+    let keys = key_set(&[signer.jwk("k")]).0;
+    let names: [Arc<str>; 2] = ["account.plan".into(), "team".into()];
+    let jwt = jwt_keeping(&names, &json!([issuer()]), &keys).ok().unwrap().authenticator;
+    let token = signer.token("k", &but("account", json!({"plan": "gold", "iban": "DE02"})));
+    for round in ["verified", "known by its hash"] {
+        let claims = yes(ask(&*jwt, &token)).claims;
+        let kept: Vec<_> = claims.iter().map(|(name, claim)| (&**name, claim.clone())).collect();
+        let text = |text: &str| Claim::Text(text.into());
+        assert_eq!(kept, [("account.plan", text("gold")), ("team", text("search"))], "{round}");
+    }
 }
 
 fn jwt_of_another_issuer(keys: &[Value]) -> Arc<dyn Authenticator> {
