@@ -410,6 +410,7 @@ async fn a_budget_outlives_a_killed_process_and_one_that_is_new_knows_what_was_s
     for _ in 0..5 {
         assert_eq!(ask(&gateway, chat(false, 7)).await.status, 200);
     }
+    gateway.comes_to("infergate_requests_in_flight", 0.0).await;
     gateway.admin("/admin/v1/requests/00000000-0000-7000-8000-000000000000").await;
     let before = spent(&gateway).await;
     assert!(before > 0);
