@@ -45,10 +45,10 @@ pub async fn relay(
     let Asked { answer, mut picked, permit, stage } = asked;
     let target = &picked.endpoint.target;
     if let Err(refusal) = may_pass(house, exchange, downstream, &picked, &answer) {
-        answer.discard(&house.connections, target).await;
+        answer.rest.discard(&house.connections, target).await;
         return Err(refusal.into());
     }
-    let (mut head, mut answer) = answer.split();
+    let Answer { mut head, rest: mut answer, .. } = answer;
     let status = head.status;
     let operation = planned.identified.surface.operation;
     let reading = opened(exchange, &planned, (stage, picked.upstream), status, is_events);

@@ -169,7 +169,7 @@ impl Ladder {
         }
         let between = Duration::from_millis(asked.stage.pool.timeouts.between_tokens_ms);
         let mut waits = waiting(downstream, exchange, planned);
-        match asked.answer.read_whole(&mut waits, between, WHOLE_MAX).await {
+        match asked.answer.rest.read_whole(&mut waits, between, WHOLE_MAX).await {
             Ok(()) => {}
             Err(WholeFault::Broken(code, why)) => {
                 let short = broken(house, exchange, planned, asked, (code, why)).await;
@@ -196,12 +196,12 @@ impl Ladder {
         shape: &Arc<schema::Asked>,
     ) -> Option<(&'static str, String)> {
         let (operation, is_events) = (planned.identified.surface.operation, asked.answer.is_event_stream());
-        let (cascade, answer, shape) = (self.cascade.clone(), asked.answer.first.clone(), shape.clone());
+        let (cascade, answer, shape) = (self.cascade.clone(), asked.answer.rest.first.clone(), shape.clone());
         let fault = move || {
             let answered = answered::read(operation, &answer, is_events);
             cascade.fault(&answered, &shape).map(|fault| (fault.word(), fault.to_string()))
         };
-        if asked.answer.first.len() <= BESIDE {
+        if asked.answer.rest.first.len() <= BESIDE {
             return fault();
         }
         tokio::task::spawn_blocking(fault).await.unwrap_or_else(|_| Some((FAILURE, "reading it failed".to_owned())))
@@ -309,7 +309,7 @@ fn is_failure(code: Code) -> bool {
 /// Why an error of the upstream's is no answer, if another model may do better.
 fn failure(asked: &Asked<'_>) -> Option<(&'static str, String)> {
     let status = asked.answer.head.status;
-    let reason = asked.picked.upstream.provider.reason(status.as_u16(), &asked.answer.first);
+    let reason = asked.picked.upstream.provider.reason(status.as_u16(), &asked.answer.rest.first);
     let is_short = reason == Some(Reason::ContextLength);
     let fails = status.is_server_error() || status.as_u16() == 429 || is_short;
     let short = if is_short { ", the context is too short" } else { "" };
@@ -332,12 +332,12 @@ fn metered(exchange: &mut Exchange, planned: &Planned, asked: &Asked<'_>, whole:
     }
     let reading = answering::opened(exchange, planned, (stage, picked.upstream), answer.head.status, is_events);
     exchange.tally.begin(planned.identified.surface.operation, reading);
-    exchange.tally.meter(&answer.first);
+    exchange.tally.meter(&answer.rest.first);
     heard(asked, whole)
 }
 
 fn heard(asked: &Asked<'_>, whole: bool) -> Heard {
-    Heard { whole, bytes: asked.answer.first.len() as u64 }
+    Heard { whole, bytes: asked.answer.rest.first.len() as u64 }
 }
 
 /// An answer broke off while it was held: it is paid for, and no answer.
@@ -382,7 +382,7 @@ async fn given_up(
 async fn discard(house: &House, asked: Asked<'_>) {
     let Asked { answer, picked, permit, .. } = asked;
     drop(permit);
-    answer.discard(&house.connections, &picked.endpoint.target).await;
+    answer.rest.discard(&house.connections, &picked.endpoint.target).await;
 }
 
 #[cfg(test)]

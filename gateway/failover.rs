@@ -314,7 +314,7 @@ async fn attempt<'a>(
     }
     picked.upstream.attempts.status.inc();
     exchange.attempt_ends(Ending::Status, Some(format!("status {status}").into()));
-    answer.discard(&house.connections, target).await;
+    answer.rest.discard(&house.connections, target).await;
     Ok(Err(miss))
 }
 
@@ -388,7 +388,7 @@ fn request_head<'a>(
 
 /// What an answer's status tells about its upstream, and whether it may be looked for elsewhere.
 pub fn judge(pool: &Pool, picked: &Picked<'_>, answer: &Answer, looks: bool) -> Option<Cause> {
-    let (breaker, now) = (&picked.endpoint.breaker, answer.first_at);
+    let (breaker, now) = (&picked.endpoint.breaker, answer.rest.first_at);
     let status = answer.head.status.as_u16();
     match status {
         500 | 502..=504 | 529 => {
@@ -406,7 +406,7 @@ pub fn judge(pool: &Pool, picked: &Picked<'_>, answer: &Answer, looks: bool) -> 
         }
         _ => {
             breaker.success(&pool.breaker, now);
-            let reason = if looks { picked.upstream.provider.reason(status, &answer.first) } else { None };
+            let reason = if looks { picked.upstream.provider.reason(status, &answer.rest.first) } else { None };
             reason.map(|reason| match reason {
                 Reason::ContextLength => Cause::ContextLength,
                 Reason::ContentFilter => Cause::ContentFilter,
@@ -501,7 +501,6 @@ pub fn fails(pool: &Pool, picked: &Picked<'_>, (ending, code, message): (Ending,
     let counter = match ending {
         Ending::Connect => &attempts.connect,
         Ending::Timeout => &attempts.timeout,
-        Ending::Broken => &attempts.broken,
         _ => &attempts.reset,
     };
     counter.inc();

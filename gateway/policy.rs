@@ -396,6 +396,12 @@ impl<'a> Compiler<'a> {
         self.problems.push(problem);
     }
 
+    /// It works and is not good.
+    fn warn(&mut self, path: &str, message: impl Into<String>) {
+        let warning = self.document.problem(path, message);
+        self.warnings.push(warning);
+    }
+
     fn policy(&mut self, file: File) -> Policy {
         let pools: BTreeMap<_, _> = file
             .pools

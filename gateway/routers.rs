@@ -164,7 +164,7 @@ pub async fn choose(
     exchange.chosen = Some(Chosen { by: routers.name.clone(), model: decided.model.clone() });
     exchange.serve_instead(route.clone(), decided.model.clone());
     planned.goes_to(exchange, route);
-    let unthought = planned.parameter_edits.clone();
+    let unthought = routers.cascade.as_ref().map(|_| planned.parameter_edits.clone()).unwrap_or_default();
     effort::apply(exchange, planned, &routers, &decided)?;
     planned.ladder = Ladder::of(&routers, &decided, exchange, planned, unthought);
     exchange.weighed = decided.weighed;

@@ -69,7 +69,7 @@ impl Weight {
     pub fn begins(&self, stage: &Stage, picked: &mut Picked<'_>, answer: &Answer, began: Instant) {
         let pool = &stage.pool;
         if pool.hedge.is_some() && answer.head.status.is_success() {
-            let took = answer.first_at.saturating_duration_since(began).as_secs_f32();
+            let took = answer.rest.first_at.saturating_duration_since(began).as_secs_f32();
             let state = &pool.state;
             let seen = if answer.is_event_stream() { &state.first_tokens } else { &state.whole_answers };
             seen.took(took);
@@ -84,7 +84,7 @@ impl Weight {
             return;
         }
         if answer.is_event_stream() {
-            picked.work.first_token(&pool.state.paces, answer.first_at);
+            picked.work.first_token(&pool.state.paces, answer.rest.first_at);
         }
         if let Some(prefixes) = pool.prefixes.as_ref().filter(|_| !self.chain.is_empty())
             && let Some(seat) = picked.endpoint.seat(prefixes)

@@ -28,8 +28,7 @@ impl Compiler<'_> {
         });
         let rules = rules.ok()?;
         for (path, message) in guardrail::warnings(&file.guardrails) {
-            let warning = self.document.problem(&format!("guardrails{path}"), message);
-            self.warnings.push(warning);
+            self.warn(&format!("guardrails{path}"), message);
         }
         let meters = rules.rules().iter().map(|rule| self.world.telemetry.guardrail(&rule.name)).collect();
         let rails = Rails::new(rules, meters);

@@ -52,8 +52,7 @@ impl Compiler<'_> {
         }
         for (at, _) in written.ask.iter().enumerate().filter(|(_, config)| !config.claims().is_empty()) {
             let message = "nobody has any: no authenticator reads tokens (`jwt`)";
-            let warning = self.document.problem(&format!("{path}.ask[{at}].cel.claims"), message);
-            self.warnings.push(warning);
+            self.warn(&format!("{path}.ask[{at}].cel.claims"), message);
         }
     }
 
@@ -145,8 +144,7 @@ impl Compiler<'_> {
             }
             if !named("", written).iter().any(|(_, named)| named == name) {
                 let unused = "no decision names it: put its name where a model is named, in `ask` or as `default`";
-                let warning = self.document.problem(&path, unused);
-                self.warnings.push(warning);
+                self.warn(&path, unused);
             }
             for (key, message) in score::wrong(list) {
                 self.wrong(&format!("{path}{key}"), message);
@@ -234,8 +232,7 @@ impl Compiler<'_> {
         }
         let (built, cascade) = (built.ok()?, cascade.ok()?);
         for (key, message) in built.iter().flat_map(|built| &built.warnings) {
-            let warning = self.document.problem(&format!("{path}.ask{key}"), message);
-            self.warnings.push(warning);
+            self.warn(&format!("{path}.ask{key}"), message);
         }
         let ask: Vec<Arc<dyn router::Router>> = built.into_iter().map(|built| built.router).collect();
         let models = known?;

@@ -17,6 +17,7 @@ use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use tokio::net::TcpStream;
 
 use self::events::Event;
@@ -60,8 +61,9 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// How long it may take until an engine is connected to and says who it is.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// How long an engine may tell nothing: then it is asked again who it is. A host that vanished says no goodbye.
-const SILENCE: Duration = Duration::from_secs(60);
+/// How long an engine may tell nothing until the system asks whether its host is still there, how often it asks, and how
+/// often in vain: one that vanished says no goodbye.
+const SILENCE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
 
 /// Listens at `port` of the endpoint's address, until the endpoint is gone.
 pub async fn follow(endpoint: Weak<Endpoint>, port: u16) {
@@ -83,16 +85,27 @@ fn tcp(address: &Address, port: u16) -> Option<SocketAddr> {
 }
 
 async fn listen(endpoint: &Weak<Endpoint>, address: SocketAddr, sequence: &mut Sequence) -> io::Result<()> {
-    let connected = async { Subscription::open(TcpStream::connect(address).await?).await };
+    let connected = async { Subscription::open(connect(address).await?).await };
     let mut subscription = tokio::time::timeout(CONNECT, connected).await??;
     loop {
-        let message = tokio::time::timeout(SILENCE, subscription.next()).await??;
+        let message = subscription.next().await?;
         let Some(endpoint) = endpoint.upgrade() else { return Ok(()) };
         match numbered(message) {
             Some((number, batch)) => endpoint.follows(sequence.step(number), batch),
             None => endpoint.follows(sequence.lose(), &[]),
         }
     }
+}
+
+/// A connection that ends when the engine's host is gone.
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    let (idle, every, times) = SILENCE;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, idle)?;
+    sockopt::set_tcp_keepintvl(&stream, every)?;
+    sockopt::set_tcp_keepcnt(&stream, times)?;
+    Ok(stream)
 }
 
 /// How far a sequence of batches has come.

@@ -93,22 +93,20 @@ pub enum Failure {
 pub struct Answer {
     /// Its head, as the upstream sent it.
     pub head: Box<AnswerHead>,
-    /// What has come of its body and can be passed on.
-    pub first: Bytes,
     /// When the head came.
     pub head_at: Instant,
-    /// When the first piece came.
-    pub first_at: Instant,
     /// Whether a kept connection was found stale on the way.
     pub stale: bool,
-    pub(super) body: AnswerBody,
+    /// What comes behind the head.
+    pub rest: Rest,
 }
 
 /// An answer without its head.
 pub struct Rest {
     /// When the first piece came.
     pub first_at: Instant,
-    pub(super) first: Bytes,
+    /// What has come of the body and can be passed on.
+    pub first: Bytes,
     pub(super) body: AnswerBody,
 }
 
@@ -266,7 +264,7 @@ async fn answer(connection: Connection, order: &Order<'_>, waiting: &mut Waiting
         Ok(first) => first.map_err(Failure::Reset)?,
         Err(interrupted) => return Err(interrupted.during(late)),
     };
-    Ok(Answer { head, first, head_at, first_at: Instant::now(), stale: false, body })
+    Ok(Answer { head, head_at, stale: false, rest: Rest { first_at: Instant::now(), first, body } })
 }
 
 /// Writes the request and reads the head of its answer.
@@ -475,25 +473,16 @@ impl Answer {
     /// Reads the rest of an error answer, as far as it is worth, so that its reason can be found.
     pub async fn read_reason(&mut self, waiting: &mut Waiting<'_>) {
         let limit = Instant::now() + ERROR_READ;
-        let mut body = BytesMut::from(self.first.as_ref());
-        while body.len() < ERROR_READ_MAX && !self.body.ended {
-            let Ok(Ok(())) = waiting.until(limit, self.body.next(&mut body)).await else { break };
+        let Rest { first, body, .. } = &mut self.rest;
+        let mut read = BytesMut::from(first.as_ref());
+        while read.len() < ERROR_READ_MAX && !body.ended {
+            let Ok(Ok(())) = waiting.until(limit, body.next(&mut read)).await else { break };
         }
-        self.first = body.freeze();
-    }
-
-    /// Its head, and what comes behind it.
-    pub fn split(self) -> (Box<AnswerHead>, Rest) {
-        (self.head, Rest { first_at: self.first_at, first: self.first, body: self.body })
+        *first = read.freeze();
     }
 
     /// Whether it is a stream of events that can be told apart.
     pub fn is_event_stream(&self) -> bool {
-        self.body.framer.is_some()
-    }
-
-    /// Lets an answer go that is not passed on.
-    pub async fn discard(self, connections: &Connections, target: &Target) {
-        self.body.release(connections, target).await;
+        self.rest.body.framer.is_some()
     }
 }

@@ -11,7 +11,7 @@ use infergate_plugins::operation::Operation;
 use memchr::memmem::Finder;
 use tokio::time::sleep_until;
 
-use super::attempt::{Answer, AnswerBody, Rest};
+use super::attempt::{AnswerBody, Rest};
 use super::connection::{Connections, Target};
 use super::hide::Hide;
 use super::waiting::{HEARTBEAT, Interrupted, Waiting};
@@ -394,7 +394,7 @@ pub enum WholeFault {
     TooLong,
 }
 
-impl Answer {
+impl Rest {
     /// Reads it to its end, `most` bytes of it, and keeps what has come, whatever comes of the rest. Between two pieces
     /// it waits no longer than `between`.
     pub async fn read_whole(
@@ -403,46 +403,24 @@ impl Answer {
         between: Duration,
         most: usize,
     ) -> Result<(), WholeFault> {
-        to_the_end(waiting, &mut self.first, &mut self.body, between, most).await
+        let mut read = BytesMut::from(&*self.first);
+        let ended = loop {
+            if read.len() > most {
+                break Err(WholeFault::TooLong);
+            }
+            if self.body.ended {
+                break Ok(());
+            }
+            match waiting.until(Instant::now() + between, self.body.next(&mut read)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => break Err(WholeFault::Broken(Code::UpstreamClosed, why)),
+                Err(Interrupted::Limit) => break Err(late()),
+                Err(interrupted) => break Err(WholeFault::Interrupted(interrupted)),
+            }
+        };
+        self.first = read.freeze();
+        ended
     }
-}
-
-impl Rest {
-    /// The same of what comes behind a head.
-    pub async fn read_whole(
-        &mut self,
-        waiting: &mut Waiting<'_>,
-        between: Duration,
-        most: usize,
-    ) -> Result<(), WholeFault> {
-        to_the_end(waiting, &mut self.first, &mut self.body, between, most).await
-    }
-}
-
-async fn to_the_end(
-    waiting: &mut Waiting<'_>,
-    first: &mut Bytes,
-    body: &mut AnswerBody,
-    between: Duration,
-    most: usize,
-) -> Result<(), WholeFault> {
-    let mut read = BytesMut::from(&**first);
-    let ended = loop {
-        if read.len() > most {
-            break Err(WholeFault::TooLong);
-        }
-        if body.ended {
-            break Ok(());
-        }
-        match waiting.until(Instant::now() + between, body.next(&mut read)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(why)) => break Err(WholeFault::Broken(Code::UpstreamClosed, why)),
-            Err(Interrupted::Limit) => break Err(late()),
-            Err(interrupted) => break Err(WholeFault::Interrupted(interrupted)),
-        }
-    };
-    *first = read.freeze();
-    ended
 }
 
 fn late() -> WholeFault {

@@ -106,7 +106,7 @@ async fn asked(egress: &Egress, doubt: &Doubt) -> Result<Arc<str>, String> {
     Ok(doubt.read(&answer)?.clone())
 }
 
-/// What a decision that was in doubt comes to: the model and route, or why the first stage's answer stands.
+/// What a decision that was in doubt comes to: the route, or why the first stage's answer stands.
 pub async fn decides(house: &House, exchange: &Exchange, doubt: &Doubt) -> (Option<Arc<str>>, String) {
     let began = Instant::now();
     let said = said(house, exchange, doubt).await;

@@ -349,3 +349,16 @@ async fn whoever_follows_stops_when_the_endpoint_is_gone() {
     }
     assert!(listener.await.is_ok());
 }
+
+#[tokio::test]
+async fn the_system_asks_whether_a_silent_engine_is_still_there() {
+    let engine = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = connect(engine.local_addr().unwrap()).await.unwrap();
+    assert!(sockopt::socket_keepalive(&stream).unwrap());
+    let asks = (
+        sockopt::tcp_keepidle(&stream).unwrap(),
+        sockopt::tcp_keepintvl(&stream).unwrap(),
+        sockopt::tcp_keepcnt(&stream).unwrap(),
+    );
+    assert_eq!(asks, SILENCE);
+}

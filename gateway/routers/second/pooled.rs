@@ -82,7 +82,7 @@ async fn attempt(
     let mut waiting = Waiting::beside(until, exchange.id);
     let mut answer = relay::ask(&house.connections, target, &order, &mut waiting).await?;
     let between = Duration::from_millis(pool.timeouts.between_tokens_ms);
-    match answer.read_whole(&mut waiting, between, ANSWER_BYTES_MAX).await {
+    match answer.rest.read_whole(&mut waiting, between, ANSWER_BYTES_MAX).await {
         Ok(()) => Ok(answer),
         Err(WholeFault::Interrupted(_)) => Err(Failure::TotalTimeout),
         Err(WholeFault::Broken(_, why)) => Err(Failure::Reset(why)),
@@ -92,14 +92,14 @@ async fn attempt(
 
 /// What a good answer says. Its endpoint's breaker hears of it whatever it is.
 async fn good(house: &House, pool: &Pool, picked: &Picked<'_>, answer: Answer) -> Result<Bytes, String> {
-    let (status, body) = (answer.head.status, answer.first.clone());
+    let (status, body) = (answer.head.status, answer.rest.first.clone());
     let attempts = &picked.upstream.attempts;
     let counter = match failover::judge(pool, picked, &answer, false) {
         None => &attempts.answered,
         Some(_) => &attempts.status,
     };
     counter.inc();
-    answer.discard(&house.connections, &picked.endpoint.target).await;
+    answer.rest.discard(&house.connections, &picked.endpoint.target).await;
     if status.is_success() { Ok(body) } else { Err(format!("it answers with status {}", status.as_u16())) }
 }
 
