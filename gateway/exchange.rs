@@ -77,7 +77,8 @@ pub struct Exchange {
     pub bill: Option<Bill>,
     /// What was used and cost besides the answer. Limits know of it.
     aside: Option<Box<Spent>>,
-    /// The same of attempts that were let go before they answered: limits hear of it with the next answer.
+    /// The same of attempts that were let go before they answered, and of second opinions: limits hear of it with the
+    /// next answer.
     let_go: Option<Box<Spent>>,
     /// Of so many attempts, limits know what they did in vain.
     in_vain: usize,
@@ -320,8 +321,20 @@ impl Exchange {
         if let Some(attempt) = self.attempts.last_mut() {
             attempt.metered = Metered::of(&usage, cost.map(|cost| cost.0));
         }
+        self.used_besides(usage, cost);
+    }
+
+    /// This was used for the request besides its answer, and cost so much, if that is known. Limits hear of it with the
+    /// next answer.
+    pub fn used_besides(&mut self, usage: Usage, cost: Option<NanoUsd>) {
         let unpriced = cost.is_none() && self.policy.prices.is_some();
         add(&mut self.let_go, Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
+    }
+
+    /// Tokens and nano-dollars that limits have yet to hear of before the request is asked anywhere.
+    pub fn used_before(&self) -> (u64, u64) {
+        let Some(Spent { usage, nanousd, .. }) = self.let_go.as_deref() else { return (0, 0) };
+        (usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default(), nanousd.0)
     }
 
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.

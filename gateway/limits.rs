@@ -157,6 +157,8 @@ pub struct Costs<'a> {
     pub besides: Usage,
     /// How much work it may be for servers that are paid by the hour.
     pub work: Work,
+    /// Nano-dollars that it has cost before.
+    pub before: u64,
 }
 
 impl Costs<'_> {
@@ -164,7 +166,7 @@ impl Costs<'_> {
         let gpu_us = Some(self.work.micros(input, output));
         let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), gpu_us, ..self.besides };
         let dearest = self.prices.iter().filter_map(|price| price.cost(&usage, self.cached)).max();
-        dearest.map_or(0, |cost| cost.0)
+        dearest.map_or(0, |cost| cost.0).saturating_add(self.before)
     }
 }
 
@@ -211,6 +213,7 @@ pub struct Reservation {
     pub text_bytes: u64,
     prices: SmallVec<[Arc<Price>; 2]>,
     work: Work,
+    before: u64,
     way: Way,
     /// Where the levels are shared, if they are.
     shared: Option<Arc<Shared>>,
@@ -650,7 +653,7 @@ impl Reservation {
     /// The same, made for `request`, whose answer may have `output` tokens.
     fn of(mut self, request: &Counted<'_>, output: u64) -> Self {
         self.prices = request.cost.prices.iter().cloned().collect();
-        self.work = request.cost.work;
+        (self.work, self.before) = (request.cost.work, request.cost.before);
         (self.input, self.output) = (request.input, output);
         self
     }
@@ -706,7 +709,8 @@ impl Reservation {
     pub fn extend(&mut self, output: u64, cached: Cached, now: u64) -> bool {
         const AHEAD: u64 = 16;
         let wanted = output.saturating_add(AHEAD);
-        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work: self.work };
+        let (work, before) = (self.work, self.before);
+        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work, before };
         let input = self.input;
         let counted = Counted::of_tokens(input, wanted, costs, now);
         let grows =
@@ -804,7 +808,8 @@ impl<'a> Counted<'a> {
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
+        let cost =
+            Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
         Self::of_tokens(0, 0, cost, now)
     }
 }

@@ -612,7 +612,8 @@ fn nobody_is_refused_for_whom_there_is_room_however_long_it_goes_on() {
         let price = policy.prices.as_ref().unwrap().find("m", "p", "vllm", std::time::UNIX_EPOCH).unwrap().clone();
         let reserve = |(input, output): (u64, u64), now: u64| {
             let prices = std::slice::from_ref(&price);
-            let cost = Costs { prices, cached: Cached::Within, besides: Usage::default(), work: Work::default() };
+            let cost =
+                Costs { prices, cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
             let (tenant, key, user, held) = (None, None, None, None);
             let counted =
                 Counted { tenant, key, plans: &[], model: "m", surface: CHAT, user, input, output, cost, held, now };

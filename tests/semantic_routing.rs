@@ -592,6 +592,34 @@ async fn a_second_stage_in_a_pool_is_asked_as_any_request_and_only_where_the_ten
 }
 
 #[tokio::test]
+async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits_of_whoever_asks() {
+    let judge = Wire::start(|_| {
+        let usage = json!({"prompt_tokens": 40, "completion_tokens": 2});
+        let answer = json!({"choices": [{"message": {"content": "B"}}], "usage": usage}).to_string();
+        Framing::Length.answer("application/json", &answer.into(), 4096)
+    })
+    .await;
+    let server = models().await;
+    let money = "prices: {list: [{models: ['*'], input: 1, output: 2}, {models: [wise], input: 1000, output: 3000}]}\nlimits: [{name: all, tokens: 1000, per: 1h}, {name: purse, usd: 1, per: day}]\n";
+    let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
+    let gateway = Gateway::start(&(policy + money)).await;
+    for _ in 0..2 {
+        route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await;
+    }
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    let figures = |at: usize| {
+        let tokens = |side: &str| records[at]["usage"][side].as_u64().unwrap();
+        let used = |limit: usize, what: &str| records[at]["limits"][limit][what].as_u64().unwrap();
+        let costs = records[at]["cost"]["nanousd"].as_u64().unwrap();
+        assert_eq!((used(0, "used"), used(1, "used")), (tokens("input_tokens") + tokens("output_tokens"), costs));
+        assert!(used(0, "reserved") >= used(0, "used") && used(1, "reserved") >= costs, "{}", records[at]);
+        [tokens("input_tokens"), tokens("output_tokens"), costs]
+    };
+    let ([input, output, costs], alone) = (figures(0), figures(1));
+    assert_eq!([input, output, costs], [alone[0] + 40, alone[1] + 2, alone[2] + 46_000_000], "kept, it costs nothing");
+}
+
+#[tokio::test]
 async fn a_second_stage_in_a_pool_leaves_the_first_answer_where_the_pool_fails_is_out_or_is_full() {
     let server = models().await;
     let broken = Wire::saying("HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await;

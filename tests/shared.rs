@@ -585,7 +585,8 @@ impl Replica {
 
     /// The same of a user's own.
     async fn reserve_for(&self, user: Option<&str>, amount: u64) -> Option<Box<Reservation>> {
-        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
+        let cost =
+            Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
         let counted = Counted {
             tenant: None,
             key: None,

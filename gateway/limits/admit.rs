@@ -179,6 +179,7 @@ async fn attempt<'a>(
     let operation = planned.identified.surface.operation;
     let costs = limits.clone().any(|limit| limit.unit == Unit::Nanousd);
     let prices = if costs { prices(exchange, &planned.route) } else { SmallVec::new() };
+    let (tokens_before, before) = exchange.used_before();
     let counted = Counted {
         tenant: exchange.who.as_ref().map(|who| &*who.tenant.name),
         key: exchange.who.as_ref().map(|who| &*who.identity.principal),
@@ -186,13 +187,14 @@ async fn attempt<'a>(
         model: &planned.route.model.name,
         surface: planned.identified.surface.path,
         user: asked.user.as_deref(),
-        input: asked.input,
+        input: asked.input.saturating_add(tokens_before),
         output: asked.output.saturating_mul(asked.choices),
         cost: Costs {
             prices: &prices,
             cached: cached(operation),
             besides: asked.besides,
             work: work_of(&planned.route),
+            before,
         },
         held: exchange.tally.reservation.as_deref(),
         now: millis(SystemTime::now()),

@@ -48,7 +48,7 @@ struct Job {
 }
 
 /// The route that it is, or why nobody says so.
-async fn said(house: &House, exchange: &Exchange, doubt: &Doubt) -> Result<Arc<str>, String> {
+async fn said(house: &House, exchange: &mut Exchange, doubt: &Doubt) -> Result<Arc<str>, String> {
     // Whether the pool may be asked comes first: what it said for another tenant is not this one's to hear.
     let pool = match &doubt.second.whom {
         Whom::Pool(name) => Some(pooled::reached(exchange, name)?),
@@ -107,7 +107,7 @@ async fn asked(egress: &Egress, doubt: &Doubt) -> Result<Arc<str>, String> {
 }
 
 /// What a decision that was in doubt comes to: the route, or why the first stage's answer stands.
-pub async fn decides(house: &House, exchange: &Exchange, doubt: &Doubt) -> (Option<Arc<str>>, String) {
+pub async fn decides(house: &House, exchange: &mut Exchange, doubt: &Doubt) -> (Option<Arc<str>>, String) {
     let began = Instant::now();
     let said = said(house, exchange, doubt).await;
     let [(one, _), (other, _)] = &doubt.routes;

@@ -14,11 +14,14 @@ use crate::exchange::Exchange;
 use crate::failover;
 use crate::guard::BESIDE;
 use crate::house::House;
+use crate::money::bill::{Bill, End};
 use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Asked;
-use crate::pool::{Picked, Pool, Wanted};
+use crate::pool::worked::Share;
+use crate::pool::{Picked, Pool, Upstream, Wanted};
 use crate::relay::headers::RequestHead;
 use crate::relay::{self, Answer, Failure, Order, Waiting, WholeFault};
+use crate::usage::Meter;
 
 /// The longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -33,14 +36,22 @@ pub(super) fn reached(exchange: &Exchange, name: &str) -> Result<Arc<Pool>, Stri
 }
 
 /// The route that an upstream of the pool says it is, or why none says so.
-pub(super) async fn ask(house: &House, exchange: &Exchange, pool: &Pool, doubt: &Doubt) -> Result<Arc<str>, String> {
+pub(super) async fn ask(
+    house: &House,
+    exchange: &mut Exchange,
+    pool: &Pool,
+    doubt: &Doubt,
+) -> Result<Arc<str>, String> {
     let until = Instant::now() + doubt.second.deadline();
     let _permit = enter(pool, doubt, until).await?;
     let picked = pick(pool, doubt).ok_or_else(|| failover::out(pool))?;
-    let body = match attempt(house, exchange, pool, &picked, doubt, until).await {
+    let asked = doubt.body(picked.upstream.model.as_deref().unwrap_or(doubt.second.model()));
+    let share = Share::begin(&picked.endpoint, Instant::now());
+    let body = match attempt(house, exchange, pool, &picked, doubt, (asked.clone(), until)).await {
         Ok(answer) => good(house, pool, &picked, answer).await?,
         Err(failure) => return Err(failed(pool, &picked, doubt, failure)),
     };
+    meter(exchange, pool, picked.upstream, doubt, (&asked, &body), share.micros(Instant::now()));
     read(doubt, body).await
 }
 
@@ -69,10 +80,9 @@ async fn attempt(
     pool: &Pool,
     picked: &Picked<'_>,
     doubt: &Doubt,
-    until: Instant,
+    (body, until): (Bytes, Instant),
 ) -> Result<Answer, Failure> {
     let (upstream, target) = (picked.upstream, &picked.endpoint.target);
-    let body = doubt.body(upstream.model.as_deref().unwrap_or(doubt.second.model()));
     let path = [&*upstream.path, doubt.second.operation().1].concat();
     let client = http::Request::post("/").header(CONTENT_TYPE, "application/json").body(());
     let (client, ()) = client.map_err(|error| Failure::Invalid(error.to_string()))?.into_parts();
@@ -101,6 +111,27 @@ async fn good(house: &House, pool: &Pool, picked: &Picked<'_>, answer: Answer) -
     counter.inc();
     answer.rest.discard(&house.connections, &picked.endpoint.target).await;
     if status.is_success() { Ok(body) } else { Err(format!("it answers with status {}", status.as_u16())) }
+}
+
+/// What it used and cost is the request's, as if it had used it itself.
+fn meter(
+    exchange: &mut Exchange,
+    pool: &Pool,
+    upstream: &Upstream,
+    doubt: &Doubt,
+    (asked, answer): (&Bytes, &Bytes),
+    gpu_us: u64,
+) {
+    let (operation, _) = doubt.second.operation();
+    let model = upstream.model.as_deref().unwrap_or(doubt.second.model());
+    let book = exchange.policy.prices.as_ref();
+    let price =
+        book.and_then(|book| book.find(model, &pool.name, upstream.provider.kind(), exchange.times.at).cloned());
+    let mut meter = Meter::new(operation, false);
+    meter.push(answer);
+    let end = End { bytes: answer.len() as u64, events: false, whole: true, gpu_us: Some(gpu_us) };
+    let (usage, cost) = Bill::open(price, operation, asked, 1, true).settle(meter.usage(), end);
+    exchange.used_besides(usage, cost.flatten());
 }
 
 /// Why there is no answer. One that does not come in our time tells nothing about its endpoint.
