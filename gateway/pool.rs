@@ -166,23 +166,17 @@ impl Pool {
 
     /// One that is near, where there is one.
     fn near(&self, wanted: &Wanted<'_>, now: Instant, may: impl Fn(&Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
-        let one = |near| {
-            let fits = |upstream: &Upstream| upstream.near == near && upstream.provider.serves(wanted.operation);
-            self.one(wanted, now, |upstream, endpoint| fits(upstream) && may(endpoint))
+        let one = |near| match self.balance {
+            Balance::P2c => self.draw(self.able(wanted.operation, near), now, &may),
+            _ => self.choose(wanted, self.able(wanted.operation, near), now, &may),
         };
         one(true).or_else(|| one(false))
     }
 
-    fn one(
-        &self,
-        wanted: &Wanted<'_>,
-        now: Instant,
-        fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool,
-    ) -> Option<Picked<'_>> {
-        match self.balance {
-            Balance::P2c => self.draw(now, fits),
-            _ => self.choose(wanted, now, fits),
-        }
+    /// The upstreams that have a share, are near or are not, and can do `operation`.
+    fn able(&self, operation: Operation, near: bool) -> impl Iterator<Item = &Upstream> {
+        let able = move |one: &&Upstream| one.weight > 0 && one.near == near && one.provider.serves(operation);
+        self.upstreams.iter().filter(able)
     }
 
     /// Whether any upstream can do `operation` at all.
@@ -207,13 +201,18 @@ impl Pool {
         })
     }
 
-    /// Power of two choices over the endpoints that `fits`: two are drawn by weight (Efraimidis and Spirakis 2006,
+    /// Power of two choices over the endpoints that `may` be taken: two are drawn by weight (Efraimidis and Spirakis 2006,
     /// weighted sampling in one pass); the first is taken unless the second is less busy.
-    fn draw(&self, now: Instant, fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+    fn draw<'a>(
+        &'a self,
+        upstreams: impl Iterator<Item = &'a Upstream>,
+        now: Instant,
+        may: impl Fn(&Arc<Endpoint>) -> bool,
+    ) -> Option<Picked<'a>> {
         let mut drawn: [Option<Drawn<'_>>; 2] = [None, None];
-        for upstream in self.upstreams.iter().filter(|upstream| upstream.weight > 0) {
+        for upstream in upstreams {
             for endpoint in upstream.origin.endpoints().iter() {
-                if endpoint.available(now) && fits(upstream, endpoint) {
+                if endpoint.available(now) && may(endpoint) {
                     let weight = f64::from(upstream.weight) * endpoint.warmth(self.slow_start, now);
                     keep_two(&mut drawn, upstream, endpoint, weight);
                 }

@@ -57,19 +57,20 @@ const INLINE: usize = 128;
 type Place = (usize, usize);
 
 impl Pool {
-    /// Judges every endpoint that `fits` and takes the best one. Of two that have the same address one list can have
+    /// Judges every endpoint of `upstreams` that `may` be taken and takes the best one. Of two that have the same address one list can have
     /// been renewed meanwhile: what is at the place must be what was judged.
-    pub(super) fn choose(
-        &self,
+    pub(super) fn choose<'a>(
+        &'a self,
         wanted: &Wanted<'_>,
+        upstreams: impl Iterator<Item = &'a Upstream>,
         now: Instant,
-        fits: impl Fn(&Upstream, &Arc<Endpoint>) -> bool,
-    ) -> Option<Picked<'_>> {
+        may: impl Fn(&Arc<Endpoint>) -> bool,
+    ) -> Option<Picked<'a>> {
         let (mut places, mut candidates) = (SmallVec::<[Place; INLINE]>::new(), SmallVec::<[Candidate; INLINE]>::new());
         let prompt = Prompt::of(self, wanted);
-        for upstream in self.upstreams.iter().filter(|upstream| upstream.weight > 0) {
+        for upstream in upstreams {
             for (n, endpoint) in upstream.origin.endpoints().iter().enumerate() {
-                if endpoint.available(now) && fits(upstream, endpoint) {
+                if endpoint.available(now) && may(endpoint) {
                     places.push((upstream.index, n));
                     candidates.push(self.candidate(wanted, &prompt, upstream, endpoint, now));
                 }
@@ -79,7 +80,7 @@ impl Pool {
             self.prefer_adapters(wanted, &places, &mut candidates);
         }
         let asked = Asked { turn: self.state.turns.fetch_add(1, Relaxed), ..wanted.asked };
-        let ranked = self.balance.rank(&asked, &candidates, &mut fastrand::f64);
+        let ranked = self.balance.rank(&asked, &candidates, &mut chance());
         // A half-open breaker lets one request through; where that was another one, the next best is taken.
         let order = ranked.iter().map(|placed| placed.index).chain(0..candidates.len());
         let mut taken = order.filter_map(|index| {
@@ -141,6 +142,12 @@ impl Pool {
         }
         Choice { candidates: places.len(), best, held }
     }
+}
+
+/// Numbers from 0 to 1, of a source of one's own: the thread's is asked once.
+fn chance() -> impl FnMut() -> f64 {
+    let mut random = fastrand::Rng::new();
+    move || random.f64()
 }
 
 /// What is known of a prompt, once for all endpoints.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use super::origin::{Endpoint, InFlight};
-use super::score::{Candidate, PREFILL_RATE, TOKEN_S, crowding};
+use super::score::{Candidate, READ_S, TOKEN_S, crowding};
 use super::told::Telling;
 
 /// One endpoint's load. Outlives reloads, with its endpoint.
@@ -72,7 +72,6 @@ const WEIGHT: f32 = 0.15;
 /// A sample counts as if it were off by this factor at most, as a power of e: by 55 while there are few, by 2 later.
 const STEP: (f32, f32) = (4.0, 0.7);
 const FEW: u32 = 4;
-const READ_S: f32 = 1.0 / PREFILL_RATE;
 /// After so many seconds without a sample, what was learned counts for half and what is usual in the pool for the
 /// other: one that was slow once is tried again.
 const HALF_S: f32 = 60.0;
@@ -145,7 +144,7 @@ impl Load {
             prefill: self.prefill.load(Relaxed).saturating_add(self.unseen(read_s, at)),
             streams: self.streams.load(Relaxed),
             decode: self.decode.load(Relaxed),
-            prefill_rate: 1.0 / read_s,
+            read_s,
             token_s: self.paces.token_s.of(usual.token_s, at),
             answer_s,
             silent_s: self.silent_s(answer_s, at),
@@ -185,9 +184,13 @@ impl Load {
     }
 
     fn unseen(&self, read_s: f32, at: u64) -> u32 {
+        let most = self.unanswered.load(Relaxed);
+        if most == 0 {
+            return 0;
+        }
         let (tokens, then) = unpacked(self.unseen.load(Relaxed));
         let passed = (at as u32).wrapping_sub(then) as f32 / 1e3;
-        ((tokens - passed / read_s).max(0.0) as u32).min(self.unanswered.load(Relaxed))
+        ((tokens - passed / read_s).max(0.0) as u32).min(most)
     }
 
     fn moves(&self, at: u64) {
@@ -346,10 +349,10 @@ impl Learned {
         if samples == 0 {
             return usual;
         }
-        let age = (at / 1000).saturating_sub(u64::from(self.at.load(Relaxed))) as f32;
-        if ALIKE.contains(&(value / usual)) {
+        if (ALIKE.start * usual..ALIKE.end * usual).contains(&value) {
             return usual;
         }
+        let age = (at / 1000).saturating_sub(u64::from(self.at.load(Relaxed))) as f32;
         usual + (value - usual) * HALF_S / (HALF_S + age)
     }
 
@@ -538,13 +541,13 @@ mod tests {
         let endpoint = endpoint(Instant::now());
         let now = serve(&endpoint, &usual, (2_000.0, 0.03), 12);
         let seen = endpoint.load.candidate(usual.usual(), 1, now);
-        assert!((1_700.0..2_400.0).contains(&seen.prefill_rate), "{seen:?}");
+        assert!((1_700.0..2_400.0).contains(&seen.read_s.recip()), "{seen:?}");
         assert!((0.025..0.035).contains(&seen.token_s), "{seen:?}");
         let mut work = Work::begin(&endpoint, Some(STREAM), &usual, now);
         let late = now + Duration::from_secs(300);
         work.first_token(&usual, late);
-        let after = endpoint.load.candidate(usual.usual(), 1, late).prefill_rate;
-        assert!(after > seen.prefill_rate * 0.9, "{after}");
+        let after = endpoint.load.candidate(usual.usual(), 1, late).read_s;
+        assert!(after < seen.read_s / 0.9, "{after}");
     }
 
     #[test]
@@ -559,7 +562,7 @@ mod tests {
                 work.answered(100, &usual, now);
             }
         }
-        let rate = |endpoint: &Endpoint| endpoint.load.candidate(usual.usual(), 1, base).prefill_rate;
+        let rate = |endpoint: &Endpoint| endpoint.load.candidate(usual.usual(), 1, base).read_s.recip();
         assert!(rate(&fast) > 4.0 * rate(&slow), "{} {}", rate(&fast), rate(&slow));
     }
 
@@ -568,9 +571,9 @@ mod tests {
         let usual = Paces::default();
         let slow = endpoint(Instant::now());
         let now = serve(&slow, &Paces::default(), (100.0, 0.1), 10);
-        let rate = |now| slow.load.candidate(usual.usual(), 1, now).prefill_rate;
+        let rate = |now| slow.load.candidate(usual.usual(), 1, now).read_s.recip();
         assert!(rate(now) < 200.0);
-        assert!(rate(now + Duration::from_secs(3_600)) > PREFILL_RATE * 0.4);
+        assert!(rate(now + Duration::from_secs(3_600)) > 0.4 / READ_S);
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 
 use super::breaker::Breaker;
 use super::feed::Feed;
@@ -129,37 +130,68 @@ impl fmt::Display for Address {
 pub struct OriginState {
     /// The origin.
     pub origin: Origin,
-    endpoints: ArcSwap<Vec<Arc<Endpoint>>>,
+    whereabouts: Whereabouts,
+}
+
+/// What is written as an address stays there, and is read without asking whether it has moved.
+#[derive(Debug)]
+enum Whereabouts {
+    Fixed([Arc<Endpoint>; 1]),
+    Resolved(ArcSwap<Vec<Arc<Endpoint>>>),
+}
+
+/// An origin's endpoints, as they were when it was asked.
+pub enum Endpoints<'a> {
+    /// Of an address.
+    Fixed(&'a [Arc<Endpoint>]),
+    /// Of a name.
+    Resolved(Guard<Arc<Vec<Arc<Endpoint>>>>),
+}
+
+impl Deref for Endpoints<'_> {
+    type Target = [Arc<Endpoint>];
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Fixed(endpoints) => endpoints,
+            Self::Resolved(endpoints) => endpoints,
+        }
+    }
 }
 
 impl OriginState {
     /// An origin whose endpoints are known if its host is an address, and still to be resolved if it is a name.
     pub fn new(origin: Origin, now: Instant) -> Self {
-        let state = Self { origin, endpoints: ArcSwap::default() };
-        match &state.origin.host {
-            Host::Ip(address) => state.resolved(vec![Address::Tcp(*address)], now),
-            Host::Unix(path) => state.resolved(vec![Address::Unix(path.clone())], now),
-            Host::Name(..) => {}
-        }
-        state
+        let fixed = |address| Whereabouts::Fixed([Arc::new(Endpoint::new(&origin, address, now))]);
+        let whereabouts = match &origin.host {
+            Host::Ip(address) => fixed(Address::Tcp(*address)),
+            Host::Unix(path) => fixed(Address::Unix(path.clone())),
+            Host::Name(..) => Whereabouts::Resolved(ArcSwap::default()),
+        };
+        Self { origin, whereabouts }
     }
 
     /// The endpoints of the moment.
-    pub fn endpoints(&self) -> arc_swap::Guard<Arc<Vec<Arc<Endpoint>>>> {
-        self.endpoints.load()
+    pub fn endpoints(&self) -> Endpoints<'_> {
+        match &self.whereabouts {
+            Whereabouts::Fixed(endpoints) => Endpoints::Fixed(endpoints),
+            Whereabouts::Resolved(endpoints) => Endpoints::Resolved(endpoints.load()),
+        }
     }
 
     /// Takes the addresses that the name has now. An endpoint that stays keeps its levels; no address at all
-    /// changes nothing, because a resolver's bad moment is no reason to stop.
+    /// changes nothing, because a resolver's bad moment is no reason to stop; nor does it at an origin that is an
+    /// address itself.
     pub fn resolved(&self, addresses: Vec<Address>, now: Instant) {
+        let Whereabouts::Resolved(endpoints) = &self.whereabouts else { return };
         if addresses.is_empty() {
             return;
         }
-        let before = self.endpoints.load();
+        let before = endpoints.load();
         let kept = |address: &Address| before.iter().find(|endpoint| endpoint.address == *address).cloned();
         let fresh = |address: Address| Arc::new(Endpoint::new(&self.origin, address, now));
         let after = addresses.into_iter().map(|address| kept(&address).unwrap_or_else(|| fresh(address)));
-        self.endpoints.store(Arc::new(after.collect()));
+        endpoints.store(Arc::new(after.collect()));
     }
 }
 

@@ -61,7 +61,7 @@ impl Outlook<'_> {
     /// Seconds that a server works for it: its part of all that runs there beside it.
     pub fn works_s(&self, held: u32) -> f32 {
         let candidate = Candidate { matched: held, ..self.candidate };
-        let alone = candidate.unread(&self.asked) as f32 / candidate.prefill_rate;
+        let alone = candidate.unread(&self.asked) as f32 * candidate.read_s;
         let beside = candidate.in_flight + 1;
         (alone + candidate.token_s * self.asked.output as f32) * crowding(beside) / beside as f32
     }

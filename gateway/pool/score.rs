@@ -61,8 +61,8 @@ pub struct Candidate {
     pub decode: u32,
     /// How many tokens of this prompt's beginning it holds, most likely.
     pub matched: u32,
-    /// Prompt tokens that it reads in a second. Learned.
-    pub prefill_rate: f32,
+    /// Seconds that it takes to read one token of a prompt. Learned.
+    pub read_s: f32,
     /// Seconds that it takes for one token of an answer when it writes no other. Learned.
     pub token_s: f32,
     /// Seconds from asking to the end of an answer, lately. Learned.
@@ -128,7 +128,7 @@ impl Default for Candidate {
             streams: 0,
             decode: 0,
             matched: 0,
-            prefill_rate: PREFILL_RATE,
+            read_s: READ_S,
             token_s: TOKEN_S,
             answer_s: 0.0,
             silent_s: 0.0,
@@ -140,7 +140,7 @@ impl Default for Candidate {
 }
 
 /// Before anything was learned: a model of 8 billion parameters on one GPU of a data centre.
-pub const PREFILL_RATE: f32 = 8_000.0;
+pub const READ_S: f32 = 1.0 / 8_000.0;
 /// The same, for the seconds of a token.
 pub const TOKEN_S: f32 = 0.012;
 
@@ -171,10 +171,10 @@ impl Candidate {
 
     /// Seconds until the first token is expected.
     pub fn first_token_s(&self, asked: &Asked) -> f32 {
-        let work = self.prefill.saturating_add(self.unread(asked)) as f32 / self.prefill_rate;
-        let others = self.told.trust * (self.told.others / self.prefill_rate).min(OTHERS_S_MAX);
+        let work = self.prefill.saturating_add(self.unread(asked)) as f32 * self.read_s;
+        let others = self.told.trust * (self.told.others * self.read_s).min(OTHERS_S_MAX);
         // What is overdue may well stay so for as long again.
-        let overdue = (self.silent_s - self.prefill as f32 / self.prefill_rate).max(0.0);
+        let overdue = (self.silent_s - self.prefill as f32 * self.read_s).max(0.0);
         let adapter = if self.loads_adapter { ADAPTER_S } else { 0.0 };
         work + others + overdue + adapter
     }
@@ -213,25 +213,40 @@ pub struct Placed {
 }
 
 /// The best three of the candidates, the best one first.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Ranked([Option<Placed>; 3]);
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ranked([Placed; 3]);
+
+/// Stands where there is no candidate.
+const NOBODY: Placed = Placed { index: usize::MAX, score: f64::INFINITY };
+
+impl Default for Ranked {
+    fn default() -> Self {
+        Self([NOBODY; 3])
+    }
+}
 
 impl Ranked {
     /// The best ones, the best first.
     pub fn iter(&self) -> impl Iterator<Item = Placed> + '_ {
-        self.0.iter().copied().flatten()
+        self.0.into_iter().filter(|placed| placed.index != NOBODY.index)
     }
 
     /// The best one.
     pub fn first(&self) -> Option<Placed> {
-        self.0[0]
+        self.iter().next()
     }
 
     fn add(&mut self, placed: Placed) {
-        let place = self.0.iter().position(|kept| kept.is_none_or(|kept| placed.score < kept.score));
-        if let Some(place) = place {
-            self.0[place..].rotate_right(1);
-            self.0[place] = Some(placed);
+        let [first, second, third] = &mut self.0;
+        if placed.score >= third.score {
+            return;
+        }
+        *third = placed;
+        if third.score < second.score {
+            std::mem::swap(second, third);
+        }
+        if second.score < first.score {
+            std::mem::swap(first, second);
         }
     }
 }
@@ -350,7 +365,7 @@ fn in_turn(turn: u64, candidates: &[Candidate]) -> Ranked {
         found.unwrap_or(0)
     };
     let mut ranked = Ranked::default();
-    (0..count.min(3)).for_each(|n| ranked.0[n] = Some(Placed { index: (first + n) % count, score: n as f64 }));
+    (0..count.min(3)).for_each(|n| ranked.0[n] = Placed { index: (first + n) % count, score: n as f64 });
     ranked
 }
 
@@ -372,11 +387,10 @@ fn the_better_of_two(
         drawn.add(Placed { index, score: -key });
     }
     let [first, second, _] = &mut drawn.0;
-    if let (Some(one), Some(other)) = (&mut *first, &mut *second) {
-        let scores = (busy(&candidates[one.index], 0), busy(&candidates[other.index], 1));
-        (one.score, other.score) = scores;
-        if scores.0 >= scores.1 {
-            std::mem::swap(one, other);
+    if second.index != NOBODY.index {
+        (first.score, second.score) = (busy(&candidates[first.index], 0), busy(&candidates[second.index], 1));
+        if first.score >= second.score {
+            std::mem::swap(first, second);
         }
     }
     drawn
@@ -471,7 +485,7 @@ mod tests {
     #[test]
     fn a_faster_gpu_is_better_by_what_it_has_shown() {
         let mut candidates = idle(2);
-        candidates[0].prefill_rate *= 4.0;
+        candidates[0].read_s /= 4.0;
         candidates[0].prefill = 12_000;
         assert_eq!(best(Balance::ExpectedTime, &candidates), 0, "a line twice as long that moves four times as fast");
         candidates[0].prefill = 24_000;
