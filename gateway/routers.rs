@@ -18,12 +18,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderMap, HeaderName};
-use infergate_plugins::claim::Claims;
+use infergate_plugins::claim::{self, Claims};
 use infergate_plugins::prompt::{Asker, Prompt, Role};
 use infergate_plugins::router::cascade::Cascade;
 use infergate_plugins::router::effort::Effort;
 use infergate_plugins::router::second::Doubt;
 use infergate_plugins::router::{Answer, Choice, Router, Why};
+use serde_json::{Map, Value};
 use smallvec::SmallVec;
 
 use self::case::{Case, Request, Unfit};
@@ -62,8 +63,8 @@ pub struct Routers {
     pub cascade: Option<Arc<Cascade>>,
     /// The headers that somebody looks at.
     pub headers: Vec<Arc<str>>,
-    /// Whether somebody looks at what tokens say.
-    pub claims: bool,
+    /// The claims of tokens that somebody looks at.
+    pub claims: Vec<Arc<str>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,
     /// Whether somebody asks how long a prompt is.
@@ -220,11 +221,31 @@ impl Whose {
     fn of(exchange: &Exchange, routers: &Routers, headers: &HeaderMap) -> Self {
         let who = exchange.who.as_ref();
         let tenant = who.map(|who| who.tenant.clone());
+        let whose = Self::of_tenant(tenant, exchange.surface.path, routers, headers);
+        match who.map(|who| &who.identity) {
+            Some(identity) => Self {
+                principal: Some(identity.principal.clone()),
+                plans: Some(identity.plans.clone()),
+                claims: (!routers.claims.is_empty()).then(|| identity.claims.clone()),
+                ..whose
+            },
+            None => whose,
+        }
+    }
+
+    /// The same, of somebody with this name, these plans, and a token that says this, as far as rules look at it.
+    pub fn named(
+        self,
+        principal: Option<&str>,
+        plans: &[String],
+        says: &Map<String, Value>,
+        routers: &Routers,
+    ) -> Self {
         Self {
-            principal: who.map(|who| who.identity.principal.clone()),
-            plans: who.map(|who| who.identity.plans.clone()),
-            claims: who.filter(|_| routers.claims).map(|who| who.identity.claims.clone()),
-            ..Self::of_tenant(tenant, exchange.surface.path, routers, headers)
+            principal: principal.map(Into::into),
+            plans: Some(plans.iter().map(|plan| plan.as_str().into()).collect()),
+            claims: Some(claim::kept(says, &routers.claims)),
+            ..self
         }
     }
 

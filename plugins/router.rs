@@ -76,9 +76,9 @@ pub trait Router: Debug + Send + Sync {
         &[]
     }
 
-    /// Whether it looks at what the token of whoever asks says.
-    fn reads_claims(&self) -> bool {
-        false
+    /// The claims that it looks at, of the token of whoever asks.
+    fn claims(&self) -> &[Arc<str>] {
+        &[]
     }
 
     /// The routes told by examples, where it goes by those: to be looked into and measured.

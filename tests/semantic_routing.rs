@@ -293,7 +293,7 @@ fn the_command_line_explains_what_a_tenant_gets_with_its_headers() {
         .replace("{name: coder, pool: p}", "{name: coder, pool: q}")
         .replace("pools:\n", "pools:\n  q: {region: us, upstreams: [{url: 'http://127.0.0.1:2'}]}\n")
         .replace("p: {upstreams", "p: {region: eu, upstreams")
-        .replacen("    ask:\n", "    cascade: {models: [small, coder, eyes]}\n    ask:\n      - cel: {model: eyes, when: \"tenant == 'bank' && headers['x-team'] == 'blue'\", headers: [x-team]}\n", 1);
+        .replacen("    ask:\n", "    cascade: {models: [small, coder, eyes]}\n    ask:\n      - cel: {model: eyes, when: \"tenant == 'bank' && headers['x-team'] == 'blue'\", headers: [x-team]}\n      - cel: {model: eyes, when: \"principal == 'ann' && 'gold' in plans && claims.team == 'art'\", claims: [team]}\n", 1);
     let policy = file(&text);
     let path = policy.path().to_str().unwrap();
     let explain = |more: &[&str], said: &str| {
@@ -308,6 +308,13 @@ fn the_command_line_explains_what_a_tenant_gets_with_its_headers() {
     assert_eq!([model(&blue, CODE), model(&blue[..2], CODE)], ["eyes", "coder"]);
     let twice = [&blue[..], &["--header", "x-team: red"]].concat();
     assert_eq!(model(&twice, CODE), "coder", "which is meant?");
+    let paid = ["--principal", "ann", "--plan", "free", "--plan", "gold", "--claims", r#"{"team": "art", "age": 3}"#];
+    assert_eq!(model(&paid, CODE), "eyes");
+    for missing in [0..2, 4..6, 6..8] {
+        let mut fewer = paid.to_vec();
+        drop(fewer.drain(missing.clone()));
+        assert_eq!(model(&fewer, CODE), "coder", "without {missing:?}");
+    }
     let clinic = parsed(&["--tenant", "clinic"], CODE);
     assert_eq!((&clinic["model"], &clinic["tenant"]), (&json!("plain"), &json!("clinic")), "{clinic}");
     assert!(clinic["why"].as_str().unwrap().contains("coder is in no region that this key may use"), "{clinic}");
@@ -320,6 +327,7 @@ fn the_command_line_explains_what_a_tenant_gets_with_its_headers() {
         (["--tenant", "bnak"], "no tenant bnak; did you mean bank?"),
         (["--header", "x-team blue"], "write it as 'name: value'"),
         (["--header", "x team: blue"], "is no header's name"),
+        (["--claims", "[3]"], "this is no JSON object"),
     ] {
         let (code, _, complaint) = Process::run(&[&["route", "explain", "--policy", path], &wrong[..]].concat());
         assert!(code != Some(0) && complaint.contains(words), "{complaint}");

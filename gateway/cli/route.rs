@@ -18,7 +18,7 @@ use infergate_plugins::router::semantic::Semantic;
 use infergate_plugins::router::signals::Signals;
 use infergate_plugins::router::{Answer, Router};
 use infergate_plugins::semantic::Embedding;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::counted;
 use crate::policy::problem::nearest;
@@ -65,9 +65,18 @@ struct Explain {
     /// The endpoint that the request is for
     #[arg(long, value_name = "PATH", default_value = "/v1/chat/completions")]
     surface: String,
-    /// The tenant that asks: its models, surfaces and regions count. Of its principal, plans and claims nothing is known
+    /// The tenant that asks: its models, surfaces and regions count
     #[arg(long, value_name = "NAME")]
     tenant: Option<String>,
+    /// The principal that asks
+    #[arg(long, value_name = "NAME")]
+    principal: Option<String>,
+    /// A plan that they have; may be given several times
+    #[arg(long = "plan", value_name = "NAME")]
+    plans: Vec<String>,
+    /// What their token says, as a JSON object: {"groups": ["ml"]}
+    #[arg(long, value_name = "JSON", value_parser = claims, default_value = "{}")]
+    claims: Map<String, Value>,
     /// A header that the request has; may be given several times
     #[arg(long = "header", value_name = "NAME: VALUE", value_parser = header)]
     headers: Vec<(HeaderName, HeaderValue)>,
@@ -145,6 +154,11 @@ fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     Ok((name, value))
 }
 
+/// What a token says, as it is written on the command line.
+fn claims(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("this is no JSON object: {error}"))
+}
+
 impl Explain {
     fn run(self) -> Result<ExitCode, String> {
         let policy = compiled(&self.of.policy)?;
@@ -156,6 +170,7 @@ impl Explain {
         read.map_err(|error| format!("the standard input cannot be read: {error}"))?;
         let headers = self.headers.iter().cloned().collect();
         let whose = Whose::of_tenant(tenant.clone(), surface.path, &routers, &headers);
+        let whose = whose.named(self.principal.as_deref(), &self.plans, &self.claims, &routers);
         let mut found = explained(&routers, surface.operation, &whose, body)?;
         found["tenant"] = self.tenant.as_deref().into();
         found["refused"] = tenant.and_then(|tenant| refused(&tenant, &route, surface)).into();

@@ -241,7 +241,7 @@ impl Compiler<'_> {
         Some(Routers {
             name: name.into(),
             counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())) || can().any(lacks),
-            claims: ask.iter().any(|router| router.reads_claims()),
+            claims: ask.iter().flat_map(|router| router.claims()).cloned().collect(),
             headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
             measures: !shortlists.is_empty() || can().any(|can| can.context_tokens.is_some()),
             ask,

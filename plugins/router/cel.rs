@@ -242,7 +242,7 @@ impl Condition {
             "surface" => asker.surface.into(),
             "plans" => Value::List(Arc::new(asker.plans.iter().map(|plan| (&**plan).into()).collect())),
             "headers" => self.headers(prompt),
-            "claims" => self.claims(prompt),
+            "claims" => self.claimed(prompt),
             _ => Value::Null,
         }
     }
@@ -254,7 +254,7 @@ impl Condition {
         Value::Map(map.into())
     }
 
-    fn claims(&self, prompt: &Prompt<'_>) -> Value {
+    fn claimed(&self, prompt: &Prompt<'_>) -> Value {
         let listed = prompt.asker.claims.iter().filter(|(name, _)| self.claims.contains(name));
         let map: HashMap<&str, Value> = listed.map(|(name, claim)| (&**name, said(claim))).collect();
         Value::Map(map.into())
@@ -307,8 +307,8 @@ impl Router for Condition {
         &self.headers
     }
 
-    fn reads_claims(&self) -> bool {
-        self.looks_at.contains(&"claims")
+    fn claims(&self) -> &[Arc<str>] {
+        &self.claims
     }
 }
 
