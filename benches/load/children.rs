@@ -470,6 +470,14 @@ impl Running {
         cpu::run("kill", &[&format!("-{signal}"), &self.pid().to_string()])
     }
 
+    /// Tells it to end and waits until it has.
+    pub fn ends(mut self) -> Result<(), Failure> {
+        self.signal("TERM")?;
+        let status = self.child.wait()?;
+        let failed = || format!("{} ended with {status}:\n{}", self.name, self.last_words());
+        if status.success() { Ok(()) } else { Err(failed().into()) }
+    }
+
     /// The end of what it wrote, to show beside a failure.
     pub fn last_words(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();

@@ -12,6 +12,7 @@ mod plot;
 mod prompt;
 mod replicas;
 mod report;
+mod train;
 mod upstream;
 mod wire;
 
@@ -43,6 +44,8 @@ enum Command {
     Client(client::Options),
     /// Several replicas behind one gateway
     Replicas(replicas::Options),
+    /// A little of every load, for a build that is guided by a profile
+    Train(train::Options),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Some(Command::Bare(options)) => bare::command(&options),
         Some(Command::Client(options)) => client::command(&options),
         Some(Command::Replicas(options)) => replicas::command(&options),
+        Some(Command::Train(options)) => train::command(&options),
     };
     outcome.unwrap_or_else(|failure| {
         eprintln!("load: {failure}");
