@@ -19,9 +19,10 @@ use regex_automata::util::{start, syntax};
 use regex_automata::{Anchored, Input, MatchKind, meta};
 use regex_syntax::hir::Hir;
 
-use super::runs::Runs;
+use super::marks::is_word;
+use super::runs::Run;
 use super::stream::{Finder, Found, IMPATIENT, Search, Window, look_back, patient};
-use super::triggers::{Crowd, Hits, Need, Triggers};
+use super::triggers::{Need, Triggers, firsts};
 
 /// One expression.
 #[derive(Clone, Debug)]
@@ -104,7 +105,7 @@ impl Pattern {
 
     /// Whether its matches begin with a long run of bytes that sentences do not have.
     pub fn is_run(&self) -> bool {
-        Runs::of(std::iter::once(&self.hir)).is_some()
+        Run::of(std::iter::once(&self.hir)).is_some()
     }
 
     /// Where it matches from `start` on: all of it, and its group.
@@ -253,8 +254,8 @@ pub(crate) struct Patterns<J> {
     exclusive: bool,
     dfa: DFA,
     caches: Pool<Cache, MakeCache>,
-    /// Where matches may begin; None if they may anywhere.
-    places: Option<Places>,
+    /// What tells where matches may begin; None if they may anywhere.
+    triggers: Option<Triggers>,
     /// The bytes that a match may begin with.
     first: Box<[bool; 256]>,
     /// Whether every match begins at the beginning of a word.
@@ -262,13 +263,6 @@ pub(crate) struct Patterns<J> {
     /// The most bytes that are looked at from one place, where the expressions do not bound it themselves.
     limit: usize,
     longest: usize,
-}
-
-/// What tells where matches may begin.
-#[derive(Debug)]
-enum Places {
-    Triggers(Triggers),
-    Runs(Runs),
 }
 
 impl<J: Judge> Patterns<J> {
@@ -286,22 +280,25 @@ impl<J: Judge> Patterns<J> {
         let dfa = DFA::builder().configure(config).build_from_nfa(nfa).map_err(|error| told(&error))?;
         let maker = dfa.clone();
         let caches: Pool<Cache, MakeCache> = Pool::new(Box::new(move || maker.create_cache()));
-        let needs: Vec<Option<Need>> = patterns.iter().map(|pattern| Need::of(&pattern.hir, pattern.window)).collect();
+        let need = |pattern: &Pattern| (Need::of(&pattern.hir, pattern.window), firsts(&pattern.hir));
+        let needs: Vec<_> = patterns.iter().map(need).collect();
         let (first, at_boundary) = beginnings(&dfa);
         let longest = patterns.iter().map(|pattern| pattern.window).max().unwrap_or(0);
         let unbounded = patterns.iter().any(|pattern| pattern.unbounded);
         let limit = if unbounded { longest + 1 } else { usize::MAX };
         // Words begin so rarely in a long run that nothing else has to be looked for there.
-        let runs = if at_boundary { Runs::of(hirs.into_iter()) } else { None };
-        let places = runs.map(Places::Runs).or_else(|| Triggers::new(&needs).map(Places::Triggers));
-        Ok(Self { patterns, judge, exclusive, dfa, caches, places, first, at_boundary, limit, longest })
+        let run = if at_boundary { Run::of(hirs.into_iter()) } else { None };
+        let triggers = match run {
+            Some(run) => Some(Triggers::of_run(&run.inside, run.len, at_boundary)),
+            None => Triggers::new(&needs, at_boundary),
+        };
+        Ok(Self { patterns, judge, exclusive, dfa, caches, triggers, first, at_boundary, limit, longest })
     }
 
     fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
         let bytes = text.as_bytes();
         let byte = bytes[start];
-        let inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-        let within_a_word = || start > 0 && inside(bytes[start - 1]) && inside(byte);
+        let within_a_word = || start > 0 && is_word(bytes[start - 1]) && is_word(byte);
         self.first[usize::from(byte)]
             && !(self.at_boundary && within_a_word())
             && text.is_char_boundary(start)
@@ -321,8 +318,7 @@ fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
     };
     let before = [None, Some(b' '), Some(b'\n'), Some(b'\r'), Some(b'a')];
     let first = std::array::from_fn(|byte| before.iter().any(|behind| alive(*behind, byte as u8)));
-    let word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    let at_boundary = !(0..=u8::MAX).filter(word).any(|byte| alive(Some(b'a'), byte));
+    let at_boundary = !(0..=u8::MAX).filter(|byte| is_word(*byte)).any(|byte| alive(Some(b'a'), byte));
     (Box::new(first), at_boundary)
 }
 
@@ -343,6 +339,9 @@ impl<J: Judge + 'static> Finder for Patterns<J> {
         held + if held as u64 > IMPATIENT { held / 8 } else { 0 }
     }
 }
+
+/// In fewer bytes, trying every place costs less than telling which may be left out.
+pub(crate) const SHORT: usize = 32;
 
 /// A search that is under way.
 struct Way<J> {
@@ -374,14 +373,12 @@ impl<J: Judge + 'static> Search for Way<J> {
             return self.at;
         }
         let patterns = Arc::clone(&self.patterns);
-        let mut cache = patterns.caches.get();
-        let mut places = patterns.places.as_ref().map(|places| places.search(window));
-        // Up to `open`, matches may begin anywhere.
-        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
-        while start < len {
-            if let Some(places) = places.as_mut().filter(|_| start >= open) {
-                (start, open) = places.next(window, start);
-            }
+        let mut cache = None;
+        let mut start = (self.at - window.base) as usize;
+        let triggers = patterns.triggers.as_ref().filter(|_| len - start >= SHORT);
+        let marks = triggers.map(|triggers| triggers.marks(window.text.as_bytes(), start, window.last));
+        loop {
+            start = marks.as_ref().map_or(start, |marks| marks.next(start));
             if start >= len {
                 break;
             }
@@ -389,7 +386,8 @@ impl<J: Judge + 'static> Search for Way<J> {
                 start += 1;
                 continue;
             }
-            match self.look(&mut cache, window, start, found) {
+            let cache = cache.get_or_insert_with(|| patterns.caches.get());
+            match self.look(cache, window, start, found) {
                 Place::Undecided => break,
                 Place::Decided => start += 1,
                 Place::Taken(end) => start = end.max(start + 1),
@@ -398,48 +396,6 @@ impl<J: Judge + 'static> Search for Way<J> {
         self.at = window.base + start.min(len) as u64;
         self.patience = patient(self.at, window);
         self.at
-    }
-}
-
-impl Places {
-    fn search(&self, window: &Window<'_>) -> Looking<'_> {
-        match self {
-            Self::Runs(runs) => Looking::Runs(runs),
-            Self::Triggers(triggers) => {
-                let len = window.text.len();
-                let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
-                Looking::Triggers { hits: triggers.search(), crowd: Crowd::default(), sure }
-            }
-        }
-    }
-}
-
-/// Looks for places where matches may begin.
-enum Looking<'p> {
-    Runs(&'p Runs),
-    Triggers {
-        hits: Hits<'p>,
-        crowd: Crowd,
-        /// The first place that cannot be excluded, because a trigger may still come.
-        sure: usize,
-    },
-}
-
-impl Looking<'_> {
-    /// The first place from `from` on, and the place before which none behind it is excluded.
-    fn next(&mut self, window: &Window<'_>, from: usize) -> (usize, usize) {
-        let text = window.text.as_bytes();
-        match self {
-            Self::Triggers { sure, .. } if from >= *sure => (from, text.len()),
-            Self::Triggers { hits, crowd, sure } => {
-                let (first, last) = hits.next(text, from);
-                (first.min(*sure), last.saturating_add(1).max(crowd.open(from, first)))
-            }
-            Self::Runs(runs) => {
-                let (first, last) = runs.next(text, from, window.last);
-                (first, last.saturating_add(1))
-            }
-        }
     }
 }
 

@@ -9,8 +9,9 @@ use aho_corasick::{Anchored, MatchKind};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::patterns::SHORT;
 use super::stream::{Finder, Found, Search, Window, patient};
-use super::triggers::{Crowd, Need, Triggers};
+use super::triggers::{ByteSet, Need, Triggers};
 use super::{Detector, World, Wrong};
 
 /// Words and phrases. Upper and lower case count as equal in every alphabet that has them, one letter for one letter
@@ -90,7 +91,7 @@ pub(crate) struct Words {
     tree: contiguous::NFA,
     folded: bool,
     triggers: Option<Triggers>,
-    first: Box<[bool; 256]>,
+    first: ByteSet,
     whole: bool,
     longest: usize,
 }
@@ -116,14 +117,16 @@ impl Words {
             .match_kind(MatchKind::LeftmostLongest)
             .build(&keys)
             .map_err(|error| error.to_string())?;
-        let needs: Vec<Option<Need>> = keys.iter().map(|key| Need::of_literal(key.as_bytes(), folded)).collect();
+        let first = firsts(&keys, folded);
+        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded), first);
+        let needs: Vec<_> = keys.iter().map(need).collect();
         // The other case of some letters is not a byte away from it; such words are looked for everywhere.
         let plain = keys.iter().all(|key| !folded || key.is_ascii());
         let longest = keys.iter().map(|key| key.chars().count() * 4).max().unwrap_or(0).min(4 * WORD_MAX);
         Ok(Self {
-            first: firsts(&keys, folded),
+            first,
             lengths: keys.iter().map(String::len).collect(),
-            triggers: if plain { Triggers::new(&needs) } else { None },
+            triggers: if plain { Triggers::new(&needs, false) } else { None },
             whole: words.iter().all(|word| word.whole),
             words,
             tree,
@@ -138,15 +141,15 @@ fn key(text: &str, folded: bool) -> String {
 }
 
 /// The bytes that a word may begin with, in either case.
-fn firsts(keys: &[String], folded: bool) -> Box<[bool; 256]> {
-    let mut first = Box::new([false; 256]);
-    let lead = |c: char| usize::from(c.encode_utf8(&mut [0; 4]).as_bytes()[0]);
+fn firsts(keys: &[String], folded: bool) -> ByteSet {
+    let mut first = ByteSet::EMPTY;
+    let lead = |c: char| c.encode_utf8(&mut [0; 4]).as_bytes()[0];
     for c in keys.iter().filter_map(|key| key.chars().next()) {
-        first[lead(c)] = true;
+        first.add(lead(c));
         if folded && c.is_ascii() {
-            first[lead(c.to_ascii_uppercase())] = true;
+            first.add(lead(c.to_ascii_uppercase()));
         } else if folded {
-            (0xc2..=0xf4u8).for_each(|byte| first[usize::from(byte)] = true);
+            (0xc2..=0xf4u8).for_each(|byte| first.add(byte));
         }
     }
     first
@@ -179,21 +182,11 @@ impl Search for Reading {
             return self.at;
         }
         let words = Arc::clone(&self.words);
-        // Up to `open`, matches may begin anywhere.
-        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
-        let mut crowd = Crowd::default();
-        let mut hits = words.triggers.as_ref().map(|triggers| {
-            let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
-            (triggers.search(), sure)
-        });
-        while start < len {
-            if start >= open
-                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
-            {
-                let (first, last) = hits.next(window.text.as_bytes(), start);
-                open = last.saturating_add(1).max(crowd.open(start, first));
-                start = first.min(*sure);
-            }
+        let mut start = (self.at - window.base) as usize;
+        let triggers = words.triggers.as_ref().filter(|_| len - start >= SHORT);
+        let marks = triggers.map(|triggers| triggers.marks(window.text.as_bytes(), start, window.last));
+        loop {
+            start = marks.as_ref().map_or(start, |marks| marks.next(start));
             if start >= len || !self.look(&words, window, start) {
                 break;
             }
@@ -211,7 +204,7 @@ impl Reading {
     fn look(&mut self, words: &Words, window: &Window<'_>, start: usize) -> bool {
         self.matching.clear();
         let bytes = window.text.as_bytes();
-        let possible = words.first[usize::from(bytes[start])] && window.text.is_char_boundary(start);
+        let possible = words.first.has(bytes[start]) && window.text.is_char_boundary(start);
         if !possible || (words.whole && !free_before(window.text, start)) {
             return true;
         }

@@ -1,0 +1,299 @@
+//! A bit for every place of a text: whether a match may begin there, by the bytes that are near. Sixty-four places are
+//! told at once.
+//!
+//! A set of bytes is two shuffles (Muła's way): the low half of a byte chooses a row of eight bits, the high half one of
+//! them. The text is read from its end to its beginning, so that the nearest byte behind a place is always known.
+
+use fearless_simd::prelude::*;
+use fearless_simd::{Level, dispatch, u8x16, u8x64};
+
+use super::triggers::ByteSet;
+
+/// A set of bytes. Of those beyond ASCII all are in it or none.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Table {
+    rows: [u8; 16],
+    beyond: bool,
+}
+
+/// So many bytes make a word of bits.
+const BLOCK: usize = 64;
+
+/// One bit for each of the high halves that ASCII has.
+const BITS: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 0, 0, 0, 0, 0, 0, 0, 0];
+
+impl Table {
+    /// The table of all of a set.
+    pub fn new(set: &ByteSet) -> Self {
+        let row = |low: u8| (0..8).filter(|high| set.has(high << 4 | low)).fold(0, |row, high| row | 1 << high);
+        let beyond = (0x80..=u8::MAX).any(|byte| set.has(byte));
+        Self { rows: std::array::from_fn(|low| row(low as u8)), beyond }
+    }
+}
+
+/// Bytes that are looked up in tables.
+struct Block<S: Simd> {
+    low: u8x64<S>,
+    bit: u8x64<S>,
+    beyond: u64,
+}
+
+impl<S: Simd> Block<S> {
+    #[inline(always)]
+    fn new(simd: S, bytes: &[u8; BLOCK]) -> Self {
+        let bytes = u8x64::load_array_ref(simd, bytes);
+        let bits = u8x64::block_splat(u8x16::load_array(simd, BITS));
+        let bit = bits.swizzle_dyn_within_blocks(bytes >> 4);
+        Self { low: bytes & 0x0f, bit, beyond: bytes.simd_ge(0x80).to_bitmask() }
+    }
+
+    /// Which of them are in the table.
+    #[inline(always)]
+    fn of(&self, simd: S, table: &Table) -> u64 {
+        let rows = u8x64::block_splat(u8x16::load_array(simd, table.rows)).swizzle_dyn_within_blocks(self.low);
+        let ascii = !(rows & self.bit).simd_eq(0).to_bitmask();
+        if table.beyond { ascii | self.beyond } else { ascii }
+    }
+}
+
+/// What the bytes near a place must be that a match may begin there.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Near {
+    /// One of these is at most so far behind the place, where one of those others is.
+    Any(Table, Vec<(usize, Table)>),
+    /// So many of these stand there.
+    All(Table, usize),
+}
+
+/// The places of a text.
+pub(crate) struct Marks<'t> {
+    text: &'t [u8],
+    from: usize,
+    /// Whether nothing comes behind the text. What is not there yet may be anything.
+    last: bool,
+    bits: Vec<u64>,
+}
+
+impl<'t> Marks<'t> {
+    /// Marks for the places from `from` on, none of which is marked.
+    pub fn new(text: &'t [u8], from: usize, last: bool) -> Self {
+        Self { text, from, last, bits: vec![0; (text.len() - from).div_ceil(BLOCK)] }
+    }
+
+    /// Marks the places that have near them what they must.
+    pub fn mark(&mut self, near: &Near) {
+        let (text, bits, last) = (&self.text[self.from..], &mut self.bits[..], self.last);
+        dispatch!(Level::new(), simd => match near {
+            Near::Any(table, firsts) => mark_any(simd, table, firsts, text, last, bits),
+            Near::All(table, len) => mark_all(simd, table, *len, text, last, bits),
+        });
+    }
+
+    /// Marks the places from `first` to `last`.
+    pub fn mark_range(&mut self, first: usize, last: usize) {
+        for at in first.max(self.from)..last.saturating_add(1).min(self.text.len()) {
+            let place = at - self.from;
+            self.bits[place / BLOCK] |= 1 << (place % BLOCK);
+        }
+    }
+
+    /// Unmarks the places inside words of ASCII.
+    pub fn unmark_inside_words(&mut self) {
+        let (text, bits) = (&self.text[self.from..], &mut self.bits[..]);
+        let inside = self.from.checked_sub(1).is_some_and(|before| is_word(self.text[before]));
+        dispatch!(Level::new(), simd => unmark_inside_words(simd, text, inside, bits));
+    }
+
+    /// The first marked place from `at` on; the text's length if there is none.
+    pub fn next(&self, at: usize) -> usize {
+        let (index, within) = ((at - self.from) / BLOCK, (at - self.from) % BLOCK);
+        let Some((here, behind)) = self.bits.get(index..).and_then(<[u64]>::split_first) else {
+            return self.text.len();
+        };
+        let here = here & (u64::MAX << within);
+        let found = |index: usize, bits: u64| self.from + index * BLOCK + bits.trailing_zeros() as usize;
+        if here != 0 {
+            return found(index, here).min(self.text.len());
+        }
+        let next = behind.iter().position(|bits| *bits != 0);
+        next.map_or(self.text.len(), |next| found(index + 1 + next, behind[next]).min(self.text.len()))
+    }
+}
+
+#[inline(always)]
+fn mark_any<S: Simd>(simd: S, table: &Table, firsts: &[(usize, Table)], text: &[u8], last: bool, marks: &mut [u64]) {
+    let mut next = if last { usize::MAX } else { text.len() };
+    for (index, marks) in marks.iter_mut().enumerate().rev() {
+        let at = index * BLOCK;
+        let block = Block::new(simd, &bytes(text, at));
+        let hits = block.of(simd, table) & there(text, at);
+        for (reach, first) in firsts {
+            let near = near(hits, at, next, *reach);
+            if near != 0 {
+                *marks |= near & block.of(simd, first);
+            }
+        }
+        if hits != 0 {
+            next = at + hits.trailing_zeros() as usize;
+        }
+    }
+}
+
+#[inline(always)]
+fn mark_all<S: Simd>(simd: S, table: &Table, len: usize, text: &[u8], last: bool, marks: &mut [u64]) {
+    let mut next = if last { text.len() } else { usize::MAX };
+    for (index, marks) in marks.iter_mut().enumerate().rev() {
+        let at = index * BLOCK;
+        let others = !Block::new(simd, &bytes(text, at)).of(simd, table) & there(text, at);
+        *marks |= !near(others, at, next, len - 1);
+        if others != 0 {
+            next = at + others.trailing_zeros() as usize;
+        }
+    }
+}
+
+#[inline(always)]
+fn unmark_inside_words<S: Simd>(simd: S, text: &[u8], inside: bool, marks: &mut [u64]) {
+    for (index, marks) in marks.iter_mut().enumerate().filter(|(_, marks)| **marks != 0) {
+        let at = index * BLOCK;
+        let words = Block::new(simd, &bytes(text, at)).of(simd, &WORD);
+        let before = if at > 0 { is_word(text[at - 1]) } else { inside };
+        *marks &= !(words & (words << 1 | u64::from(before)));
+    }
+}
+
+/// Digits, letters and `_`.
+const WORD: Table = Table {
+    rows: [0xa8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf8, 0xf0, 0x50, 0x50, 0x50, 0x50, 0x70],
+    beyond: false,
+};
+
+/// Whether words are made of it, as automata know them.
+pub(crate) fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_'
+}
+
+/// The places of a block that have a hit at most so far behind them, in the block or where the next one is.
+#[inline(always)]
+fn near(hits: u64, at: usize, next: usize, reach: usize) -> u64 {
+    let (mut near, mut covered) = (hits, 0);
+    while hits != 0 && covered < reach.min(BLOCK - 1) {
+        let step = (covered + 1).min(reach - covered);
+        near |= near >> step;
+        covered += step;
+    }
+    let from = next.saturating_sub(reach);
+    if from < at + BLOCK { near | u64::MAX << from.saturating_sub(at) } else { near }
+}
+
+/// The bytes of a block; behind the text's end there are zeros.
+#[inline(always)]
+fn bytes(text: &[u8], at: usize) -> [u8; BLOCK] {
+    if let Some(whole) = text[at..].first_chunk() {
+        return *whole;
+    }
+    let mut part = [0; BLOCK];
+    part[..text.len() - at].copy_from_slice(&text[at..]);
+    part
+}
+
+/// The places of a block that are in the text.
+#[inline(always)]
+fn there(text: &[u8], at: usize) -> u64 {
+    u64::MAX >> (BLOCK - (text.len() - at).min(BLOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn set(of: &[u8]) -> ByteSet {
+        let mut set = ByteSet::EMPTY;
+        of.iter().for_each(|byte| set.add(*byte));
+        set
+    }
+
+    fn marked(near: &Near, text: &str, from: usize, last: bool) -> Vec<usize> {
+        let mut marks = Marks::new(text.as_bytes(), from, last);
+        marks.mark(near);
+        all(&marks)
+    }
+
+    fn all(marks: &Marks<'_>) -> Vec<usize> {
+        let next = |at: usize| Some(marks.next(at)).filter(|next| *next < marks.text.len());
+        std::iter::successors(next(marks.from), |at| next(at + 1)).collect()
+    }
+
+    /// Whether one of some bytes is in the text from `at` on, or may come there.
+    fn has(text: &str, at: usize, len: usize, last: bool, wanted: impl Fn(u8) -> bool) -> bool {
+        let end = at.saturating_add(len);
+        (end > text.len() && !last) || text.as_bytes()[at..end.min(text.len())].iter().any(|byte| wanted(*byte))
+    }
+
+    #[test]
+    fn every_set_of_ascii_is_told_byte_for_byte_and_all_that_is_beyond_counts_as_one() {
+        let all: String = (0..=255u8).map(char::from).collect();
+        for step in 1..40u8 {
+            let wanted: Vec<u8> = (0..=255).filter(|byte| byte % step == step / 2).collect();
+            let near = Near::Any(Table::new(&set(&wanted)), vec![(0, Table::new(&set(&wanted)))]);
+            let beyond = wanted.iter().any(|byte| *byte >= 0x80);
+            let is = |at: &usize| match all.as_bytes()[*at] {
+                byte @ 0..0x80 => wanted.contains(&byte),
+                _ => beyond,
+            };
+            assert_eq!(marked(&near, &all, 0, true), (0..all.len()).filter(is).collect::<Vec<_>>(), "{step}");
+        }
+    }
+
+    #[test]
+    fn words_are_of_digits_letters_and_underscores() {
+        assert_eq!(WORD, Table::new(&set(&(0..=255).filter(|byte| is_word(*byte)).collect::<Vec<_>>())));
+    }
+
+    proptest! {
+        #[test]
+        fn only_the_first_places_of_words_stay_marked(text in "([a-zA-Z0-9_]{0,90}[ .é]?){0,6}", from in 0usize..70) {
+            let from = from.min(text.len());
+            let mut marks = Marks::new(text.as_bytes(), from, true);
+            marks.mark_range(0, usize::MAX);
+            marks.unmark_inside_words();
+            let word = |at: usize| is_word(text.as_bytes()[at]);
+            let expected = (from..text.len()).filter(|at| *at == 0 || !word(*at) || !word(at - 1));
+            prop_assert_eq!(all(&marks), expected.collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn the_places_that_have_a_byte_near_are_marked_and_no_others(
+            text in "[a-d ]{0,9}([a-d]{0,70}|[cd]{0,300}|[ab7é]{0,20}){0,4}",
+            from in 0usize..70,
+            reaches in proptest::collection::vec(0usize..200, 1..3),
+            last: bool,
+        ) {
+            let from = from.min(text.len());
+            let (hit, first) = (Table::new(&set(b"7")), Table::new(&set(b"bd")));
+            let near = Near::Any(hit, reaches.iter().map(|reach| (*reach, first.clone())).collect());
+            let reach = reaches.iter().max().unwrap();
+            let may = |at: &usize| {
+                b"bd".contains(&text.as_bytes()[*at]) && has(&text, *at, reach + 1, last, |byte| byte == b'7')
+            };
+            prop_assert_eq!(marked(&near, &text, from, last), (from..text.len()).filter(may).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn the_places_where_a_run_begins_are_marked_and_no_others(
+            text in "([a-d]{0,40} ?|[a-d]{60,200}){0,6}",
+            from in 0usize..70,
+            len in 1usize..150,
+            last: bool,
+        ) {
+            let from = from.min(text.len());
+            let near = Near::All(Table::new(&set(b"abcd")), len);
+            // At the end of all text a run is over.
+            let over = |at: usize| last && at + len > text.len();
+            let may = |at: &usize| !over(*at) && !has(&text, *at, len, true, |byte| byte == b' ');
+            prop_assert_eq!(marked(&near, &text, from, last), (from..text.len()).filter(may).collect::<Vec<_>>());
+        }
+    }
+}
