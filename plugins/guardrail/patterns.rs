@@ -224,10 +224,10 @@ pub(crate) enum Ruling {
 pub(crate) trait Judge: Debug + Send + Sync {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling;
 
-    /// Whether a match may begin at this place, where that can be said at little cost. False only if no expression can
-    /// match here, whatever follows: a match that is known before this looks at what is behind it would else depend on
-    /// the pieces.
-    fn may_begin(&self, _text: &[u8], _start: usize, _last: bool) -> bool {
+    /// Whether a match may begin at this place, where that can be said at little cost. False only if nothing that an
+    /// expression matches here would be ruled to be one, whatever follows: a match that is known before this looks at what
+    /// is behind it would else depend on the pieces.
+    fn may_begin(&self, _text: &str, _start: usize, _last: bool) -> bool {
         true
     }
 }
@@ -302,7 +302,7 @@ impl<J: Judge> Patterns<J> {
         self.first[usize::from(byte)]
             && !(self.at_boundary && within_a_word())
             && text.is_char_boundary(start)
-            && self.judge.may_begin(bytes, start, last)
+            && self.judge.may_begin(text, start, last)
     }
 }
 
