@@ -59,11 +59,14 @@ impl<S: Simd> Block<S> {
 /// What the bytes near a place must be that a match may begin there.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Near {
-    /// One of these is at most so far behind the place, where one of those others is.
+    /// One of these is at most so far behind the place, where one of those others is; the farthest first.
     Any(Table, Vec<(usize, Table)>),
     /// So many of these stand there.
     All(Table, usize),
 }
+
+/// So many are told at once, at most.
+pub(crate) const NEARS_MAX: usize = 6;
 
 /// The places of a text.
 pub(crate) struct Marks<'t> {
@@ -80,13 +83,10 @@ impl<'t> Marks<'t> {
         Self { text, from, last, bits: vec![0; (text.len() - from).div_ceil(BLOCK)] }
     }
 
-    /// Marks the places that have near them what they must.
-    pub fn mark(&mut self, near: &Near) {
-        let (text, bits, last) = (&self.text[self.from..], &mut self.bits[..], self.last);
-        dispatch!(Level::new(), simd => match near {
-            Near::Any(table, firsts) => mark_any(simd, table, firsts, text, last, bits),
-            Near::All(table, len) => mark_all(simd, table, *len, text, last, bits),
-        });
+    /// Marks the places that have near them what one of these says.
+    pub fn mark(&mut self, nears: &[Near]) {
+        let (text, last, marks) = (&self.text[self.from..], self.last, &mut self.bits[..]);
+        dispatch!(Level::new(), simd => mark(simd, nears, text, last, marks));
     }
 
     /// Marks the places from `first` to `last`.
@@ -106,59 +106,75 @@ impl<'t> Marks<'t> {
 
     /// The first marked place from `at` on; the text's length if there is none.
     pub fn next(&self, at: usize) -> usize {
-        let (index, within) = ((at - self.from) / BLOCK, (at - self.from) % BLOCK);
-        let Some((here, behind)) = self.bits.get(index..).and_then(<[u64]>::split_first) else {
-            return self.text.len();
-        };
-        let here = here & (u64::MAX << within);
-        let found = |index: usize, bits: u64| self.from + index * BLOCK + bits.trailing_zeros() as usize;
-        if here != 0 {
-            return found(index, here).min(self.text.len());
+        let place = at - self.from;
+        let mut index = place / BLOCK;
+        let mut bits = self.bits.get(index).map_or(0, |bits| bits & u64::MAX << (place % BLOCK));
+        while bits == 0 {
+            index += 1;
+            let Some(next) = self.bits.get(index) else { return self.text.len() };
+            bits = *next;
         }
-        let next = behind.iter().position(|bits| *bits != 0);
-        next.map_or(self.text.len(), |next| found(index + 1 + next, behind[next]).min(self.text.len()))
+        self.from + index * BLOCK + bits.trailing_zeros() as usize
     }
 }
 
+/// The places of a short text that have a byte of a table.
+pub(crate) fn places(text: &[u8], table: &Table) -> u64 {
+    let text = &text[..text.len().min(BLOCK)];
+    let block = dispatch!(Level::new(), simd => block(simd, text, 0).of(simd, table));
+    block & there(text, 0)
+}
+
 #[inline(always)]
-fn mark_any<S: Simd>(simd: S, table: &Table, firsts: &[(usize, Table)], text: &[u8], last: bool, marks: &mut [u64]) {
-    let mut next = if last { usize::MAX } else { text.len() };
+fn mark<S: Simd>(simd: S, nears: &[Near], text: &[u8], last: bool, marks: &mut [u64]) {
+    // Where the next hit behind the block is.
+    let mut nexts = [usize::MAX; NEARS_MAX];
+    for (nth, near) in nears.iter().enumerate() {
+        if last == matches!(near, Near::All(..)) {
+            nexts[nth] = text.len();
+        }
+    }
     for (index, marks) in marks.iter_mut().enumerate().rev() {
         let at = index * BLOCK;
-        let block = Block::new(simd, &bytes(text, at));
-        let hits = block.of(simd, table) & there(text, at);
-        for (reach, first) in firsts {
-            let near = near(hits, at, next, *reach);
-            if near != 0 {
-                *marks |= near & block.of(simd, first);
+        let block = block(simd, text, at);
+        let there = there(text, at);
+        for (nth, near) in nears.iter().enumerate() {
+            let next = nexts[nth];
+            let hits = match near {
+                Near::Any(table, firsts) => {
+                    let hits = block.of(simd, table) & there;
+                    for (reach, first) in firsts {
+                        let places = before(hits, at, next, *reach);
+                        if places == 0 {
+                            break;
+                        }
+                        *marks |= places & block.of(simd, first) & there;
+                    }
+                    hits
+                }
+                Near::All(table, len) => {
+                    let others = !block.of(simd, table) & there;
+                    *marks |= !before(others, at, next, len - 1) & there;
+                    others
+                }
+            };
+            if hits != 0 {
+                nexts[nth] = at + hits.trailing_zeros() as usize;
             }
-        }
-        if hits != 0 {
-            next = at + hits.trailing_zeros() as usize;
-        }
-    }
-}
-
-#[inline(always)]
-fn mark_all<S: Simd>(simd: S, table: &Table, len: usize, text: &[u8], last: bool, marks: &mut [u64]) {
-    let mut next = if last { text.len() } else { usize::MAX };
-    for (index, marks) in marks.iter_mut().enumerate().rev() {
-        let at = index * BLOCK;
-        let others = !Block::new(simd, &bytes(text, at)).of(simd, table) & there(text, at);
-        *marks |= !near(others, at, next, len - 1);
-        if others != 0 {
-            next = at + others.trailing_zeros() as usize;
         }
     }
 }
 
 #[inline(always)]
 fn unmark_inside_words<S: Simd>(simd: S, text: &[u8], inside: bool, marks: &mut [u64]) {
-    for (index, marks) in marks.iter_mut().enumerate().filter(|(_, marks)| **marks != 0) {
+    for (index, marks) in marks.iter_mut().enumerate() {
+        if *marks == 0 {
+            continue;
+        }
         let at = index * BLOCK;
-        let words = Block::new(simd, &bytes(text, at)).of(simd, &WORD);
-        let before = if at > 0 { is_word(text[at - 1]) } else { inside };
-        *marks &= !(words & (words << 1 | u64::from(before)));
+        let words = block(simd, text, at).of(simd, &WORD);
+        let behind = if at > 0 { is_word(text[at - 1]) } else { inside };
+        *marks &= !(words & (words << 1 | u64::from(behind)));
     }
 }
 
@@ -169,38 +185,42 @@ const WORD: Table = Table {
 };
 
 /// Whether words are made of it, as automata know them.
+#[inline]
 pub(crate) fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_'
 }
 
 /// The places of a block that have a hit at most so far behind them, in the block or where the next one is.
 #[inline(always)]
-fn near(hits: u64, at: usize, next: usize, reach: usize) -> u64 {
-    let (mut near, mut covered) = (hits, 0);
+fn before(hits: u64, at: usize, next: usize, reach: usize) -> u64 {
+    let (mut places, mut covered) = (hits, 0);
     while hits != 0 && covered < reach.min(BLOCK - 1) {
         let step = (covered + 1).min(reach - covered);
-        near |= near >> step;
+        places |= places >> step;
         covered += step;
     }
     let from = next.saturating_sub(reach);
-    if from < at + BLOCK { near | u64::MAX << from.saturating_sub(at) } else { near }
-}
-
-/// The bytes of a block; behind the text's end there are zeros.
-#[inline(always)]
-fn bytes(text: &[u8], at: usize) -> [u8; BLOCK] {
-    if let Some(whole) = text[at..].first_chunk() {
-        return *whole;
-    }
-    let mut part = [0; BLOCK];
-    part[..text.len() - at].copy_from_slice(&text[at..]);
-    part
+    if from < at + BLOCK { places | u64::MAX << from.saturating_sub(at) } else { places }
 }
 
 /// The places of a block that are in the text.
 #[inline(always)]
 fn there(text: &[u8], at: usize) -> u64 {
-    u64::MAX >> (BLOCK - (text.len() - at).min(BLOCK))
+    match text.len() - at {
+        0 => 0,
+        len => u64::MAX >> (BLOCK - len.min(BLOCK)),
+    }
+}
+
+/// The bytes of a block; behind the text's end there are zeros.
+#[inline(always)]
+fn block<S: Simd>(simd: S, text: &[u8], at: usize) -> Block<S> {
+    if let Some(whole) = text[at..].first_chunk() {
+        return Block::new(simd, whole);
+    }
+    let mut part = [0; BLOCK];
+    part[..text.len() - at].copy_from_slice(&text[at..]);
+    Block::new(simd, &part)
 }
 
 #[cfg(test)]
@@ -217,7 +237,7 @@ mod tests {
 
     fn marked(near: &Near, text: &str, from: usize, last: bool) -> Vec<usize> {
         let mut marks = Marks::new(text.as_bytes(), from, last);
-        marks.mark(near);
+        marks.mark(std::slice::from_ref(near));
         all(&marks)
     }
 
@@ -268,13 +288,14 @@ mod tests {
         fn the_places_that_have_a_byte_near_are_marked_and_no_others(
             text in "[a-d ]{0,9}([a-d]{0,70}|[cd]{0,300}|[ab7é]{0,20}){0,4}",
             from in 0usize..70,
-            reaches in proptest::collection::vec(0usize..200, 1..3),
+            mut reaches in proptest::collection::vec(0usize..200, 1..3),
             last: bool,
         ) {
             let from = from.min(text.len());
             let (hit, first) = (Table::new(&set(b"7")), Table::new(&set(b"bd")));
+            let reach = *reaches.iter().max().unwrap();
+            reaches.sort_by_key(|reach| std::cmp::Reverse(*reach));
             let near = Near::Any(hit, reaches.iter().map(|reach| (*reach, first.clone())).collect());
-            let reach = reaches.iter().max().unwrap();
             let may = |at: &usize| {
                 b"bd".contains(&text.as_bytes()[*at]) && has(&text, *at, reach + 1, last, |byte| byte == b'7')
             };

@@ -324,14 +324,7 @@ fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
 
 impl<J: Judge + 'static> Finder for Patterns<J> {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
-        Box::new(Way {
-            patterns: self,
-            at: 0,
-            patience: 0,
-            until: Vec::new(),
-            matching: Vec::new(),
-            agreed: Vec::new(),
-        })
+        Box::new(Way { patterns: self, at: 0, patience: 0, looks: Looks::default() })
     }
 
     fn hold_max(&self) -> usize {
@@ -350,7 +343,13 @@ struct Way<J> {
     at: u64,
     /// Nothing is looked at again before the text is so long.
     patience: u64,
-    /// The expressions that have a match which goes on behind [`Self::at`], and where it ends.
+    looks: Looks,
+}
+
+/// What was seen at a place.
+#[derive(Default)]
+struct Looks {
+    /// The expressions that have a match which goes on behind the place, and where it ends.
     until: Vec<(usize, u64)>,
     /// The expressions that match at the place at hand.
     matching: Vec<usize>,
@@ -372,7 +371,7 @@ impl<J: Judge + 'static> Search for Way<J> {
         if !window.last && window.base + (len as u64) < self.patience {
             return self.at;
         }
-        let patterns = Arc::clone(&self.patterns);
+        let patterns = &*self.patterns;
         let mut cache = None;
         let mut start = (self.at - window.base) as usize;
         let triggers = patterns.triggers.as_ref().filter(|_| len - start >= SHORT);
@@ -387,7 +386,7 @@ impl<J: Judge + 'static> Search for Way<J> {
                 continue;
             }
             let cache = cache.get_or_insert_with(|| patterns.caches.get());
-            match self.look(cache, window, start, found) {
+            match self.looks.look(patterns, cache, window, start, found) {
                 Place::Undecided => break,
                 Place::Decided => start += 1,
                 Place::Taken(end) => start = end.max(start + 1),
@@ -399,22 +398,29 @@ impl<J: Judge + 'static> Search for Way<J> {
     }
 }
 
-impl<J: Judge + 'static> Way<J> {
-    fn look(&mut self, cache: &mut Cache, window: &Window<'_>, start: usize, found: &mut Vec<Found>) -> Place {
+impl Looks {
+    fn look<J: Judge>(
+        &mut self,
+        patterns: &Patterns<J>,
+        cache: &mut Cache,
+        window: &Window<'_>,
+        start: usize,
+        found: &mut Vec<Found>,
+    ) -> Place {
         self.matching.clear();
-        match run(&self.patterns, cache, window, start, &mut self.matching) {
+        match run(patterns, cache, window, start, &mut self.matching) {
             None => return Place::Undecided,
             Some(false) => return Place::Decided,
             Some(true) => self.matching.sort_unstable(),
         }
         self.agreed.clear();
         for index in 0..self.matching.len() {
-            match self.ask(self.matching[index], window, start) {
+            match self.ask(patterns, self.matching[index], window, start) {
                 Err(More) => return Place::Undecided,
                 Ok(None) => {}
                 Ok(Some(one)) => {
                     let end = (one.range.end - window.base) as usize;
-                    if self.patterns.exclusive {
+                    if patterns.exclusive {
                         found.push(one);
                         return Place::Taken(end);
                     }
@@ -429,16 +435,22 @@ impl<J: Judge + 'static> Way<J> {
     }
 
     /// What an expression that matches at this place, and the judge, say of it.
-    fn ask(&self, index: usize, window: &Window<'_>, start: usize) -> Result<Option<Found>, More> {
+    fn ask<J: Judge>(
+        &self,
+        patterns: &Patterns<J>,
+        index: usize,
+        window: &Window<'_>,
+        start: usize,
+    ) -> Result<Option<Found>, More> {
         let busy = |(other, end): &(usize, u64)| *other == index && *end > window.base + start as u64;
-        let Some(pattern) = self.patterns.patterns.get(index).filter(|_| !self.until.iter().any(busy)) else {
+        let Some(pattern) = patterns.patterns.get(index).filter(|_| !self.until.iter().any(busy)) else {
             return Ok(None);
         };
         let Some((end, from, to)) = pattern.find(window.text, start) else { return Ok(None) };
         let end = window.text.ceil_char_boundary(end);
         let group = (window.text.floor_char_boundary(from), window.text.ceil_char_boundary(to));
         let candidate = Candidate { pattern: index, text: window.text, start, group, end, last: window.last };
-        match self.patterns.judge.judge(&candidate) {
+        match patterns.judge.judge(&candidate) {
             Ruling::No => Ok(None),
             Ruling::More if window.last => Ok(None),
             Ruling::More => Err(More),

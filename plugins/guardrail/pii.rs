@@ -213,16 +213,23 @@ fn is_timestamp(text: &[u8]) -> bool {
         b' ' => b" T".contains(byte),
         _ => byte == shape,
     };
-    (text.starts_with(b"20") || text.starts_with(b"19"))
+    matches!(text, [b'2', b'0', ..] | [b'1', b'9', ..])
         && text.first_chunk::<15>().is_some_and(|text| text.iter().zip(SHAPE).all(fits))
 }
 
 /// Whether hexadecimal digits and colons are an address: eight groups, or some left out. A time is neither.
 fn may_be_ip6(text: &[u8], last: bool) -> bool {
-    let end = text.iter().position(|byte| !byte.is_ascii_hexdigit() && *byte != b':');
-    let address = &text[..end.unwrap_or(text.len())];
-    let colons = address.iter().filter(|byte| **byte == b':').count();
-    colons >= 7 || address.windows(2).any(|pair| pair == b"::") || (end.is_none() && !last)
+    let (mut colons, mut before) = (0, 0);
+    for byte in text {
+        match byte {
+            b':' if before == b':' => return true,
+            b':' => colons += 1,
+            _ if !byte.is_ascii_hexdigit() => return colons >= 7,
+            _ => {}
+        }
+        before = *byte;
+    }
+    colons >= 7 || !last
 }
 
 fn email(candidate: &Candidate<'_>) -> Ruling {

@@ -5,11 +5,13 @@
 //! and chosen by what it costs on prose. Bytes are looked for with vector compares, literals by hashed trigrams that are
 //! sampled every few bytes, as Wu and Manber do. A trigger is a suspicion, never a verdict.
 
+use std::cmp::Reverse;
+
 use aho_corasick::packed;
 use memchr::memmem;
 use regex_syntax::hir::{Class, Hir, HirKind};
 
-use super::marks::{Marks, Near, Table};
+use super::marks::{Marks, NEARS_MAX, Near, Table};
 
 /// A set of bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,7 +86,7 @@ fn frequency(byte: u8) -> f32 {
         b'A'..=b'Z' => 0.4 + LETTERS[usize::from(byte - b'A')] / 60.,
         b' ' => 170.,
         b'.' | b',' | b'\n' => 11.,
-        b'-' | b'\'' | b'"' => 4.,
+        b'-' | b'\'' | b'"' => 6.,
         b'0'..=b'9' => 0.5,
         128.. => 3.,
         // Few in prose, but text is also code, tables and logs.
@@ -161,7 +163,8 @@ impl Need {
     fn cost(&self) -> f32 {
         let shortest = self.literals.iter().map(Vec::len).min();
         let literals = |len: usize| if len < SAMPLED { 150. } else { 1200. / (len - 2) as f32 };
-        let looking = shortest.map_or(30., literals) + 60. * self.exact.len() as f32;
+        let sets = if self.bytes.is_empty() { 0. } else { 60. };
+        let looking = sets + shortest.map_or(0., literals) + 60. * self.exact.len() as f32;
         let bytes: f32 = self.bytes.bytes().map(frequency).sum();
         // With every other rule that needs bytes, suspicions become more.
         let hits = bytes + self.literals.iter().map(|literal| if literal.len() > 4 { 0.2 } else { 1. }).sum::<f32>();
@@ -289,13 +292,10 @@ enum Probe {
 }
 
 /// Needs with a longer reach are looked for on their own, or each suspicion of another would cost as much as theirs.
-const NEAR: usize = 4;
+const NEAR: usize = 3;
 
 /// So many literals are looked for each on its own.
 const SEARCHES_MAX: usize = 12;
-
-/// So many sets of bytes are looked for each on its own, and each in so many reaches.
-const SETS_MAX: usize = 6;
 
 impl Triggers {
     /// The triggers for rules with these needs, whose matches begin with these bytes; None if a rule may begin anywhere.
@@ -317,7 +317,7 @@ impl Triggers {
                 }
             }
         }
-        let near = bytes.iter().map(Bytes::near).collect();
+        let near = bytes.into_iter().map(Bytes::near).collect();
         Some(Self { near, literals: parts.iter().map(Literals::new).collect(), at_boundary })
     }
 
@@ -329,7 +329,9 @@ impl Triggers {
     /// The places of a text, from `from` on, where a match may begin.
     pub fn marks<'t>(&self, text: &'t [u8], from: usize, last: bool) -> Marks<'t> {
         let mut marks = Marks::new(text, from, last);
-        self.near.iter().for_each(|near| marks.mark(near));
+        if !self.near.is_empty() {
+            marks.mark(&self.near);
+        }
         self.literals.iter().for_each(|literals| literals.mark(text, from, last, &mut marks));
         if self.at_boundary {
             marks.unmark_inside_words();
@@ -346,13 +348,14 @@ struct Bytes {
 
 /// Adds a need to those of the same bytes; where there are many others, to the last of them.
 fn offer(all: &mut Vec<Bytes>, set: ByteSet, reach: usize, first: &ByteSet) {
-    let full = (all.len() >= SETS_MAX).then(|| SETS_MAX - 1);
+    let reach = reach.max(NEAR);
+    let full = (all.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
     let Some(at) = all.iter().position(|bytes| bytes.set == set).or(full) else {
         return all.push(Bytes { set, firsts: vec![(reach, *first)] });
     };
     let Bytes { set: all, firsts } = &mut all[at];
     all.union(&set);
-    let full = (firsts.len() >= SETS_MAX).then(|| SETS_MAX - 1);
+    let full = (firsts.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
     match firsts.iter().position(|(other, _)| *other == reach).or(full) {
         Some(at) => {
             firsts[at].0 = reach.max(firsts[at].0);
@@ -363,8 +366,10 @@ fn offer(all: &mut Vec<Bytes>, set: ByteSet, reach: usize, first: &ByteSet) {
 }
 
 impl Bytes {
-    fn near(&self) -> Near {
-        Near::Any(Table::new(&self.set), self.firsts.iter().map(|(reach, first)| (*reach, Table::new(first))).collect())
+    fn near(mut self) -> Near {
+        self.firsts.sort_by_key(|(reach, _)| Reverse(*reach));
+        let firsts = self.firsts.iter().map(|(reach, first)| (*reach, Table::new(first)));
+        Near::Any(Table::new(&self.set), firsts.collect())
     }
 }
 

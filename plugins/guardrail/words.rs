@@ -157,7 +157,7 @@ fn firsts(keys: &[String], folded: bool) -> ByteSet {
 
 impl Finder for Words {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
-        Box::new(Reading { words: self, at: 0, patience: 0, until: Vec::new(), matching: Vec::new() })
+        Box::new(Reading { words: self, at: 0, patience: 0, looks: Looks::default() })
     }
 
     fn hold_max(&self) -> usize {
@@ -169,7 +169,13 @@ struct Reading {
     words: Arc<Words>,
     at: u64,
     patience: u64,
-    /// The rules that have a match which goes on behind [`Self::at`], and where it ends.
+    looks: Looks,
+}
+
+/// What was seen at a place.
+#[derive(Default)]
+struct Looks {
+    /// The rules that have a match which goes on behind the place, and where it ends.
     until: Vec<(usize, u64)>,
     /// The words that match at the place at hand, and where they end; for each rule the longest.
     matching: Vec<(usize, usize)>,
@@ -181,16 +187,16 @@ impl Search for Reading {
         if !window.last && window.base + (len as u64) < self.patience {
             return self.at;
         }
-        let words = Arc::clone(&self.words);
+        let words = &*self.words;
         let mut start = (self.at - window.base) as usize;
         let triggers = words.triggers.as_ref().filter(|_| len - start >= SHORT);
         let marks = triggers.map(|triggers| triggers.marks(window.text.as_bytes(), start, window.last));
         loop {
             start = marks.as_ref().map_or(start, |marks| marks.next(start));
-            if start >= len || !self.look(&words, window, start) {
+            if start >= len || !self.looks.look(words, window, start) {
                 break;
             }
-            self.note(&words, window, start, found);
+            self.looks.note(words, window, start, found);
             start += 1;
         }
         self.at = window.base + start.min(len) as u64;
@@ -199,7 +205,7 @@ impl Search for Reading {
     }
 }
 
-impl Reading {
+impl Looks {
     /// Walks the tree from a place; false if more text may change what is found.
     fn look(&mut self, words: &Words, window: &Window<'_>, start: usize) -> bool {
         self.matching.clear();

@@ -1,5 +1,9 @@
 //! Check digits, and words that stand before something.
 
+use std::sync::OnceLock;
+
+use super::super::marks::{Table, places};
+use super::super::triggers::ByteSet;
 use super::Candidate;
 
 /// The digits of a text as numbers.
@@ -78,28 +82,36 @@ pub fn mod11_10(number: &[u8]) -> bool {
 pub struct Before {
     words: &'static [&'static str],
     /// The bytes that they begin with.
-    firsts: [bool; 256],
+    firsts: OnceLock<Table>,
 }
 
 impl Before {
     /// Words of a list, in lower case.
     pub const fn new(words: &'static [&'static str]) -> Self {
-        let (mut firsts, mut at) = ([false; 256], 0);
-        while at < words.len() {
-            let first = words[at].as_bytes()[0];
-            firsts[first as usize] = true;
-            firsts[first.to_ascii_uppercase() as usize] = true;
-            at += 1;
-        }
-        Self { words, firsts }
+        Self { words, firsts: OnceLock::new() }
     }
 
-    /// Whether one of them begins within the last `within` bytes of what is before.
+    /// Whether one of them begins within the last `within` bytes of what is before, at most 64.
     pub fn stands(&self, before: &str, within: usize) -> bool {
         let near = near(before, within);
-        let begins = |at: usize, byte: u8| self.firsts[usize::from(byte)] && one_begins(near, at, self.words);
-        near.bytes().enumerate().any(|(at, byte)| begins(at, byte))
+        let mut places = places(near.as_bytes(), self.firsts.get_or_init(|| firsts(self.words)));
+        while places != 0 {
+            if one_begins(near, places.trailing_zeros() as usize, self.words) {
+                return true;
+            }
+            places &= places - 1;
+        }
+        false
     }
+}
+
+fn firsts(words: &[&str]) -> Table {
+    let mut set = ByteSet::EMPTY;
+    for first in words.iter().filter_map(|word| word.as_bytes().first()) {
+        set.add(first.to_ascii_lowercase());
+        set.add(first.to_ascii_uppercase());
+    }
+    Table::new(&set)
 }
 
 /// Whether one of a few words begins within the last `within` bytes before the match.
@@ -116,7 +128,7 @@ fn one_begins(text: &str, at: usize, words: &[&str]) -> bool {
     let here = |word: &&str| {
         text.as_bytes().get(at..at + word.len()).is_some_and(|bytes| bytes.eq_ignore_ascii_case(word.as_bytes()))
     };
-    words.iter().any(here) && begins_a_word(text, at)
+    begins_a_word(text, at) && words.iter().any(here)
 }
 
 fn begins_a_word(text: &str, at: usize) -> bool {
