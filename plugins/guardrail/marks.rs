@@ -83,8 +83,16 @@ impl<'t> Marks<'t> {
         Self { text, from, last, bits: vec![0; (text.len() - from).div_ceil(BLOCK)] }
     }
 
+    /// Marks all places.
+    pub fn mark_all(&mut self) {
+        self.bits.fill(u64::MAX);
+    }
+
     /// Marks the places that have near them what one of these says.
     pub fn mark(&mut self, nears: &[Near]) {
+        if nears.is_empty() {
+            return;
+        }
         let (text, last, marks) = (&self.text[self.from..], self.last, &mut self.bits[..]);
         dispatch!(Level::new(), simd => mark(simd, nears, text, last, marks));
     }
@@ -97,14 +105,14 @@ impl<'t> Marks<'t> {
         }
     }
 
-    /// Unmarks the places inside words of ASCII.
-    pub fn unmark_inside_words(&mut self) {
+    /// Keeps the marks where a byte of a table is and, `at_boundary`, none inside words of ASCII.
+    pub fn keep(&mut self, first: &Table, at_boundary: bool) {
         let (text, bits) = (&self.text[self.from..], &mut self.bits[..]);
-        let inside = self.from.checked_sub(1).is_some_and(|before| is_word(self.text[before]));
-        dispatch!(Level::new(), simd => unmark_inside_words(simd, text, inside, bits));
+        let behind = self.from.checked_sub(1).is_some_and(|before| is_word(self.text[before]));
+        dispatch!(Level::new(), simd => keep(simd, first, at_boundary, text, behind, bits));
     }
 
-    /// The first marked place from `at` on; the text's length if there is none.
+    /// The first marked place from `at` on; the text's length if there is none. [`Self::keep`] comes before.
     pub fn next(&self, at: usize) -> usize {
         let place = at - self.from;
         let mut index = place / BLOCK;
@@ -148,13 +156,13 @@ fn mark<S: Simd>(simd: S, nears: &[Near], text: &[u8], last: bool, marks: &mut [
                         if places == 0 {
                             break;
                         }
-                        *marks |= places & block.of(simd, first) & there;
+                        *marks |= places & block.of(simd, first);
                     }
                     hits
                 }
                 Near::All(table, len) => {
                     let others = !block.of(simd, table) & there;
-                    *marks |= !before(others, at, next, len - 1) & there;
+                    *marks |= !before(others, at, next, len - 1);
                     others
                 }
             };
@@ -166,15 +174,19 @@ fn mark<S: Simd>(simd: S, nears: &[Near], text: &[u8], last: bool, marks: &mut [
 }
 
 #[inline(always)]
-fn unmark_inside_words<S: Simd>(simd: S, text: &[u8], inside: bool, marks: &mut [u64]) {
+fn keep<S: Simd>(simd: S, first: &Table, at_boundary: bool, text: &[u8], behind: bool, marks: &mut [u64]) {
     for (index, marks) in marks.iter_mut().enumerate() {
         if *marks == 0 {
             continue;
         }
         let at = index * BLOCK;
-        let words = block(simd, text, at).of(simd, &WORD);
-        let behind = if at > 0 { is_word(text[at - 1]) } else { inside };
-        *marks &= !(words & (words << 1 | u64::from(behind)));
+        let block = block(simd, text, at);
+        *marks &= block.of(simd, first) & there(text, at);
+        if at_boundary {
+            let words = block.of(simd, &WORD);
+            let behind = if at > 0 { is_word(text[at - 1]) } else { behind };
+            *marks &= !(words & (words << 1 | u64::from(behind)));
+        }
     }
 }
 
@@ -238,6 +250,7 @@ mod tests {
     fn marked(near: &Near, text: &str, from: usize, last: bool) -> Vec<usize> {
         let mut marks = Marks::new(text.as_bytes(), from, last);
         marks.mark(std::slice::from_ref(near));
+        marks.keep(&Table::new(&set(&(0..=255).collect::<Vec<_>>())), false);
         all(&marks)
     }
 
@@ -274,13 +287,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn only_the_first_places_of_words_stay_marked(text in "([a-zA-Z0-9_]{0,90}[ .é]?){0,6}", from in 0usize..70) {
+        fn only_first_bytes_stay_marked_and_none_inside_a_word(
+            text in "([a-zA-Z0-9_]{0,90}[ .é]?){0,6}",
+            from in 0usize..70,
+            at_boundary: bool,
+        ) {
             let from = from.min(text.len());
             let mut marks = Marks::new(text.as_bytes(), from, true);
-            marks.mark_range(0, usize::MAX);
-            marks.unmark_inside_words();
+            marks.mark_all();
+            marks.keep(&Table::new(&set(b"aeiou .")), at_boundary);
             let word = |at: usize| is_word(text.as_bytes()[at]);
-            let expected = (from..text.len()).filter(|at| *at == 0 || !word(*at) || !word(at - 1));
+            let inside = |at: usize| at_boundary && at > 0 && word(at) && word(at - 1);
+            let first = |at: usize| b"aeiou .".contains(&text.as_bytes()[at]);
+            let expected = (from..text.len()).filter(|at| first(*at) && !inside(*at));
             prop_assert_eq!(all(&marks), expected.collect::<Vec<_>>());
         }
 

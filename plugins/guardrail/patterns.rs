@@ -22,7 +22,7 @@ use regex_syntax::hir::Hir;
 use super::marks::is_word;
 use super::runs::Run;
 use super::stream::{Finder, Found, IMPATIENT, Search, Window, look_back, patient};
-use super::triggers::{Need, Triggers, firsts};
+use super::triggers::{ByteSet, Need, Triggers, firsts};
 
 /// One expression.
 #[derive(Clone, Debug)]
@@ -254,12 +254,8 @@ pub(crate) struct Patterns<J> {
     exclusive: bool,
     dfa: DFA,
     caches: Pool<Cache, MakeCache>,
-    /// What tells where matches may begin; None if they may anywhere.
-    triggers: Option<Triggers>,
-    /// The bytes that a match may begin with.
-    first: Box<[bool; 256]>,
-    /// Whether every match begins at the beginning of a word.
-    at_boundary: bool,
+    /// Where matches may begin.
+    triggers: Triggers,
     /// The most bytes that are looked at from one place, where the expressions do not bound it themselves.
     limit: usize,
     longest: usize,
@@ -289,27 +285,17 @@ impl<J: Judge> Patterns<J> {
         // Words begin so rarely in a long run that nothing else has to be looked for there.
         let run = if at_boundary { Run::of(hirs.into_iter()) } else { None };
         let triggers = match run {
-            Some(run) => Some(Triggers::of_run(&run.inside, run.len, at_boundary)),
-            None => Triggers::new(&needs, at_boundary),
+            Some(run) => Triggers::of_run(&run, &first, at_boundary),
+            None => Triggers::new(&needs, &first, at_boundary),
         };
-        Ok(Self { patterns, judge, exclusive, dfa, caches, triggers, first, at_boundary, limit, longest })
-    }
-
-    fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
-        let bytes = text.as_bytes();
-        let byte = bytes[start];
-        let within_a_word = || start > 0 && is_word(bytes[start - 1]) && is_word(byte);
-        self.first[usize::from(byte)]
-            && !(self.at_boundary && within_a_word())
-            && text.is_char_boundary(start)
-            && self.judge.may_begin(text, start, last)
+        Ok(Self { patterns, judge, exclusive, dfa, caches, triggers, limit, longest })
     }
 }
 
 const CACHE_MAX: usize = 16 << 20;
 
 /// The bytes that something may begin with, and whether it begins only at the beginning of a word.
-fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
+fn beginnings(dfa: &DFA) -> (ByteSet, bool) {
     let mut cache = dfa.create_cache();
     let mut alive = |behind: Option<u8>, byte: u8| {
         let start = start::Config::new().anchored(Anchored::Yes).look_behind(behind);
@@ -317,9 +303,11 @@ fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
         dfa.next_state(&mut cache, start, byte).map_or(true, |state| !state.is_dead())
     };
     let before = [None, Some(b' '), Some(b'\n'), Some(b'\r'), Some(b'a')];
-    let first = std::array::from_fn(|byte| before.iter().any(|behind| alive(*behind, byte as u8)));
+    let mut first = ByteSet::EMPTY;
+    let begins = |byte: &u8| before.iter().any(|behind| alive(*behind, *byte));
+    (0..=u8::MAX).filter(begins).for_each(|byte| first.add(byte));
     let at_boundary = !(0..=u8::MAX).filter(|byte| is_word(*byte)).any(|byte| alive(Some(b'a'), byte));
-    (Box::new(first), at_boundary)
+    (first, at_boundary)
 }
 
 impl<J: Judge + 'static> Finder for Patterns<J> {
@@ -332,9 +320,6 @@ impl<J: Judge + 'static> Finder for Patterns<J> {
         held + if held as u64 > IMPATIENT { held / 8 } else { 0 }
     }
 }
-
-/// In fewer bytes, trying every place costs less than telling which may be left out.
-pub(crate) const SHORT: usize = 32;
 
 /// A search that is under way.
 struct Way<J> {
@@ -374,14 +359,13 @@ impl<J: Judge + 'static> Search for Way<J> {
         let patterns = &*self.patterns;
         let mut cache = None;
         let mut start = (self.at - window.base) as usize;
-        let triggers = patterns.triggers.as_ref().filter(|_| len - start >= SHORT);
-        let marks = triggers.map(|triggers| triggers.marks(window.text.as_bytes(), start, window.last));
+        let starts = patterns.triggers.starts(window.text.as_bytes(), start, window.last);
         loop {
-            start = marks.as_ref().map_or(start, |marks| marks.next(start));
+            start = starts.next(start);
             if start >= len {
                 break;
             }
-            if !patterns.may_begin(window.text, start, window.last) {
+            if !window.text.is_char_boundary(start) || !patterns.judge.may_begin(window.text, start, window.last) {
                 start += 1;
                 continue;
             }
@@ -525,8 +509,60 @@ fn note(dfa: &DFA, cache: &Cache, state: LazyStateID, matching: &mut Vec<usize>)
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    impl<J: Judge> Patterns<J> {
+        /// The same, tried at every place.
+        pub(crate) fn everywhere(mut self) -> Self {
+            let mut all = ByteSet::EMPTY;
+            (0..=u8::MAX).for_each(|byte| all.add(byte));
+            self.triggers = Triggers::new(&[(None, all)], &all, false);
+            self
+        }
+    }
+
+    /// What is found in a text.
+    pub(crate) fn found<J: Judge + 'static>(patterns: &Arc<Patterns<J>>, text: &str) -> Vec<Found> {
+        let mut found = Vec::new();
+        Arc::clone(patterns).begin().advance(&Window { text, base: 0, last: true }, &mut found);
+        found
+    }
+
+    /// Expressions that are looked for in every way there is.
+    const EXPRESSIONS: &[&str] = &[
+        r"[a-z]{1,5}@[a-z]{2,5}",
+        r"\b[0-9]{2}-?[0-9]{2}\b",
+        r"(?i)aws.{0,9}[=:]",
+        r"\b[a-z]{1,6}://x",
+        r"\+?\(?\b[0-9]{3}",
+        r"\bkey-[0-9a-f]{20}",
+        r"é[a-z]|[x-z]{3}[éü]",
+        r"a.{0,150}b!",
+        r"(?i)passphrase|memory|fox",
+        r"c$|^k",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+
+        #[test]
+        fn no_place_is_left_out_where_a_match_begins(
+            text in "([a-z]{1,9}[ .@:]|[0-9]{2}-?|AwS =|é|x://x|key-[0-9a-f]{19,21}|pASSphrase|fox|a|b!|[c-k ]{30,90}){0,30}",
+            from in 0..EXPRESSIONS.len(),
+            count in 1usize..5,
+        ) {
+            let chosen = || EXPRESSIONS.iter().cycle().skip(from).take(count);
+            let made = || {
+                let pattern = |expression: &&str| Pattern::new(0, expression, expression, None, 0).unwrap();
+                Patterns::new(chosen().map(pattern).collect(), AsFound, false).unwrap()
+            };
+            let (fast, slow) = (found(&Arc::new(made()), &text), found(&Arc::new(made().everywhere()), &text));
+            prop_assert_eq!(fast, slow);
+        }
+    }
 
     #[test]
     fn word_boundaries_become_those_of_ascii() {
@@ -549,10 +585,10 @@ mod tests {
     fn the_beginnings_of_matches_are_read_off_the_automaton() {
         let made = |expression: &str| {
             let pattern = Pattern::new(0, "x", expression, None, 0).unwrap();
-            Patterns::new(vec![pattern], AsFound, false).unwrap()
+            beginnings(&Patterns::new(vec![pattern], AsFound, false).unwrap().dfa)
         };
-        let number = made(r"\b\d{2,4}");
-        assert!(number.at_boundary && number.first[usize::from(b'7')] && !number.first[usize::from(b'a')]);
-        assert!(!made("[0-9]{2,4}").at_boundary);
+        let (first, at_boundary) = made(r"\b\d{2,4}");
+        assert!(at_boundary && first.has(b'7') && !first.has(b'a'));
+        assert!(!made("[0-9]{2,4}").1);
     }
 }

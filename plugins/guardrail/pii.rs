@@ -122,17 +122,20 @@ pub(super) fn build(config: &Config, rule: usize) -> Result<Detector, Vec<Wrong>
     if config.find.is_empty() && config.countries.is_empty() {
         return Err(vec![(".find".to_owned(), "nothing is looked for: give a kind or a country".to_owned())]);
     }
+    let built = entities(config, rule).and_then(|(patterns, checks)| Patterns::new(patterns, checks, true));
+    Ok(Detector::Own(vec![Arc::new(built.map_err(|message| vec![(String::new(), message)])?)]))
+}
+
+fn entities(config: &Config, rule: usize) -> Result<(Vec<Pattern>, Checks), String> {
     let asked = |list: &'static [(Kind, Entity)]| {
         list.iter().filter(|(kind, _)| config.find.contains(kind)).map(|(_, entity)| entity)
     };
     let national = config.countries.iter().flat_map(|country| country.entities());
     let entities: Vec<&Entity> = asked(ENTITIES).chain(national).chain(asked(LATER)).collect();
-    let told = |message: String| vec![(String::new(), message)];
     let pattern = |entity: &&Entity| Pattern::ascii(rule, entity.label, entity.expression, None, 0);
-    let patterns = entities.iter().map(pattern).collect::<Result<Vec<_>, _>>().map_err(told)?;
+    let patterns = entities.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
     let checks = entities.iter().map(|entity| entity.check).collect();
-    let judge = Checks { checks, allow: config.allow.clone() };
-    Ok(Detector::Own(vec![Arc::new(Patterns::new(patterns, judge, true).map_err(told)?)]))
+    Ok((patterns, Checks { checks, allow: config.allow.clone() }))
 }
 
 /// The checks of the entities, in their order.
@@ -160,11 +163,11 @@ impl Judge for Checks {
 
     /// Most numbers are too short to be anything, or go on with what is before.
     fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
-        let (bytes, rest) = (text.as_bytes(), &text.as_bytes()[start..]);
+        let rest = &text.as_bytes()[start..];
         if !rest[0].is_ascii_digit() {
             return true;
         }
-        if start >= 2 && b"-.,/:_".contains(&bytes[start - 1]) && bytes[start - 2].is_ascii_digit() {
+        if goes_on(text.as_bytes(), start) {
             return false;
         }
         if is_timestamp(rest) {
@@ -173,7 +176,9 @@ impl Judge for Checks {
         let (mut count, mut dots, mut dashed, mut spaced) = (0, 0, false, false);
         for byte in rest {
             match byte {
+                b'0'..=b'9' if count + 1 == DIGITS_MIN => return true,
                 b'0'..=b'9' => count += 1,
+                b'.' if dots == 2 && !spaced => return true,
                 b'.' => dots += 1,
                 b' ' => spaced = true,
                 b'-' | b'/' => dashed = true,
@@ -186,12 +191,15 @@ impl Judge for Checks {
                 b'_' | b'%' | b'@' | b'+' if !spaced => return true,
                 _ => return count >= DATE_MIN && (dots > 0 || dashed),
             }
-            if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
-                return true;
-            }
         }
         !last || (count >= DATE_MIN && (dots > 0 || dashed))
     }
+}
+
+/// Whether the number that is here is the rest of one that began before: nothing begins in its middle.
+fn goes_on(text: &[u8], start: usize) -> bool {
+    let before = || b"-.,/:_".contains(&text[start - 1]) && text[start - 2].is_ascii_digit();
+    text[start].is_ascii_digit() && start >= 2 && before()
 }
 
 /// How months begin, and `of`.
@@ -492,9 +500,13 @@ fn is_date(groups: &[&str]) -> bool {
 mod tests {
     use std::sync::{Arc, LazyLock};
 
+    use proptest::prelude::*;
+
     use super::super::Scanner;
+    use super::super::patterns::tests::found;
     use super::super::redact::Placeholders;
     use super::super::tests::{built, check_cuts, judged, scanner_of};
+    use super::*;
 
     const COUNTRIES: &str = r#"["au","be","br","ca","ch","de","es","fr","gb","in","it","nl","pl","se","us"]"#;
 
@@ -587,5 +599,108 @@ mod tests {
         assert_eq!(judged(json, "prompt.user", text).0, text);
         let nothing = r#"[{"name":"p","in":["prompt.user"],"verdict":"redact","pii":{"find":[],"countries":[]}}]"#;
         assert!(built(nothing).unwrap_err()[0].1.contains("nothing is looked for"));
+    }
+
+    /// The same checks of every place that an expression matches, but where a number goes on.
+    #[derive(Debug)]
+    struct Everywhere(Checks);
+
+    impl Judge for Everywhere {
+        fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
+            self.0.judge(candidate)
+        }
+
+        fn may_begin(&self, text: &str, start: usize, _last: bool) -> bool {
+            !goes_on(text.as_bytes(), start)
+        }
+    }
+
+    /// All that there is, found as it is and found at every place.
+    fn both() -> (Arc<Patterns<Checks>>, Arc<Patterns<Everywhere>>) {
+        let countries = serde_json::from_str(COUNTRIES).unwrap();
+        let config = Config { countries, ..Config::default() };
+        let (patterns, checks) = entities(&config, 0).unwrap();
+        let fast = Patterns::new(patterns.clone(), checks, true).unwrap();
+        let slow = Patterns::new(patterns, Everywhere(entities(&config, 0).unwrap().1), true).unwrap();
+        (Arc::new(fast), Arc::new(slow.everywhere()))
+    }
+
+    const PARTS: &[&str] = &[
+        " ",
+        " ",
+        " ",
+        "-",
+        ".",
+        "/",
+        ":",
+        ", ",
+        "; ",
+        "\n",
+        "(",
+        ")",
+        "+",
+        "@",
+        "_",
+        "x",
+        "=",
+        "::",
+        "0",
+        "1",
+        "7",
+        "12",
+        "19",
+        "20",
+        "31",
+        "123",
+        "404",
+        "2026",
+        "4312",
+        "12345",
+        "123456",
+        "1234567",
+        "12345678",
+        "555",
+        "00",
+        "+1 ",
+        "T",
+        "Z",
+        " ms",
+        "at ",
+        "born ",
+        "née le ",
+        "call ",
+        "phone: ",
+        "passport ",
+        "jan",
+        "March ",
+        "of ",
+        "2026-11-07 13:17",
+        "1987-03-14",
+        "1999.12.31 ",
+        "2026-11-07T10:17:00",
+        "2001:db8::8a2e:370:7334",
+        "1:2:3:4:5:6:7:8",
+        "192.168.",
+        "17.4",
+        "4111 1111 1111 1111",
+        "555-123-4567",
+        "078-05-1120",
+        "811228-9874",
+        "bob@mail.example",
+        "GB82WEST12345698765432",
+        "X1234567L",
+        "é",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1500))]
+
+        #[test]
+        fn what_is_passed_over_is_nothing(parts in proptest::collection::vec((0..PARTS.len()).prop_map(|at| PARTS[at]), 1..40)) {
+            thread_local!(static BOTH: (Arc<Patterns<Checks>>, Arc<Patterns<Everywhere>>) = both());
+            let text = parts.concat();
+            let (fast, slow) = BOTH.with(|(fast, slow)| (found(fast, &text), found(slow, &text)));
+            prop_assert_eq!(fast, slow, "{}", text);
+        }
     }
 }

@@ -11,7 +11,8 @@ use aho_corasick::packed;
 use memchr::memmem;
 use regex_syntax::hir::{Class, Hir, HirKind};
 
-use super::marks::{Marks, NEARS_MAX, Near, Table};
+use super::marks::{Marks, NEARS_MAX, Near, Table, is_word};
+use super::runs::Run;
 
 /// A set of bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,7 @@ impl ByteSet {
         self.0[usize::from(byte >> 6)] |= 1 << (byte & 63);
     }
 
+    #[inline]
     pub fn has(&self, byte: u8) -> bool {
         self.0[usize::from(byte >> 6)] & (1 << (byte & 63)) != 0
     }
@@ -272,8 +274,42 @@ fn add_firsts(hir: &Hir, set: &mut ByteSet) -> bool {
 pub(crate) struct Triggers {
     near: Vec<Near>,
     literals: Vec<Literals>,
+    first: First,
     /// Whether they begin only where a word of ASCII does.
     at_boundary: bool,
+    /// Whether some rule needs nothing.
+    anywhere: bool,
+}
+
+/// The bytes that matches begin with, to look up many or one.
+#[derive(Debug)]
+struct First {
+    table: Table,
+    is: Box<[bool; 256]>,
+}
+
+impl First {
+    fn new(set: &ByteSet) -> Self {
+        Self { table: Table::new(set), is: Box::new(std::array::from_fn(|byte| set.has(byte as u8))) }
+    }
+}
+
+/// The places of one text where matches may begin.
+pub(crate) struct Starts<'t> {
+    triggers: &'t Triggers,
+    text: &'t [u8],
+    /// None where the text is short.
+    marks: Option<Marks<'t>>,
+}
+
+impl Starts<'_> {
+    /// The first of them from `at` on; the text's length if there is none.
+    pub fn next(&self, at: usize) -> usize {
+        match &self.marks {
+            Some(marks) => marks.next(at),
+            None => self.triggers.next(self.text, at),
+        }
+    }
 }
 
 /// Literals that are looked for together, and how far they are behind the start of a match.
@@ -294,15 +330,18 @@ enum Probe {
 /// Needs with a longer reach are looked for on their own, or each suspicion of another would cost as much as theirs.
 const NEAR: usize = 3;
 
+/// In fewer bytes, trying every place costs less than telling which may be left out.
+const SHORT: usize = 32;
+
 /// So many literals are looked for each on its own.
 const SEARCHES_MAX: usize = 12;
 
 impl Triggers {
-    /// The triggers for rules with these needs, whose matches begin with these bytes; None if a rule may begin anywhere.
-    pub fn new(needs: &[(Option<Need>, ByteSet)], at_boundary: bool) -> Option<Self> {
+    /// The triggers for rules with these needs and first bytes, and the first bytes of all.
+    pub fn new(needs: &[(Option<Need>, ByteSet)], all: &ByteSet, at_boundary: bool) -> Self {
         let (mut bytes, mut parts, mut alone): (Vec<Bytes>, Vec<Need>, usize) = (Vec::new(), Vec::new(), 0);
         for (need, first) in needs {
-            for mut need in split(need.as_ref()?) {
+            for mut need in need.iter().flat_map(split) {
                 if !need.bytes.is_empty() {
                     offer(&mut bytes, need.bytes, need.reach, first);
                     continue;
@@ -318,25 +357,38 @@ impl Triggers {
             }
         }
         let near = bytes.into_iter().map(Bytes::near).collect();
-        Some(Self { near, literals: parts.iter().map(Literals::new).collect(), at_boundary })
+        let literals = parts.iter().map(Literals::new).collect();
+        let anywhere = needs.iter().any(|(need, _)| need.is_none());
+        Self { near, literals, first: First::new(all), at_boundary, anywhere }
     }
 
-    /// The triggers for rules whose matches begin with a run of so many of these bytes.
-    pub fn of_run(inside: &ByteSet, len: usize, at_boundary: bool) -> Self {
-        Self { near: vec![Near::All(Table::new(inside), len)], literals: Vec::new(), at_boundary }
+    /// The triggers for rules whose matches begin with such a run.
+    pub fn of_run(run: &Run, first: &ByteSet, at_boundary: bool) -> Self {
+        let near = vec![Near::All(Table::new(&run.inside), run.len)];
+        Self { near, literals: Vec::new(), first: First::new(first), at_boundary, anywhere: false }
     }
 
     /// The places of a text, from `from` on, where a match may begin.
-    pub fn marks<'t>(&self, text: &'t [u8], from: usize, last: bool) -> Marks<'t> {
+    pub fn starts<'t>(&'t self, text: &'t [u8], from: usize, last: bool) -> Starts<'t> {
+        let long = text.len() - from >= SHORT;
+        Starts { triggers: self, text, marks: long.then(|| self.marks(text, from, last)) }
+    }
+
+    fn marks<'t>(&self, text: &'t [u8], from: usize, last: bool) -> Marks<'t> {
         let mut marks = Marks::new(text, from, last);
-        if !self.near.is_empty() {
-            marks.mark(&self.near);
+        if self.anywhere {
+            marks.mark_all();
         }
+        marks.mark(&self.near);
         self.literals.iter().for_each(|literals| literals.mark(text, from, last, &mut marks));
-        if self.at_boundary {
-            marks.unmark_inside_words();
-        }
+        marks.keep(&self.first.table, self.at_boundary);
         marks
+    }
+
+    /// The first place from `at` on that has a first byte, and is not inside a word where that counts.
+    fn next(&self, text: &[u8], at: usize) -> usize {
+        let inside = |at: usize| self.at_boundary && at > 0 && is_word(text[at - 1]) && is_word(text[at]);
+        (at..text.len()).find(|at| self.first.is[usize::from(text[*at])] && !inside(*at)).unwrap_or(text.len())
     }
 }
 
@@ -497,7 +549,7 @@ mod tests {
 
     fn starts(pattern: &str, text: &str) -> Vec<usize> {
         let hir = regex_syntax::parse(pattern).unwrap();
-        let triggers = Triggers::new(&[(need(pattern), firsts(&hir))], false).unwrap();
+        let triggers = Triggers::new(&[(need(pattern), firsts(&hir))], &firsts(&hir), false);
         let marks = triggers.marks(text.as_bytes(), 0, true);
         (0..text.len()).filter(|at| marks.next(*at) == *at).collect()
     }

@@ -9,7 +9,6 @@ use aho_corasick::{Anchored, MatchKind};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::patterns::SHORT;
 use super::stream::{Finder, Found, Search, Window, patient};
 use super::triggers::{ByteSet, Need, Triggers};
 use super::{Detector, World, Wrong};
@@ -90,8 +89,7 @@ pub(crate) struct Words {
     lengths: Vec<usize>,
     tree: contiguous::NFA,
     folded: bool,
-    triggers: Option<Triggers>,
-    first: ByteSet,
+    triggers: Triggers,
     whole: bool,
     longest: usize,
 }
@@ -118,15 +116,14 @@ impl Words {
             .build(&keys)
             .map_err(|error| error.to_string())?;
         let first = firsts(&keys, folded);
-        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded), first);
-        let needs: Vec<_> = keys.iter().map(need).collect();
         // The other case of some letters is not a byte away from it; such words are looked for everywhere.
         let plain = keys.iter().all(|key| !folded || key.is_ascii());
+        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded).filter(|_| plain), first);
+        let needs: Vec<_> = keys.iter().map(need).collect();
         let longest = keys.iter().map(|key| key.chars().count() * 4).max().unwrap_or(0).min(4 * WORD_MAX);
         Ok(Self {
-            first,
             lengths: keys.iter().map(String::len).collect(),
-            triggers: if plain { Triggers::new(&needs, false) } else { None },
+            triggers: Triggers::new(&needs, &first, false),
             whole: words.iter().all(|word| word.whole),
             words,
             tree,
@@ -189,10 +186,9 @@ impl Search for Reading {
         }
         let words = &*self.words;
         let mut start = (self.at - window.base) as usize;
-        let triggers = words.triggers.as_ref().filter(|_| len - start >= SHORT);
-        let marks = triggers.map(|triggers| triggers.marks(window.text.as_bytes(), start, window.last));
+        let starts = words.triggers.starts(window.text.as_bytes(), start, window.last);
         loop {
-            start = marks.as_ref().map_or(start, |marks| marks.next(start));
+            start = starts.next(start);
             if start >= len || !self.looks.look(words, window, start) {
                 break;
             }
@@ -210,8 +206,7 @@ impl Looks {
     fn look(&mut self, words: &Words, window: &Window<'_>, start: usize) -> bool {
         self.matching.clear();
         let bytes = window.text.as_bytes();
-        let possible = words.first.has(bytes[start]) && window.text.is_char_boundary(start);
-        if !possible || (words.whole && !free_before(window.text, start)) {
+        if !window.text.is_char_boundary(start) || (words.whole && !free_before(window.text, start)) {
             return true;
         }
         let Ok(mut state) = words.tree.start_state(Anchored::Yes) else { return true };
