@@ -87,6 +87,7 @@ pub mod stream;
 
 mod injection;
 mod language;
+mod marks;
 mod patterns;
 mod pii;
 mod regex;

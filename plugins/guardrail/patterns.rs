@@ -19,9 +19,10 @@ use regex_automata::util::{start, syntax};
 use regex_automata::{Anchored, Input, MatchKind, meta};
 use regex_syntax::hir::Hir;
 
-use super::runs::Runs;
+use super::marks::is_word;
+use super::runs::Run;
 use super::stream::{Finder, Found, IMPATIENT, Search, Window, look_back, patient};
-use super::triggers::{Crowd, Hits, Need, Triggers};
+use super::triggers::{ByteSet, Need, Triggers, firsts};
 
 /// One expression.
 #[derive(Clone, Debug)]
@@ -104,7 +105,7 @@ impl Pattern {
 
     /// Whether its matches begin with a long run of bytes that sentences do not have.
     pub fn is_run(&self) -> bool {
-        Runs::of(std::iter::once(&self.hir)).is_some()
+        Run::of(std::iter::once(&self.hir)).is_some()
     }
 
     /// Where it matches from `start` on: all of it, and its group.
@@ -223,10 +224,10 @@ pub(crate) enum Ruling {
 pub(crate) trait Judge: Debug + Send + Sync {
     fn judge(&self, candidate: &Candidate<'_>) -> Ruling;
 
-    /// Whether a match may begin at this place, where that can be said at little cost. False only if no expression can
-    /// match here, whatever follows: a match that is known before this looks at what is behind it would else depend on
-    /// the pieces.
-    fn may_begin(&self, _text: &[u8], _start: usize, _last: bool) -> bool {
+    /// Whether a match may begin at this place, where that can be said at little cost. False only if nothing that an
+    /// expression matches here would be ruled to be one, whatever follows: a match that is known before this looks at what
+    /// is behind it would else depend on the pieces.
+    fn may_begin(&self, _text: &str, _start: usize, _last: bool) -> bool {
         true
     }
 }
@@ -253,22 +254,11 @@ pub(crate) struct Patterns<J> {
     exclusive: bool,
     dfa: DFA,
     caches: Pool<Cache, MakeCache>,
-    /// Where matches may begin; None if they may anywhere.
-    places: Option<Places>,
-    /// The bytes that a match may begin with.
-    first: Box<[bool; 256]>,
-    /// Whether every match begins at the beginning of a word.
-    at_boundary: bool,
+    /// Where matches may begin.
+    triggers: Triggers,
     /// The most bytes that are looked at from one place, where the expressions do not bound it themselves.
     limit: usize,
     longest: usize,
-}
-
-/// What tells where matches may begin.
-#[derive(Debug)]
-enum Places {
-    Triggers(Triggers),
-    Runs(Runs),
 }
 
 impl<J: Judge> Patterns<J> {
@@ -286,33 +276,26 @@ impl<J: Judge> Patterns<J> {
         let dfa = DFA::builder().configure(config).build_from_nfa(nfa).map_err(|error| told(&error))?;
         let maker = dfa.clone();
         let caches: Pool<Cache, MakeCache> = Pool::new(Box::new(move || maker.create_cache()));
-        let needs: Vec<Option<Need>> = patterns.iter().map(|pattern| Need::of(&pattern.hir, pattern.window)).collect();
+        let need = |pattern: &Pattern| (Need::of(&pattern.hir, pattern.window), firsts(&pattern.hir));
+        let needs: Vec<_> = patterns.iter().map(need).collect();
         let (first, at_boundary) = beginnings(&dfa);
         let longest = patterns.iter().map(|pattern| pattern.window).max().unwrap_or(0);
         let unbounded = patterns.iter().any(|pattern| pattern.unbounded);
         let limit = if unbounded { longest + 1 } else { usize::MAX };
         // Words begin so rarely in a long run that nothing else has to be looked for there.
-        let runs = if at_boundary { Runs::of(hirs.into_iter()) } else { None };
-        let places = runs.map(Places::Runs).or_else(|| Triggers::new(&needs).map(Places::Triggers));
-        Ok(Self { patterns, judge, exclusive, dfa, caches, places, first, at_boundary, limit, longest })
-    }
-
-    fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
-        let bytes = text.as_bytes();
-        let byte = bytes[start];
-        let inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-        let within_a_word = || start > 0 && inside(bytes[start - 1]) && inside(byte);
-        self.first[usize::from(byte)]
-            && !(self.at_boundary && within_a_word())
-            && text.is_char_boundary(start)
-            && self.judge.may_begin(bytes, start, last)
+        let run = if at_boundary { Run::of(hirs.into_iter()) } else { None };
+        let triggers = match run {
+            Some(run) => Triggers::of_run(&run, &first, at_boundary),
+            None => Triggers::new(&needs, &first, at_boundary),
+        };
+        Ok(Self { patterns, judge, exclusive, dfa, caches, triggers, limit, longest })
     }
 }
 
 const CACHE_MAX: usize = 16 << 20;
 
 /// The bytes that something may begin with, and whether it begins only at the beginning of a word.
-fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
+fn beginnings(dfa: &DFA) -> (ByteSet, bool) {
     let mut cache = dfa.create_cache();
     let mut alive = |behind: Option<u8>, byte: u8| {
         let start = start::Config::new().anchored(Anchored::Yes).look_behind(behind);
@@ -320,22 +303,16 @@ fn beginnings(dfa: &DFA) -> (Box<[bool; 256]>, bool) {
         dfa.next_state(&mut cache, start, byte).map_or(true, |state| !state.is_dead())
     };
     let before = [None, Some(b' '), Some(b'\n'), Some(b'\r'), Some(b'a')];
-    let first = std::array::from_fn(|byte| before.iter().any(|behind| alive(*behind, byte as u8)));
-    let word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    let at_boundary = !(0..=u8::MAX).filter(word).any(|byte| alive(Some(b'a'), byte));
-    (Box::new(first), at_boundary)
+    let mut first = ByteSet::EMPTY;
+    let begins = |byte: &u8| before.iter().any(|behind| alive(*behind, *byte));
+    (0..=u8::MAX).filter(begins).for_each(|byte| first.add(byte));
+    let at_boundary = !(0..=u8::MAX).filter(|byte| is_word(*byte)).any(|byte| alive(Some(b'a'), byte));
+    (first, at_boundary)
 }
 
 impl<J: Judge + 'static> Finder for Patterns<J> {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
-        Box::new(Way {
-            patterns: self,
-            at: 0,
-            patience: 0,
-            until: Vec::new(),
-            matching: Vec::new(),
-            agreed: Vec::new(),
-        })
+        Box::new(Way { patterns: self, at: 0, patience: 0, looks: Looks::default() })
     }
 
     fn hold_max(&self) -> usize {
@@ -351,7 +328,13 @@ struct Way<J> {
     at: u64,
     /// Nothing is looked at again before the text is so long.
     patience: u64,
-    /// The expressions that have a match which goes on behind [`Self::at`], and where it ends.
+    looks: Looks,
+}
+
+/// What was seen at a place.
+#[derive(Default)]
+struct Looks {
+    /// The expressions that have a match which goes on behind the place, and where it ends.
     until: Vec<(usize, u64)>,
     /// The expressions that match at the place at hand.
     matching: Vec<usize>,
@@ -373,23 +356,21 @@ impl<J: Judge + 'static> Search for Way<J> {
         if !window.last && window.base + (len as u64) < self.patience {
             return self.at;
         }
-        let patterns = Arc::clone(&self.patterns);
-        let mut cache = patterns.caches.get();
-        let mut places = patterns.places.as_ref().map(|places| places.search(window));
-        // Up to `open`, matches may begin anywhere.
-        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
-        while start < len {
-            if let Some(places) = places.as_mut().filter(|_| start >= open) {
-                (start, open) = places.next(window, start);
-            }
+        let patterns = &*self.patterns;
+        let mut cache = None;
+        let mut start = (self.at - window.base) as usize;
+        let starts = patterns.triggers.starts(window.text.as_bytes(), start, window.last);
+        loop {
+            start = starts.next(start);
             if start >= len {
                 break;
             }
-            if !patterns.may_begin(window.text, start, window.last) {
+            if !window.text.is_char_boundary(start) || !patterns.judge.may_begin(window.text, start, window.last) {
                 start += 1;
                 continue;
             }
-            match self.look(&mut cache, window, start, found) {
+            let cache = cache.get_or_insert_with(|| patterns.caches.get());
+            match self.looks.look(patterns, cache, window, start, found) {
                 Place::Undecided => break,
                 Place::Decided => start += 1,
                 Place::Taken(end) => start = end.max(start + 1),
@@ -401,64 +382,29 @@ impl<J: Judge + 'static> Search for Way<J> {
     }
 }
 
-impl Places {
-    fn search(&self, window: &Window<'_>) -> Looking<'_> {
-        match self {
-            Self::Runs(runs) => Looking::Runs(runs),
-            Self::Triggers(triggers) => {
-                let len = window.text.len();
-                let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
-                Looking::Triggers { hits: triggers.search(), crowd: Crowd::default(), sure }
-            }
-        }
-    }
-}
-
-/// Looks for places where matches may begin.
-enum Looking<'p> {
-    Runs(&'p Runs),
-    Triggers {
-        hits: Hits<'p>,
-        crowd: Crowd,
-        /// The first place that cannot be excluded, because a trigger may still come.
-        sure: usize,
-    },
-}
-
-impl Looking<'_> {
-    /// The first place from `from` on, and the place before which none behind it is excluded.
-    fn next(&mut self, window: &Window<'_>, from: usize) -> (usize, usize) {
-        let text = window.text.as_bytes();
-        match self {
-            Self::Triggers { sure, .. } if from >= *sure => (from, text.len()),
-            Self::Triggers { hits, crowd, sure } => {
-                let (first, last) = hits.next(text, from);
-                (first.min(*sure), last.saturating_add(1).max(crowd.open(from, first)))
-            }
-            Self::Runs(runs) => {
-                let (first, last) = runs.next(text, from, window.last);
-                (first, last.saturating_add(1))
-            }
-        }
-    }
-}
-
-impl<J: Judge + 'static> Way<J> {
-    fn look(&mut self, cache: &mut Cache, window: &Window<'_>, start: usize, found: &mut Vec<Found>) -> Place {
+impl Looks {
+    fn look<J: Judge>(
+        &mut self,
+        patterns: &Patterns<J>,
+        cache: &mut Cache,
+        window: &Window<'_>,
+        start: usize,
+        found: &mut Vec<Found>,
+    ) -> Place {
         self.matching.clear();
-        match run(&self.patterns, cache, window, start, &mut self.matching) {
+        match run(patterns, cache, window, start, &mut self.matching) {
             None => return Place::Undecided,
             Some(false) => return Place::Decided,
             Some(true) => self.matching.sort_unstable(),
         }
         self.agreed.clear();
         for index in 0..self.matching.len() {
-            match self.ask(self.matching[index], window, start) {
+            match self.ask(patterns, self.matching[index], window, start) {
                 Err(More) => return Place::Undecided,
                 Ok(None) => {}
                 Ok(Some(one)) => {
                     let end = (one.range.end - window.base) as usize;
-                    if self.patterns.exclusive {
+                    if patterns.exclusive {
                         found.push(one);
                         return Place::Taken(end);
                     }
@@ -473,16 +419,22 @@ impl<J: Judge + 'static> Way<J> {
     }
 
     /// What an expression that matches at this place, and the judge, say of it.
-    fn ask(&self, index: usize, window: &Window<'_>, start: usize) -> Result<Option<Found>, More> {
+    fn ask<J: Judge>(
+        &self,
+        patterns: &Patterns<J>,
+        index: usize,
+        window: &Window<'_>,
+        start: usize,
+    ) -> Result<Option<Found>, More> {
         let busy = |(other, end): &(usize, u64)| *other == index && *end > window.base + start as u64;
-        let Some(pattern) = self.patterns.patterns.get(index).filter(|_| !self.until.iter().any(busy)) else {
+        let Some(pattern) = patterns.patterns.get(index).filter(|_| !self.until.iter().any(busy)) else {
             return Ok(None);
         };
         let Some((end, from, to)) = pattern.find(window.text, start) else { return Ok(None) };
         let end = window.text.ceil_char_boundary(end);
         let group = (window.text.floor_char_boundary(from), window.text.ceil_char_boundary(to));
         let candidate = Candidate { pattern: index, text: window.text, start, group, end, last: window.last };
-        match self.patterns.judge.judge(&candidate) {
+        match patterns.judge.judge(&candidate) {
             Ruling::No => Ok(None),
             Ruling::More if window.last => Ok(None),
             Ruling::More => Err(More),
@@ -557,8 +509,60 @@ fn note(dfa: &DFA, cache: &Cache, state: LazyStateID, matching: &mut Vec<usize>)
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    impl<J: Judge> Patterns<J> {
+        /// The same, tried at every place.
+        pub(crate) fn everywhere(mut self) -> Self {
+            let mut all = ByteSet::EMPTY;
+            (0..=u8::MAX).for_each(|byte| all.add(byte));
+            self.triggers = Triggers::new(&[(None, all)], &all, false);
+            self
+        }
+    }
+
+    /// What is found in a text.
+    pub(crate) fn found<J: Judge + 'static>(patterns: &Arc<Patterns<J>>, text: &str) -> Vec<Found> {
+        let mut found = Vec::new();
+        Arc::clone(patterns).begin().advance(&Window { text, base: 0, last: true }, &mut found);
+        found
+    }
+
+    /// Expressions that are looked for in every way there is.
+    const EXPRESSIONS: &[&str] = &[
+        r"[a-z]{1,5}@[a-z]{2,5}",
+        r"\b[0-9]{2}-?[0-9]{2}\b",
+        r"(?i)aws.{0,9}[=:]",
+        r"\b[a-z]{1,6}://x",
+        r"\+?\(?\b[0-9]{3}",
+        r"\bkey-[0-9a-f]{20}",
+        r"é[a-z]|[x-z]{3}[éü]",
+        r"a.{0,150}b!",
+        r"(?i)passphrase|memory|fox",
+        r"c$|^k",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+
+        #[test]
+        fn no_place_is_left_out_where_a_match_begins(
+            text in "([a-z]{1,9}[ .@:]|[0-9]{2}-?|AwS =|é|x://x|key-[0-9a-f]{19,21}|pASSphrase|fox|a|b!|[c-k ]{30,90}){0,30}",
+            from in 0..EXPRESSIONS.len(),
+            count in 1usize..5,
+        ) {
+            let chosen = || EXPRESSIONS.iter().cycle().skip(from).take(count);
+            let made = || {
+                let pattern = |expression: &&str| Pattern::new(0, expression, expression, None, 0).unwrap();
+                Patterns::new(chosen().map(pattern).collect(), AsFound, false).unwrap()
+            };
+            let (fast, slow) = (found(&Arc::new(made()), &text), found(&Arc::new(made().everywhere()), &text));
+            prop_assert_eq!(fast, slow);
+        }
+    }
 
     #[test]
     fn word_boundaries_become_those_of_ascii() {
@@ -581,10 +585,10 @@ mod tests {
     fn the_beginnings_of_matches_are_read_off_the_automaton() {
         let made = |expression: &str| {
             let pattern = Pattern::new(0, "x", expression, None, 0).unwrap();
-            Patterns::new(vec![pattern], AsFound, false).unwrap()
+            beginnings(&Patterns::new(vec![pattern], AsFound, false).unwrap().dfa)
         };
-        let number = made(r"\b\d{2,4}");
-        assert!(number.at_boundary && number.first[usize::from(b'7')] && !number.first[usize::from(b'a')]);
-        assert!(!made("[0-9]{2,4}").at_boundary);
+        let (first, at_boundary) = made(r"\b\d{2,4}");
+        assert!(at_boundary && first.has(b'7') && !first.has(b'a'));
+        assert!(!made("[0-9]{2,4}").1);
     }
 }

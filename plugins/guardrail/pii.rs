@@ -11,8 +11,9 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::patterns::{Candidate, Judge, Pattern, Patterns, Ruling};
+use super::stream::look_back;
 use super::{Detector, Wrong};
-use checks::{Before, digits, luhn, mod97, searched};
+use checks::{Before, digits, luhn, mod97};
 pub use countries::Country;
 
 /// Personal data of known shapes.
@@ -121,17 +122,20 @@ pub(super) fn build(config: &Config, rule: usize) -> Result<Detector, Vec<Wrong>
     if config.find.is_empty() && config.countries.is_empty() {
         return Err(vec![(".find".to_owned(), "nothing is looked for: give a kind or a country".to_owned())]);
     }
+    let built = entities(config, rule).and_then(|(patterns, checks)| Patterns::new(patterns, checks, true));
+    Ok(Detector::Own(vec![Arc::new(built.map_err(|message| vec![(String::new(), message)])?)]))
+}
+
+fn entities(config: &Config, rule: usize) -> Result<(Vec<Pattern>, Checks), String> {
     let asked = |list: &'static [(Kind, Entity)]| {
         list.iter().filter(|(kind, _)| config.find.contains(kind)).map(|(_, entity)| entity)
     };
     let national = config.countries.iter().flat_map(|country| country.entities());
     let entities: Vec<&Entity> = asked(ENTITIES).chain(national).chain(asked(LATER)).collect();
-    let told = |message: String| vec![(String::new(), message)];
     let pattern = |entity: &&Entity| Pattern::ascii(rule, entity.label, entity.expression, None, 0);
-    let patterns = entities.iter().map(pattern).collect::<Result<Vec<_>, _>>().map_err(told)?;
+    let patterns = entities.iter().map(pattern).collect::<Result<Vec<_>, _>>()?;
     let checks = entities.iter().map(|entity| entity.check).collect();
-    let judge = Checks { checks, allow: config.allow.clone() };
-    Ok(Detector::Own(vec![Arc::new(Patterns::new(patterns, judge, true).map_err(told)?)]))
+    Ok((patterns, Checks { checks, allow: config.allow.clone() }))
 }
 
 /// The checks of the entities, in their order.
@@ -158,40 +162,83 @@ impl Judge for Checks {
     }
 
     /// Most numbers are too short to be anything, or go on with what is before.
-    fn may_begin(&self, text: &[u8], start: usize, last: bool) -> bool {
-        if !text[start].is_ascii_digit() {
+    fn may_begin(&self, text: &str, start: usize, last: bool) -> bool {
+        let rest = &text.as_bytes()[start..];
+        if !rest[0].is_ascii_digit() {
             return true;
         }
-        if start >= 2 && b"-.,/:_".contains(&text[start - 1]) && text[start - 2].is_ascii_digit() {
+        if goes_on(text.as_bytes(), start) {
             return false;
         }
-        let (mut count, mut dots, mut spaced) = (0, 0, false);
-        for byte in &text[start..] {
+        if is_timestamp(rest) {
+            return BORN.stands(look_back(text, start), BORN_WITHIN);
+        }
+        let (mut count, mut dots, mut dashed, mut spaced) = (0, 0, false, false);
+        for byte in rest {
             match byte {
+                b'0'..=b'9' if count + 1 == DIGITS_MIN => return true,
                 b'0'..=b'9' => count += 1,
+                b'.' if dots == 2 && !spaced => return true,
                 b'.' => dots += 1,
                 b' ' => spaced = true,
-                b'-' | b'/' | b'(' | b')' => {}
+                b'-' | b'/' => dashed = true,
+                b'(' | b')' => {}
                 // A day may be followed by its month; else only the first word may be more than a number.
-                b'a'..=b'z' | b'A'..=b'Z' => {
-                    return !spaced || (count <= 2 && MONTHS.contains(&byte.to_ascii_lowercase()));
+                b'a'..=b'z' | b'A'..=b'Z' if !spaced || (count <= 2 && MONTHS.contains(&byte.to_ascii_lowercase())) => {
+                    return true;
                 }
-                b':' | b'_' | b'%' | b'@' | b'+' => return !spaced,
-                _ => return false,
-            }
-            if count >= DIGITS_MIN || (dots >= 3 && !spaced) {
-                return true;
+                b':' if !spaced && dots == 0 && !dashed => return may_be_ip6(rest, last),
+                b'_' | b'%' | b'@' | b'+' if !spaced => return true,
+                _ => return count >= DATE_MIN && (dots > 0 || dashed),
             }
         }
-        !last
+        !last || (count >= DATE_MIN && (dots > 0 || dashed))
     }
+}
+
+/// Whether the number that is here is the rest of one that began before: nothing begins in its middle.
+fn goes_on(text: &[u8], start: usize) -> bool {
+    let before = || b"-.,/:_".contains(&text[start - 1]) && text[start - 2].is_ascii_digit();
+    text[start].is_ascii_digit() && start >= 2 && before()
 }
 
 /// How months begin, and `of`.
 const MONTHS: &[u8] = b"jfmasondo";
 
-/// Nothing with fewer digits is found that begins with one, but IPv4 addresses and what has letters.
-const DIGITS_MIN: usize = 6;
+/// Nothing with fewer digits is found that begins with one, but dates, IPv4 addresses and what has letters.
+const DIGITS_MIN: usize = 7;
+
+/// A date has no fewer.
+const DATE_MIN: usize = 6;
+
+/// Whether a day and a time of it stand here, as logs and tables have them. That is no number of any kind, but it may be
+/// when somebody was born.
+fn is_timestamp(text: &[u8]) -> bool {
+    const SHAPE: &[u8; 15] = b"0000-00-00 00:0";
+    let fits = |(byte, shape): (&u8, &u8)| match shape {
+        b'0' => byte.is_ascii_digit(),
+        b'-' => b"-./".contains(byte),
+        b' ' => b" T".contains(byte),
+        _ => byte == shape,
+    };
+    matches!(text, [b'2', b'0', ..] | [b'1', b'9', ..])
+        && text.first_chunk::<15>().is_some_and(|text| text.iter().zip(SHAPE).all(fits))
+}
+
+/// Whether hexadecimal digits and colons are an address: eight groups, or some left out. A time is neither.
+fn may_be_ip6(text: &[u8], last: bool) -> bool {
+    let (mut colons, mut before) = (0, 0);
+    for byte in text {
+        match byte {
+            b':' if before == b':' => return true,
+            b':' => colons += 1,
+            _ if !byte.is_ascii_hexdigit() => return colons >= 7,
+            _ => {}
+        }
+        before = *byte;
+    }
+    colons >= 7 || !last
+}
 
 fn email(candidate: &Candidate<'_>) -> Ruling {
     let local = candidate.matched().split('@').next().unwrap_or_default();
@@ -301,72 +348,70 @@ fn ip6(candidate: &Candidate<'_>) -> Ruling {
     if text.parse::<Ipv6Addr>().is_ok() { candidate.first(text.len()) } else { Ruling::No }
 }
 
-static BORN: Before = Before::new(|| {
-    searched(&[
-        "born",
-        "birth",
-        "birthdate",
-        "birthday",
-        "dob",
-        "d.o.b",
-        "geboren",
-        "geb.",
-        "geburts",
-        "né le",
-        "née le",
-        "naissance",
-        "nacido",
-        "nacida",
-        "nacimiento",
-        "nato il",
-        "nata il",
-        "nascita",
-        "nascido",
-        "nascimento",
-        "geboorte",
-        "urodz",
-    ])
-});
+static BORN: Before = Before::new(&[
+    "born",
+    "birth",
+    "birthdate",
+    "birthday",
+    "dob",
+    "d.o.b",
+    "geboren",
+    "geb.",
+    "geburts",
+    "né le",
+    "née le",
+    "naissance",
+    "nacido",
+    "nacida",
+    "nacimiento",
+    "nato il",
+    "nata il",
+    "nascita",
+    "nascido",
+    "nascimento",
+    "geboorte",
+    "urodz",
+]);
+
+const BORN_WITHIN: usize = 40;
 
 fn birth_date(candidate: &Candidate<'_>) -> Ruling {
-    if BORN.stands(candidate, 40) { candidate.yes() } else { Ruling::No }
+    if BORN.stands(candidate.before(), BORN_WITHIN) { candidate.yes() } else { Ruling::No }
 }
 
-static CALL: Before = Before::new(|| {
-    searched(&[
-        "phone",
-        "telephone",
-        "call",
-        "tel",
-        "mobile",
-        "cell",
-        "fax",
-        "number",
-        "contact",
-        "text",
-        "sms",
-        "dial",
-        "reach",
-        "ring",
-        "whatsapp",
-        "hotline",
-        "landline",
-        "telefon",
-        "handy",
-        "mobil",
-        "rufnummer",
-        "téléphone",
-        "portable",
-        "appel",
-        "teléfono",
-        "móvil",
-        "telefono",
-        "cellulare",
-        "telefone",
-        "celular",
-        "telefoon",
-    ])
-});
+static CALL: Before = Before::new(&[
+    "phone",
+    "telephone",
+    "call",
+    "tel",
+    "mobile",
+    "cell",
+    "fax",
+    "number",
+    "contact",
+    "text",
+    "sms",
+    "dial",
+    "reach",
+    "ring",
+    "whatsapp",
+    "hotline",
+    "landline",
+    "telefon",
+    "handy",
+    "mobil",
+    "rufnummer",
+    "téléphone",
+    "portable",
+    "appel",
+    "teléfono",
+    "móvil",
+    "telefono",
+    "cellulare",
+    "telefone",
+    "celular",
+    "telefoon",
+]);
 
 /// The longest part of a row of digits that is a phone number.
 fn phone(candidate: &Candidate<'_>) -> Ruling {
@@ -380,33 +425,36 @@ fn phone(candidate: &Candidate<'_>) -> Ruling {
     let sticks = |byte: u8| byte.is_ascii_alphanumeric() || b"%_$".contains(&byte);
     let goes_on = next.is_some_and(sticks)
         || (next.is_some_and(|byte| b".,:-/".contains(&byte)) && second.is_some_and(|byte| byte.is_ascii_digit()));
+    let extension = text.find(['x', 'e']).unwrap_or(text.len());
+    let groups: Vec<&str> =
+        text[..extension].split(|c: char| !c.is_ascii_digit()).filter(|group| !group.is_empty()).collect();
+    let mut groups = &groups[..];
     for end in (7..=text.len()).rev().filter(|end| ends_a_group(text, *end)) {
-        let whole = end == text.len();
         // A part that is cut off must be a number by its shape alone.
-        let fits = if whole {
-            !goes_on && (is_phone(text, false) || (is_phone(text, true) && CALL.stands(candidate, 60)))
+        let fits = if end == text.len() {
+            !goes_on
+                && (is_phone(text, groups, false)
+                    || (is_phone(text, groups, true) && CALL.stands(candidate.before(), 60)))
         } else {
-            is_phone(&text[..end], false) && shaped(&text[..end])
+            shaped(&text[..end], groups) && is_phone(&text[..end], groups, false)
         };
         if fits {
             let close = usize::from(text[end..].starts_with(')') && text[..end].contains('('));
             return candidate.first(end + close);
         }
+        if end <= extension {
+            groups = groups.split_last().map_or(&[], |(_, before)| before);
+        }
     }
     Ruling::No
 }
 
-/// The groups of digits of a number, without an extension.
-fn groups(text: &str) -> Vec<&str> {
-    let number = text.split(['x', 'e']).next().unwrap_or_default();
-    number.split(|c: char| !c.is_ascii_digit()).filter(|group| !group.is_empty()).collect()
-}
-
-fn is_phone(text: &str, called: bool) -> bool {
-    let groups = groups(text);
+/// Whether a text with these groups of digits, its extension not among them, is a number.
+fn is_phone(text: &str, groups: &[&str], called: bool) -> bool {
     let count: usize = groups.iter().map(|group| group.len()).sum();
-    let same = groups.concat().bytes().collect::<std::collections::BTreeSet<u8>>().len() < 2;
-    if !(7..=15).contains(&count) || same || is_date(&groups) {
+    let mut digits = groups.iter().flat_map(|group| group.bytes());
+    let first = digits.next();
+    if !(7..=15).contains(&count) || digits.all(|digit| Some(digit) == first) || is_date(groups) {
         return false;
     }
     let thousands = groups.len() > 1
@@ -418,22 +466,21 @@ fn is_phone(text: &str, called: bool) -> bool {
     // Rows of amounts, and what is left of an account, are even too.
     let fours = groups.len() > 2 && groups[..groups.len() - 1].iter().all(|group| group.len() == 4);
     let threes = groups.len() > 4 && groups.iter().all(|group| group.len() == 3);
-    let american_id = matches!(groups[..], [a, b, c] if (a.len(), b.len(), c.len()) == (3, 2, 4));
+    let american_id = matches!(groups, [a, b, c] if (a.len(), b.len(), c.len()) == (3, 2, 4));
     let row = (fours && !text.starts_with('0')) || threes || american_id;
-    called || shaped(text) || (even && !thousands && !row)
+    called || shaped(text, groups) || (even && !thousands && !row)
 }
 
 /// Whether it is a number wherever it stands: international, or 3-3-4, or in parentheses.
-fn shaped(text: &str) -> bool {
-    let groups = groups(text);
+fn shaped(text: &str, groups: &[&str]) -> bool {
     let count: usize = groups.iter().map(|group| group.len()).sum();
-    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
+    let lengths = |lengths: &[usize]| groups.iter().map(|group| group.len()).eq(lengths.iter().copied());
     let international =
         (text.starts_with('+') || text.starts_with("(+") || text.starts_with("00") && !text.starts_with("000"))
             && count >= 8;
-    let american = matches!(lengths[..], [3, 3, 4] | [1, 3, 3, 4]) && text.contains(['-', '.', '(', ' ']);
+    let american = (lengths(&[3, 3, 4]) || lengths(&[1, 3, 3, 4])) && text.contains(['-', '.', '(', ' ']);
     // Between blanks it may be the number of a house.
-    let local = matches!(lengths[..], [3, 4]) && text.contains(['-', '.']);
+    let local = lengths(&[3, 4]) && text.contains(['-', '.']);
     (7..=15).contains(&count) && (international || american || local)
 }
 
@@ -453,9 +500,13 @@ fn is_date(groups: &[&str]) -> bool {
 mod tests {
     use std::sync::{Arc, LazyLock};
 
+    use proptest::prelude::*;
+
     use super::super::Scanner;
+    use super::super::patterns::tests::found;
     use super::super::redact::Placeholders;
     use super::super::tests::{built, check_cuts, judged, scanner_of};
+    use super::*;
 
     const COUNTRIES: &str = r#"["au","be","br","ca","ch","de","es","fr","gb","in","it","nl","pl","se","us"]"#;
 
@@ -548,5 +599,108 @@ mod tests {
         assert_eq!(judged(json, "prompt.user", text).0, text);
         let nothing = r#"[{"name":"p","in":["prompt.user"],"verdict":"redact","pii":{"find":[],"countries":[]}}]"#;
         assert!(built(nothing).unwrap_err()[0].1.contains("nothing is looked for"));
+    }
+
+    /// The same checks of every place that an expression matches, but where a number goes on.
+    #[derive(Debug)]
+    struct Everywhere(Checks);
+
+    impl Judge for Everywhere {
+        fn judge(&self, candidate: &Candidate<'_>) -> Ruling {
+            self.0.judge(candidate)
+        }
+
+        fn may_begin(&self, text: &str, start: usize, _last: bool) -> bool {
+            !goes_on(text.as_bytes(), start)
+        }
+    }
+
+    /// All that there is, found as it is and found at every place.
+    fn both() -> (Arc<Patterns<Checks>>, Arc<Patterns<Everywhere>>) {
+        let countries = serde_json::from_str(COUNTRIES).unwrap();
+        let config = Config { countries, ..Config::default() };
+        let (patterns, checks) = entities(&config, 0).unwrap();
+        let fast = Patterns::new(patterns.clone(), checks, true).unwrap();
+        let slow = Patterns::new(patterns, Everywhere(entities(&config, 0).unwrap().1), true).unwrap();
+        (Arc::new(fast), Arc::new(slow.everywhere()))
+    }
+
+    const PARTS: &[&str] = &[
+        " ",
+        " ",
+        " ",
+        "-",
+        ".",
+        "/",
+        ":",
+        ", ",
+        "; ",
+        "\n",
+        "(",
+        ")",
+        "+",
+        "@",
+        "_",
+        "x",
+        "=",
+        "::",
+        "0",
+        "1",
+        "7",
+        "12",
+        "19",
+        "20",
+        "31",
+        "123",
+        "404",
+        "2026",
+        "4312",
+        "12345",
+        "123456",
+        "1234567",
+        "12345678",
+        "555",
+        "00",
+        "+1 ",
+        "T",
+        "Z",
+        " ms",
+        "at ",
+        "born ",
+        "née le ",
+        "call ",
+        "phone: ",
+        "passport ",
+        "jan",
+        "March ",
+        "of ",
+        "2026-11-07 13:17",
+        "1987-03-14",
+        "1999.12.31 ",
+        "2026-11-07T10:17:00",
+        "2001:db8::8a2e:370:7334",
+        "1:2:3:4:5:6:7:8",
+        "192.168.",
+        "17.4",
+        "4111 1111 1111 1111",
+        "555-123-4567",
+        "078-05-1120",
+        "811228-9874",
+        "bob@mail.example",
+        "GB82WEST12345698765432",
+        "X1234567L",
+        "é",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1500))]
+
+        #[test]
+        fn what_is_passed_over_is_nothing(parts in proptest::collection::vec((0..PARTS.len()).prop_map(|at| PARTS[at]), 1..40)) {
+            thread_local!(static BOTH: (Arc<Patterns<Checks>>, Arc<Patterns<Everywhere>>) = both());
+            let text = parts.concat();
+            let (fast, slow) = BOTH.with(|(fast, slow)| (found(fast, &text), found(slow, &text)));
+            prop_assert_eq!(fast, slow, "{}", text);
+        }
     }
 }

@@ -285,7 +285,9 @@ impl Half {
             self.settled = self.settled.max(end);
             told += group.len();
         }
-        self.found.drain(..told);
+        if told > 0 {
+            self.found.drain(..told);
+        }
         progress.released = self.released;
     }
 
@@ -359,6 +361,7 @@ pub(crate) fn look_back(text: &str, end: usize) -> &str {
 }
 
 /// How long the text must be before it is looked at again.
+#[inline]
 pub(crate) fn patient(at: u64, window: &Window<'_>) -> u64 {
     let end = window.base + window.text.len() as u64;
     let held = end - at;

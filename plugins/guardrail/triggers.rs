@@ -5,8 +5,14 @@
 //! and chosen by what it costs on prose. Bytes are looked for with vector compares, literals by hashed trigrams that are
 //! sampled every few bytes, as Wu and Manber do. A trigger is a suspicion, never a verdict.
 
+use std::cmp::Reverse;
+
+use aho_corasick::packed;
 use memchr::memmem;
 use regex_syntax::hir::{Class, Hir, HirKind};
+
+use super::marks::{Marks, NEARS_MAX, Near, Table, is_word};
+use super::runs::Run;
 
 /// A set of bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,6 +31,7 @@ impl ByteSet {
         self.0[usize::from(byte >> 6)] |= 1 << (byte & 63);
     }
 
+    #[inline]
     pub fn has(&self, byte: u8) -> bool {
         self.0[usize::from(byte >> 6)] & (1 << (byte & 63)) != 0
     }
@@ -70,7 +77,7 @@ fn fold(byte: u8) -> u8 {
     byte | 0x20
 }
 
-/// How often a byte stands in prose, about, in a thousand.
+/// How often a byte stands in text, about, in a thousand.
 fn frequency(byte: u8) -> f32 {
     const LETTERS: [f32; 26] = [
         65., 12., 22., 34., 102., 18., 16., 49., 56., 1.2, 6.2, 32., 19., 56., 60., 15., 0.8, 48., 51., 73., 22., 8.,
@@ -81,10 +88,11 @@ fn frequency(byte: u8) -> f32 {
         b'A'..=b'Z' => 0.4 + LETTERS[usize::from(byte - b'A')] / 60.,
         b' ' => 170.,
         b'.' | b',' | b'\n' => 11.,
-        b'-' | b'\'' | b'"' => 4.,
+        b'-' | b'\'' | b'"' => 6.,
         b'0'..=b'9' => 0.5,
         128.. => 3.,
-        _ => 0.7,
+        // Few in prose, but text is also code, tables and logs.
+        _ => 5.,
     }
 }
 
@@ -156,7 +164,9 @@ impl Need {
     /// About what looking for it costs, in nanoseconds for a thousand bytes of prose.
     fn cost(&self) -> f32 {
         let shortest = self.literals.iter().map(Vec::len).min();
-        let looking = shortest.map_or(100., |len| 1200. / (len - 2) as f32) + 400. * self.exact.len() as f32;
+        let literals = |len: usize| if len < SAMPLED { 150. } else { 1200. / (len - 2) as f32 };
+        let sets = if self.bytes.is_empty() { 0. } else { 60. };
+        let looking = sets + shortest.map_or(0., literals) + 60. * self.exact.len() as f32;
         let bytes: f32 = self.bytes.bytes().map(frequency).sum();
         // With every other rule that needs bytes, suspicions become more.
         let hits = bytes + self.literals.iter().map(|literal| if literal.len() > 4 { 0.2 } else { 1. }).sum::<f32>();
@@ -238,39 +248,104 @@ fn first_bytes(class: &Class) -> ByteSet {
     set
 }
 
+/// The bytes with which matches of a pattern begin.
+pub(crate) fn firsts(hir: &Hir) -> ByteSet {
+    let mut set = ByteSet::EMPTY;
+    add_firsts(hir, &mut set);
+    set
+}
+
+/// Adds what a pattern begins with; whether that is all, or it may be empty and what follows it counts too.
+fn add_firsts(hir: &Hir, set: &mut ByteSet) -> bool {
+    match hir.kind() {
+        HirKind::Empty | HirKind::Look(_) => return false,
+        HirKind::Literal(literal) => literal.0.first().into_iter().for_each(|byte| set.add(*byte)),
+        HirKind::Class(class) => set.union(&first_bytes(class)),
+        HirKind::Capture(capture) => return add_firsts(&capture.sub, set),
+        HirKind::Repetition(repetition) => return add_firsts(&repetition.sub, set) && repetition.min > 0,
+        HirKind::Concat(parts) => return parts.iter().any(|part| add_firsts(part, set)),
+        HirKind::Alternation(parts) => return parts.iter().fold(true, |all, part| add_firsts(part, set) && all),
+    }
+    true
+}
+
 /// Where matches may begin, of several rules at once.
 #[derive(Debug)]
 pub(crate) struct Triggers {
-    parts: Vec<Part>,
-    /// Starts that are nearer to the end of a text than this cannot be excluded while more text may come.
-    pub zone: usize,
+    near: Vec<Near>,
+    literals: Vec<Literals>,
+    first: First,
+    /// Whether they begin only where a word of ASCII does.
+    at_boundary: bool,
+    /// Whether some rule needs nothing.
+    anywhere: bool,
 }
 
+/// The bytes that matches begin with, to look up many or one.
 #[derive(Debug)]
-struct Part {
+struct First {
+    table: Table,
+    is: Box<[bool; 256]>,
+}
+
+impl First {
+    fn new(set: &ByteSet) -> Self {
+        Self { table: Table::new(set), is: Box::new(std::array::from_fn(|byte| set.has(byte as u8))) }
+    }
+}
+
+/// The places of one text where matches may begin.
+pub(crate) struct Starts<'t> {
+    triggers: &'t Triggers,
+    text: &'t [u8],
+    /// None where the text is short.
+    marks: Option<Marks<'t>>,
+}
+
+impl Starts<'_> {
+    /// The first of them from `at` on; the text's length if there is none.
+    pub fn next(&self, at: usize) -> usize {
+        match &self.marks {
+            Some(marks) => marks.next(at),
+            None => self.triggers.next(self.text, at),
+        }
+    }
+}
+
+/// Literals that are looked for together, and how far they are behind the start of a match.
+#[derive(Debug)]
+struct Literals {
     probe: Probe,
     reach: usize,
+    longest: usize,
 }
 
 #[derive(Debug)]
 enum Probe {
-    Bytes(Bytes),
-    Grams(Grams),
-    Text(Box<memmem::Finder<'static>>),
+    Few(Box<packed::Searcher>),
+    Many(Grams),
+    One(Box<memmem::Finder<'static>>),
 }
 
 /// Needs with a longer reach are looked for on their own, or each suspicion of another would cost as much as theirs.
-const NEAR: usize = 4;
+const NEAR: usize = 3;
+
+/// In fewer bytes, trying every place costs less than telling which may be left out.
+const SHORT: usize = 32;
 
 /// So many literals are looked for each on its own.
 const SEARCHES_MAX: usize = 12;
 
 impl Triggers {
-    /// The triggers for rules with these needs; None if a rule may begin anywhere.
-    pub fn new(needs: &[Option<Need>]) -> Option<Self> {
-        let (mut parts, mut alone): (Vec<Need>, usize) = (Vec::new(), 0);
-        for need in needs {
-            for mut need in split(need.as_ref()?) {
+    /// The triggers for rules with these needs and first bytes, and the first bytes of all.
+    pub fn new(needs: &[(Option<Need>, ByteSet)], all: &ByteSet, at_boundary: bool) -> Self {
+        let (mut bytes, mut parts, mut alone): (Vec<Bytes>, Vec<Need>, usize) = (Vec::new(), Vec::new(), 0);
+        for (need, first) in needs {
+            for mut need in need.iter().flat_map(split) {
+                if !need.bytes.is_empty() {
+                    offer(&mut bytes, need.bytes, need.reach, first);
+                    continue;
+                }
                 if alone > SEARCHES_MAX {
                     need.literals.extend(need.exact.drain(..).map(|text| text.into_iter().map(fold).collect()));
                 }
@@ -281,16 +356,72 @@ impl Triggers {
                 }
             }
         }
-        let longest =
-            parts.iter().flat_map(|need| need.literals.iter().chain(&need.exact)).map(Vec::len).max().unwrap_or(1);
-        let zone = parts.iter().map(|need| need.reach).max().unwrap_or(0) + longest;
-        let parts = parts.iter().map(part).collect();
-        Some(Self { parts, zone })
+        let near = bytes.into_iter().map(Bytes::near).collect();
+        let literals = parts.iter().map(Literals::new).collect();
+        let anywhere = needs.iter().any(|(need, _)| need.is_none());
+        Self { near, literals, first: First::new(all), at_boundary, anywhere }
     }
 
-    /// To look through a text from left to right.
-    pub fn search(&self) -> Hits<'_> {
-        Hits { triggers: self, next: self.parts.iter().map(|_| None).collect() }
+    /// The triggers for rules whose matches begin with such a run.
+    pub fn of_run(run: &Run, first: &ByteSet, at_boundary: bool) -> Self {
+        let near = vec![Near::All(Table::new(&run.inside), run.len)];
+        Self { near, literals: Vec::new(), first: First::new(first), at_boundary, anywhere: false }
+    }
+
+    /// The places of a text, from `from` on, where a match may begin.
+    pub fn starts<'t>(&'t self, text: &'t [u8], from: usize, last: bool) -> Starts<'t> {
+        let long = text.len() - from >= SHORT;
+        Starts { triggers: self, text, marks: long.then(|| self.marks(text, from, last)) }
+    }
+
+    fn marks<'t>(&self, text: &'t [u8], from: usize, last: bool) -> Marks<'t> {
+        let mut marks = Marks::new(text, from, last);
+        if self.anywhere {
+            marks.mark_all();
+        }
+        marks.mark(&self.near);
+        self.literals.iter().for_each(|literals| literals.mark(text, from, last, &mut marks));
+        marks.keep(&self.first.table, self.at_boundary);
+        marks
+    }
+
+    /// The first place from `at` on that has a first byte, and is not inside a word where that counts.
+    fn next(&self, text: &[u8], at: usize) -> usize {
+        let inside = |at: usize| self.at_boundary && at > 0 && is_word(text[at - 1]) && is_word(text[at]);
+        (at..text.len()).find(|at| self.first.is[usize::from(text[*at])] && !inside(*at)).unwrap_or(text.len())
+    }
+}
+
+/// Bytes that matches have, in which reach of their first bytes.
+struct Bytes {
+    set: ByteSet,
+    firsts: Vec<(usize, ByteSet)>,
+}
+
+/// Adds a need to those of the same bytes; where there are many others, to the last of them.
+fn offer(all: &mut Vec<Bytes>, set: ByteSet, reach: usize, first: &ByteSet) {
+    let reach = reach.max(NEAR);
+    let full = (all.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    let Some(at) = all.iter().position(|bytes| bytes.set == set).or(full) else {
+        return all.push(Bytes { set, firsts: vec![(reach, *first)] });
+    };
+    let Bytes { set: all, firsts } = &mut all[at];
+    all.union(&set);
+    let full = (firsts.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    match firsts.iter().position(|(other, _)| *other == reach).or(full) {
+        Some(at) => {
+            firsts[at].0 = reach.max(firsts[at].0);
+            firsts[at].1.union(first);
+        }
+        None => firsts.push((reach, *first)),
+    }
+}
+
+impl Bytes {
+    fn near(mut self) -> Near {
+        self.firsts.sort_by_key(|(reach, _)| Reverse(*reach));
+        let firsts = self.firsts.iter().map(|(reach, first)| (*reach, Table::new(first)));
+        Near::Any(Table::new(&self.set), firsts.collect())
     }
 }
 
@@ -305,174 +436,62 @@ fn split(need: &Need) -> impl Iterator<Item = Need> {
 }
 
 fn together(a: &Need, b: &Need) -> bool {
-    if !a.exact.is_empty() || !b.exact.is_empty() {
-        return a.exact == b.exact;
-    }
     let near = |need: &Need| need.reach <= NEAR;
-    let alike = a.bytes == b.bytes || (near(a) && near(b));
-    a.literals.is_empty() == b.literals.is_empty() && (if a.literals.is_empty() { alike } else { near(a) == near(b) })
+    a.exact == b.exact && (!a.exact.is_empty() || near(a) == near(b))
 }
 
-fn part(need: &Need) -> Part {
-    if let Some(text) = need.exact.first() {
-        return Part { probe: Probe::Text(Box::new(memmem::Finder::new(text).into_owned())), reach: need.reach };
-    }
-    match need.literals.is_empty() {
-        true => Part { probe: Probe::Bytes(Bytes::new(need.bytes)), reach: need.reach },
-        false => {
-            let grams = Grams::new(&need.literals);
-            let reach = need.reach + grams.step - 1;
-            Part { probe: Probe::Grams(grams), reach }
+impl Literals {
+    fn new(need: &Need) -> Self {
+        let longest = need.literals.iter().chain(&need.exact).map(Vec::len).max().unwrap_or(1);
+        if let Some(text) = need.exact.first() {
+            let probe = Probe::One(Box::new(memmem::Finder::new(text).into_owned()));
+            return Self { probe, reach: need.reach, longest };
         }
-    }
-}
-
-/// Where suspicions crowd, looking for them costs more than it saves: for a stretch every place counts as one, for a
-/// longer one each time.
-#[derive(Debug, Default)]
-pub(crate) struct Crowd(u32);
-
-impl Crowd {
-    /// The place before which none is excluded, when the next suspicion after `from` is `first`.
-    pub fn open(&mut self, from: usize, first: usize) -> usize {
-        if first.saturating_sub(from) >= 16 {
-            self.0 = 0;
-            return first;
+        if let Some(few) = few(&need.literals) {
+            return Self { probe: Probe::Few(Box::new(few)), reach: need.reach, longest };
         }
-        self.0 = (self.0 + 1).min(7);
-        if self.0 < 3 { first } else { first.saturating_add(8 << self.0) }
+        let grams = Grams::new(&need.literals);
+        let reach = need.reach + grams.step - 1;
+        Self { probe: Probe::Many(grams), reach, longest }
     }
-}
 
-/// A search for places where matches may begin.
-pub(crate) struct Hits<'t> {
-    triggers: &'t Triggers,
-    /// For each part the next hits that lie so near to each other that matches may begin at every place between.
-    next: Vec<Option<(usize, usize)>>,
-}
-
-impl Hits<'_> {
-    /// The first place from `from` on where a match may begin (or the text's length), and the last place behind it up
-    /// to which that is true of every place.
-    pub fn next(&mut self, text: &[u8], from: usize) -> (usize, usize) {
-        let (mut first, mut last) = (text.len(), text.len());
-        for (part, next) in self.triggers.parts.iter().zip(&mut self.next) {
-            let (hit, end) = match *next {
-                Some(hits) if hits.1 >= from => hits,
-                _ => {
-                    let hit = part.probe.find(text, from);
-                    *next.insert((hit, part.probe.run(text, hit, part.reach)))
-                }
-            };
-            let start = hit.saturating_sub(part.reach).max(from);
-            if start < first || (start == first && end > last) {
-                (first, last) = (start, end);
-            }
+    fn mark(&self, text: &[u8], from: usize, last: bool, marks: &mut Marks<'_>) {
+        let mut at = from;
+        while let Some(hit) = text.get(at..).and_then(|rest| self.probe.find(rest)) {
+            marks.mark_range((at + hit).saturating_sub(self.reach), at + hit);
+            at += hit + 1;
         }
-        (first, last)
+        if !last {
+            marks.mark_range(text.len().saturating_sub(self.longest - 1 + self.reach), text.len());
+        }
     }
 }
 
 impl Probe {
-    /// The first hit from `from` on; `usize::MAX` if there is none.
-    fn find(&self, text: &[u8], from: usize) -> usize {
-        let rest = text.get(from..).unwrap_or_default();
-        let found = match self {
-            Self::Bytes(bytes) => bytes.find(rest),
-            Self::Grams(grams) => grams.find(rest),
-            Self::Text(finder) => finder.find(rest),
-        };
-        found.map_or(usize::MAX, |at| at + from)
-    }
-}
-
-impl Probe {
-    /// The last of the hits from `hit` on of which none is further than `reach` from the one before.
-    fn run(&self, text: &[u8], hit: usize, reach: usize) -> usize {
-        let Self::Bytes(bytes) = self else { return hit };
-        let (mut end, mut at) = (hit, hit.saturating_add(1));
-        while at < text.len() && at <= end + reach + 1 && end < hit + RUN_MAX {
-            if bytes.has(text[at]) {
-                end = at;
-            }
-            at += 1;
-        }
-        end
-    }
-}
-
-/// Looking ahead further than this is left for later.
-const RUN_MAX: usize = 256;
-
-/// Finds a byte of a set.
-#[derive(Debug)]
-enum Bytes {
-    One(u8),
-    Two(u8, u8),
-    Three(u8, u8, u8),
-    Ranges(Box<[(u8, u8)]>),
-    Many(Box<[bool; 256]>),
-}
-
-/// Up to so many ranges, comparing is faster than a table.
-const RANGES: usize = 12;
-
-impl Bytes {
-    fn new(set: ByteSet) -> Self {
-        let all: Vec<u8> = set.bytes().collect();
-        let ranges = set.ranges();
-        match all[..] {
-            [a] => Self::One(a),
-            [a, b] => Self::Two(a, b),
-            [a, b, c] => Self::Three(a, b, c),
-            _ if ranges.len() <= RANGES => Self::Ranges(ranges.into()),
-            _ => Self::Many(Box::new(std::array::from_fn(|byte| set.has(byte as u8)))),
-        }
-    }
-
-    fn has(&self, byte: u8) -> bool {
-        match self {
-            Self::One(a) => byte == *a,
-            Self::Two(a, b) => byte == *a || byte == *b,
-            Self::Three(a, b, c) => byte == *a || byte == *b || byte == *c,
-            Self::Ranges(ranges) => ranges.iter().any(|(low, high)| byte.wrapping_sub(*low) <= high - low),
-            Self::Many(table) => table[usize::from(byte)],
-        }
-    }
-
     fn find(&self, text: &[u8]) -> Option<usize> {
         match self {
-            Self::One(a) => memchr::memchr(*a, text),
-            Self::Two(a, b) => memchr::memchr2(*a, *b, text),
-            Self::Three(a, b, c) => memchr::memchr3(*a, *b, *c, text),
-            Self::Ranges(ranges) => in_ranges(ranges, text),
-            Self::Many(table) => text.iter().position(|byte| table[usize::from(*byte)]),
+            Self::Few(searcher) => searcher.find(text).map(|found| found.start()),
+            Self::Many(grams) => grams.find(text),
+            Self::One(finder) => finder.find(text),
         }
     }
 }
 
-fn in_ranges(ranges: &[(u8, u8)], text: &[u8]) -> Option<usize> {
-    let within = |byte: u8| ranges.iter().any(|(low, high)| byte.wrapping_sub(*low) <= high - low);
-    // Where there is one there are more: the next bytes first.
-    let near = text.len().min(8);
-    if let Some(at) = text[..near].iter().position(|byte| within(*byte)) {
-        return Some(at);
-    }
-    let (chunks, _) = text.as_chunks::<32>();
-    // Written so that the compiler makes vector compares of it.
-    let suspicious = |chunk: &[u8; 32]| {
-        let mut any = [0u8; 32];
-        for (low, high) in ranges {
-            let width = high - low;
-            for (any, byte) in any.iter_mut().zip(chunk) {
-                *any |= u8::from(byte.wrapping_sub(*low) <= width);
-            }
-        }
-        any.iter().fold(0, |all, one| all | one) != 0
+/// So many short literals are looked for by their first three bytes in either case.
+const FEW: usize = 8;
+
+/// A search for a few literals that are too short to be sampled.
+fn few(literals: &[Vec<u8>]) -> Option<packed::Searcher> {
+    let short = literals.iter().any(|literal| literal.len() < SAMPLED);
+    let cases = |literal: &Vec<u8>| {
+        let head = [literal[0], literal[1], literal[2]];
+        (0..8u8).map(move |upper| [0, 1, 2].map(|at| head[at] & !(fold(0) * (upper >> at & 1))))
     };
-    let clean = chunks.iter().position(suspicious).unwrap_or(chunks.len()) * 32;
-    text[clean..].iter().position(|byte| within(*byte)).map(|at| at + clean)
+    if short && literals.len() <= FEW { packed::Searcher::new(literals.iter().flat_map(cases)) } else { None }
 }
+
+/// Literals of so many bytes are found by looking at every third place.
+const SAMPLED: usize = 5;
 
 /// Finds where one of many literals may stand, by their folded trigrams.
 #[derive(Debug)]
@@ -529,16 +548,10 @@ mod tests {
     }
 
     fn starts(pattern: &str, text: &str) -> Vec<usize> {
-        let triggers = Triggers::new(&[need(pattern)]).unwrap();
-        let mut hits = triggers.search();
-        let (mut at, mut all) = (0, Vec::new());
-        while at < text.len() {
-            let (first, last) = hits.next(text.as_bytes(), at);
-            all.extend(first..=last);
-            at = last.max(first) + 1;
-        }
-        all.retain(|at| *at < text.len());
-        all
+        let hir = regex_syntax::parse(pattern).unwrap();
+        let triggers = Triggers::new(&[(need(pattern), firsts(&hir))], &firsts(&hir), false);
+        let marks = triggers.marks(text.as_bytes(), 0, true);
+        (0..text.len()).filter(|at| marks.next(*at) == *at).collect()
     }
 
     #[test]
@@ -548,7 +561,7 @@ mod tests {
         assert_eq!(need("[a-z]{1,64}@[a-z]+"), Some(Need { reach: 64, ..Need::of_bytes(at) }));
         assert_eq!(need("[a-z]{2}[0-9]{2}").unwrap().reach, 2);
         assert_eq!(need("(?i-u)password[a-z]+").unwrap().literals, [b"password".to_vec()]);
-        assert_eq!(need("(?:alpha|betas)x?").unwrap().literals, [b"alpha".to_vec(), b"betas".to_vec()]);
+        assert_eq!(need("(?:alpha|betas)x?").unwrap().exact, [b"alpha".to_vec(), b"betas".to_vec()]);
         assert_eq!(need("a*"), None);
     }
 
@@ -572,16 +585,10 @@ mod tests {
     }
 
     #[test]
-    fn ranges_find_what_a_table_finds() {
-        let mut set = ByteSet::EMPTY;
-        b"0123456789@:_".iter().for_each(|byte| set.add(*byte));
-        let bytes = Bytes::new(set);
-        assert!(matches!(bytes, Bytes::Ranges(_)));
-        for at in 0..100 {
-            let mut text = vec![b'x'; 100];
-            text[at] = b'_';
-            assert_eq!(bytes.find(&text), Some(at));
-        }
-        assert_eq!(bytes.find(&[b'x'; 100]), None);
+    fn a_pattern_begins_with_one_of_its_first_bytes() {
+        let firsts = |pattern: &str| format!("{:?}", firsts(&regex_syntax::parse(pattern).unwrap()));
+        assert_eq!(firsts(r"(?-u:\b)a?(b|c*d)e"), "[('a', 'd')]");
+        assert_eq!(firsts(r"\+?\(?\b[0-9]{2}x"), "[('(', '('), ('+', '+'), ('0', '9')]");
+        assert_eq!(firsts(r"(?:x{0,2}){2}(?i)y"), "[('Y', 'Y'), ('x', 'y')]");
     }
 }

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::stream::{Finder, Found, Search, Window, patient};
-use super::triggers::{Crowd, Need, Triggers};
+use super::triggers::{ByteSet, Need, Triggers};
 use super::{Detector, World, Wrong};
 
 /// Words and phrases. Upper and lower case count as equal in every alphabet that has them, one letter for one letter
@@ -89,8 +89,7 @@ pub(crate) struct Words {
     lengths: Vec<usize>,
     tree: contiguous::NFA,
     folded: bool,
-    triggers: Option<Triggers>,
-    first: Box<[bool; 256]>,
+    triggers: Triggers,
     whole: bool,
     longest: usize,
 }
@@ -116,14 +115,15 @@ impl Words {
             .match_kind(MatchKind::LeftmostLongest)
             .build(&keys)
             .map_err(|error| error.to_string())?;
-        let needs: Vec<Option<Need>> = keys.iter().map(|key| Need::of_literal(key.as_bytes(), folded)).collect();
+        let first = firsts(&keys, folded);
         // The other case of some letters is not a byte away from it; such words are looked for everywhere.
         let plain = keys.iter().all(|key| !folded || key.is_ascii());
+        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded).filter(|_| plain), first);
+        let needs: Vec<_> = keys.iter().map(need).collect();
         let longest = keys.iter().map(|key| key.chars().count() * 4).max().unwrap_or(0).min(4 * WORD_MAX);
         Ok(Self {
-            first: firsts(&keys, folded),
             lengths: keys.iter().map(String::len).collect(),
-            triggers: if plain { Triggers::new(&needs) } else { None },
+            triggers: Triggers::new(&needs, &first, false),
             whole: words.iter().all(|word| word.whole),
             words,
             tree,
@@ -138,15 +138,15 @@ fn key(text: &str, folded: bool) -> String {
 }
 
 /// The bytes that a word may begin with, in either case.
-fn firsts(keys: &[String], folded: bool) -> Box<[bool; 256]> {
-    let mut first = Box::new([false; 256]);
-    let lead = |c: char| usize::from(c.encode_utf8(&mut [0; 4]).as_bytes()[0]);
+fn firsts(keys: &[String], folded: bool) -> ByteSet {
+    let mut first = ByteSet::EMPTY;
+    let lead = |c: char| c.encode_utf8(&mut [0; 4]).as_bytes()[0];
     for c in keys.iter().filter_map(|key| key.chars().next()) {
-        first[lead(c)] = true;
+        first.add(lead(c));
         if folded && c.is_ascii() {
-            first[lead(c.to_ascii_uppercase())] = true;
+            first.add(lead(c.to_ascii_uppercase()));
         } else if folded {
-            (0xc2..=0xf4u8).for_each(|byte| first[usize::from(byte)] = true);
+            (0xc2..=0xf4u8).for_each(|byte| first.add(byte));
         }
     }
     first
@@ -154,7 +154,7 @@ fn firsts(keys: &[String], folded: bool) -> Box<[bool; 256]> {
 
 impl Finder for Words {
     fn begin(self: Arc<Self>) -> Box<dyn Search> {
-        Box::new(Reading { words: self, at: 0, patience: 0, until: Vec::new(), matching: Vec::new() })
+        Box::new(Reading { words: self, at: 0, patience: 0, looks: Looks::default() })
     }
 
     fn hold_max(&self) -> usize {
@@ -166,7 +166,13 @@ struct Reading {
     words: Arc<Words>,
     at: u64,
     patience: u64,
-    /// The rules that have a match which goes on behind [`Self::at`], and where it ends.
+    looks: Looks,
+}
+
+/// What was seen at a place.
+#[derive(Default)]
+struct Looks {
+    /// The rules that have a match which goes on behind the place, and where it ends.
     until: Vec<(usize, u64)>,
     /// The words that match at the place at hand, and where they end; for each rule the longest.
     matching: Vec<(usize, usize)>,
@@ -178,26 +184,15 @@ impl Search for Reading {
         if !window.last && window.base + (len as u64) < self.patience {
             return self.at;
         }
-        let words = Arc::clone(&self.words);
-        // Up to `open`, matches may begin anywhere.
-        let (mut start, mut open) = ((self.at - window.base) as usize, 0);
-        let mut crowd = Crowd::default();
-        let mut hits = words.triggers.as_ref().map(|triggers| {
-            let sure = if window.last { len } else { len.saturating_sub(triggers.zone) };
-            (triggers.search(), sure)
-        });
-        while start < len {
-            if start >= open
-                && let Some((hits, sure)) = hits.as_mut().filter(|(_, sure)| start < *sure)
-            {
-                let (first, last) = hits.next(window.text.as_bytes(), start);
-                open = last.saturating_add(1).max(crowd.open(start, first));
-                start = first.min(*sure);
-            }
-            if start >= len || !self.look(&words, window, start) {
+        let words = &*self.words;
+        let mut start = (self.at - window.base) as usize;
+        let starts = words.triggers.starts(window.text.as_bytes(), start, window.last);
+        loop {
+            start = starts.next(start);
+            if start >= len || !self.looks.look(words, window, start) {
                 break;
             }
-            self.note(&words, window, start, found);
+            self.looks.note(words, window, start, found);
             start += 1;
         }
         self.at = window.base + start.min(len) as u64;
@@ -206,13 +201,12 @@ impl Search for Reading {
     }
 }
 
-impl Reading {
+impl Looks {
     /// Walks the tree from a place; false if more text may change what is found.
     fn look(&mut self, words: &Words, window: &Window<'_>, start: usize) -> bool {
         self.matching.clear();
         let bytes = window.text.as_bytes();
-        let possible = words.first[usize::from(bytes[start])] && window.text.is_char_boundary(start);
-        if !possible || (words.whole && !free_before(window.text, start)) {
+        if !window.text.is_char_boundary(start) || (words.whole && !free_before(window.text, start)) {
             return true;
         }
         let Ok(mut state) = words.tree.start_state(Anchored::Yes) else { return true };

@@ -1,9 +1,9 @@
 //! Check digits, and words that stand before something.
 
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 
-use aho_corasick::AhoCorasick;
-
+use super::super::marks::{Table, places};
+use super::super::triggers::ByteSet;
 use super::Candidate;
 
 /// The digits of a text as numbers.
@@ -79,39 +79,56 @@ pub fn mod11_10(number: &[u8]) -> bool {
 }
 
 /// Words that stand before something, in either case.
-pub struct Before(LazyLock<Option<AhoCorasick>>);
+pub struct Before {
+    words: &'static [&'static str],
+    /// The bytes that they begin with.
+    firsts: OnceLock<Table>,
+}
 
 impl Before {
     /// Words of a list, in lower case.
-    pub const fn new(make: fn() -> Option<AhoCorasick>) -> Self {
-        Self(LazyLock::new(make))
+    pub const fn new(words: &'static [&'static str]) -> Self {
+        Self { words, firsts: OnceLock::new() }
     }
 
-    /// Whether one of them begins within the last `within` bytes before the match.
-    pub fn stands(&self, candidate: &Candidate<'_>, within: usize) -> bool {
-        let near = near(candidate, within);
-        let Some(words) = self.0.as_ref() else { return false };
-        words.find_overlapping_iter(near).any(|word| begins_a_word(near, word.start()))
+    /// Whether one of them begins within the last `within` bytes of what is before, at most 64.
+    pub fn stands(&self, before: &str, within: usize) -> bool {
+        let near = near(before, within);
+        let mut places = places(near.as_bytes(), self.firsts.get_or_init(|| firsts(self.words)));
+        while places != 0 {
+            if one_begins(near, places.trailing_zeros() as usize, self.words) {
+                return true;
+            }
+            places &= places - 1;
+        }
+        false
     }
 }
 
-/// A search for these words.
-pub fn searched(words: &[&str]) -> Option<AhoCorasick> {
-    AhoCorasick::builder().ascii_case_insensitive(true).build(words).ok()
+fn firsts(words: &[&str]) -> Table {
+    let mut set = ByteSet::EMPTY;
+    for first in words.iter().filter_map(|word| word.as_bytes().first()) {
+        set.add(first.to_ascii_lowercase());
+        set.add(first.to_ascii_uppercase());
+    }
+    Table::new(&set)
 }
 
 /// Whether one of a few words begins within the last `within` bytes before the match.
 pub fn context(candidate: &Candidate<'_>, words: &[&str], within: usize) -> bool {
-    let near = near(candidate, within);
-    let here = |at: usize, word: &str| {
-        near.as_bytes().get(at..at + word.len()).is_some_and(|bytes| bytes.eq_ignore_ascii_case(word.as_bytes()))
-    };
-    (0..near.len()).any(|at| words.iter().any(|word| here(at, word)) && begins_a_word(near, at))
+    let near = near(candidate.before(), within);
+    (0..near.len()).any(|at| one_begins(near, at, words))
 }
 
-fn near<'t>(candidate: &Candidate<'t>, within: usize) -> &'t str {
-    let before = candidate.before();
+fn near(before: &str, within: usize) -> &str {
     &before[before.ceil_char_boundary(before.len().saturating_sub(within))..]
+}
+
+fn one_begins(text: &str, at: usize, words: &[&str]) -> bool {
+    let here = |word: &&str| {
+        text.as_bytes().get(at..at + word.len()).is_some_and(|bytes| bytes.eq_ignore_ascii_case(word.as_bytes()))
+    };
+    begins_a_word(text, at) && words.iter().any(here)
 }
 
 fn begins_a_word(text: &str, at: usize) -> bool {
