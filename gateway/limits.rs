@@ -296,7 +296,7 @@ pub struct Levels {
 }
 
 /// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
-const LEVELS_MAX: usize = 200_000;
+pub const LEVELS_MAX: usize = 200_000;
 
 impl Levels {
     /// The level of a limit that counts for all together, old or new.

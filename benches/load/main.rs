@@ -12,6 +12,7 @@ mod plot;
 mod prompt;
 mod replicas;
 mod report;
+mod soak;
 mod upstream;
 mod wire;
 
@@ -41,6 +42,8 @@ enum Command {
     Bare(bare::Options),
     /// The closed-loop client alone
     Client(client::Options),
+    /// An hour of everything at once: does what it holds stay as it is?
+    Soak(soak::Options),
     /// Several replicas behind one gateway
     Replicas(replicas::Options),
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Some(Command::Upstream(options)) => upstream::command(&options),
         Some(Command::Bare(options)) => bare::command(&options),
         Some(Command::Client(options)) => client::command(&options),
+        Some(Command::Soak(options)) => soak::command(&options),
         Some(Command::Replicas(options)) => replicas::command(&options),
     };
     outcome.unwrap_or_else(|failure| {
