@@ -452,7 +452,8 @@ impl Stage {
             .stderr(output)
             .spawn()
             .map_err(|error| format!("cannot start {command:?}: {error}"))?;
-        let mut running = Running { child, name, address, admin: None, header_lines: String::new(), rewrites: false, log };
+        let mut running =
+            Running { child, name, address, admin: None, header_lines: String::new(), rewrites: false, log };
         running.wait_until_it_listens()?;
         Ok(running)
     }

@@ -83,12 +83,7 @@ async fn full_rate(client: &Client, time: Duration) -> Result<f64, Failure> {
 }
 
 /// The long part: requests come when they come, the world turns, and somebody looks at the gateway.
-async fn paced(
-    world: &mut World<'_>,
-    client: &Client,
-    rate: f64,
-    time: Duration,
-) -> Result<(Tally, Samples), Failure> {
+async fn paced(world: &mut World<'_>, client: &Client, rate: f64, time: Duration) -> Result<(Tally, Samples), Failure> {
     let end = Instant::now() + time;
     let watch = Watch::new(world.gateway.pid(), world.admin()?, time);
     let (turned, samples, ()) =

@@ -71,7 +71,9 @@ impl Wire {
 /// What `server` answers to a request without a body: the status and the text.
 pub async fn call(server: SocketAddr, method: &str, path: &str) -> Result<(u16, String), Failure> {
     let mut wire = Wire::new(TcpStream::connect(server).await?)?;
-    wire.socket.write_all(format!("{method} {path} HTTP/1.1\r\nhost: load\r\ncontent-length: 0\r\n\r\n").as_bytes()).await?;
+    wire.socket
+        .write_all(format!("{method} {path} HTTP/1.1\r\nhost: load\r\ncontent-length: 0\r\n\r\n").as_bytes())
+        .await?;
     let head = wire.head().await?.ok_or("no answer")?;
     let mut text = Vec::new();
     wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;

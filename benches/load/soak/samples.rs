@@ -97,7 +97,10 @@ fn tables(page: &str) -> BTreeMap<String, Table> {
     let sum = |name| sum(page, name);
     let places = Table { entries: sum("infergate_journal_places_in_use"), room: Some(sum("infergate_journal_places")) };
     tables.insert("journal_places".to_owned(), places);
-    for (table, name) in [("bytes_of_bodies", "infergate_bodies_in_flight_bytes"), ("requests_in_flight", "infergate_requests_in_flight")] {
+    for (table, name) in [
+        ("bytes_of_bodies", "infergate_bodies_in_flight_bytes"),
+        ("requests_in_flight", "infergate_requests_in_flight"),
+    ] {
         tables.insert(table.to_owned(), Table { entries: sum(name), room: None });
     }
     tables
@@ -122,7 +125,13 @@ impl Samples {
         let share = 100.0 * (last.cpu - first.cpu) / (last.at - first.at).max(0.1);
         eprintln!(
             "{:5.0} s: {:.1} MiB, {} handles, {} threads, {share:.0} % of a core, {} requests, {} errors, {} late",
-            last.at, last.memory / 1024.0, last.handles, last.threads, tally.sent, tally.errors, tally.late
+            last.at,
+            last.memory / 1024.0,
+            last.handles,
+            last.threads,
+            tally.sent,
+            tally.errors,
+            tally.late
         );
         tally.first_errors.iter().take(1).for_each(|error| eprintln!("        {error}"));
     }
@@ -154,7 +163,8 @@ impl Samples {
     /// Everything, for scripts.
     pub fn json(&self) -> Value {
         let sample = |sample: &Sample| {
-            let tables: BTreeMap<&str, f64> = sample.tables.iter().map(|(name, table)| (&**name, table.entries)).collect();
+            let tables: BTreeMap<&str, f64> =
+                sample.tables.iter().map(|(name, table)| (&**name, table.entries)).collect();
             json!({
                 "at_s": sample.at, "memory_kib": sample.memory, "handles": sample.handles, "threads": sample.threads,
                 "metric_lines": sample.lines, "cpu_s": sample.cpu, "tables": tables,

@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What is left when the load is over.
@@ -21,9 +22,10 @@ pub struct Evidence {
     journal_bytes: u64,
     /// What `audit verify` said, and whether it was content.
     proof: (bool, String),
-    /// Billionths of a dollar, by the ledger.
-    spent: f64,
+    /// By the ledger, since it began.
     folded: f64,
+    /// Of what the journal has still: by the ledger, and by its records.
+    sums: [Sums; 2],
     /// Lines that the gateway should not have logged.
     complaints: Vec<String>,
     ended: String,
@@ -37,18 +39,17 @@ impl Evidence {
         let ended = world.gateway.end()?.to_string();
         let verify = Command::new(&world.program).args(["audit", "verify"]).arg(&journal).output()?;
         let said = String::from_utf8_lossy(&verify.stdout).into_owned() + &String::from_utf8_lossy(&verify.stderr);
-        let usage = Command::new(&world.program).args(["usage", "--json", "--journal"]).arg(&journal).output()?;
-        let usage: Value = serde_json::from_slice(&usage.stdout)
-            .map_err(|error| format!("`usage`: {error}: {}", String::from_utf8_lossy(&usage.stderr)))?;
-        let total = |field| usage.pointer(&format!("/total/{field}")).and_then(Value::as_f64).unwrap_or(f64::NAN);
+        let (since, records) = records(&world.program, &journal)?;
+        let folded = ledger(&world.program, &journal, "7d")?.requests as f64;
+        let sums = [ledger(&world.program, &journal, &since)?, records];
         Ok(Self {
             tally,
             page,
             segments: segments(&journal)?,
             journal_bytes: bytes(&journal.join("runs")),
             proof: (verify.status.success(), said.trim().to_owned()),
-            spent: total("cost_nanousd"),
-            folded: total("requests"),
+            folded,
+            sums,
             complaints: complaints(&world.gateway.words()),
             ended,
         })
@@ -60,12 +61,16 @@ async fn rested(world: &World<'_>) -> Result<String, Failure> {
     let end = Instant::now() + Duration::from_secs(60);
     loop {
         let page = wire::get(world.admin()?, "/metrics").await?;
-        let busy = ["requests_in_flight", "ledger_lag_lines", "journal_lag_lines"].map(|name| sum(&page, &format!("infergate_{name}")));
+        let busy = ["requests_in_flight", "ledger_lag_lines", "journal_lag_lines"]
+            .map(|name| sum(&page, &format!("infergate_{name}")));
         if busy == [0.0; 3] {
             return Ok(page);
         }
         if Instant::now() > end {
-            return Err(format!("requests in flight, lines to fold, lines to write: {busy:?}, a minute after the last request").into());
+            return Err(format!(
+                "requests in flight, lines to fold, lines to write: {busy:?}, a minute after the last request"
+            )
+            .into());
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -83,11 +88,58 @@ fn segments(journal: &Path) -> Result<[usize; 2], Failure> {
     Ok(found)
 }
 
+/// Requests, and what they cost.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Sums {
+    requests: u64,
+    nanousd: u64,
+}
+
+impl fmt::Display for Sums {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { requests, nanousd } = self;
+        write!(f, "{requests} requests for ${}.{:09}", nanousd / 1_000_000_000, nanousd % 1_000_000_000)
+    }
+}
+
+/// What the ledger has from a time on.
+fn ledger(program: &Path, journal: &Path, since: &str) -> Result<Sums, Failure> {
+    let usage = Command::new(program).args(["usage", "--json", "--since", since, "--journal"]).arg(journal).output()?;
+    let usage: Value = serde_json::from_slice(&usage.stdout)
+        .map_err(|error| format!("`usage`: {error}: {}", String::from_utf8_lossy(&usage.stderr)))?;
+    let total = |field| usage.pointer(&format!("/total/{field}")).and_then(Value::as_u64).unwrap_or_default();
+    Ok(Sums { requests: total("requests"), nanousd: total("cost_nanousd") })
+}
+
+/// The first minute of which the journal has every record, and what all from there on come to.
+fn records(program: &Path, journal: &Path) -> Result<(String, Sums), Failure> {
+    let mut grep = Command::new(program);
+    grep.args(["audit", "grep", "--json", "--kind", "request"]).arg(journal).stdout(Stdio::piped());
+    let mut running = grep.spawn()?;
+    let (mut first, mut sums) = (None, BTreeMap::<String, Sums>::new());
+    for line in BufReader::new(running.stdout.take().ok_or("no output of `audit grep`")?).lines() {
+        let record: Value = serde_json::from_str(&line?)?;
+        let at = record["at"].as_str().and_then(|at| at.get(..16)).ok_or("a record without a time")?;
+        first.get_or_insert_with(|| at.to_owned());
+        let sum = sums.entry(at.to_owned()).or_default();
+        sum.requests += 1;
+        sum.nanousd += record["cost"]["nanousd"].as_u64().unwrap_or_default();
+    }
+    running.wait()?;
+    // Retention may have taken a part of the first minutes: records come in the order in which they ended.
+    let mut whole = sums.into_iter().skip_while(|(minute, _)| Some(minute) <= first.as_ref()).peekable();
+    let since = whole.peek().map(|(minute, _)| format!("{minute}:00Z")).ok_or("no whole minute in the journal")?;
+    let total = whole.fold(Sums::default(), |sum, (_, more)| Sums {
+        requests: sum.requests + more.requests,
+        nanousd: sum.nanousd + more.nanousd,
+    });
+    Ok((since, total))
+}
+
 /// Panics, and errors that are not about the broken policies that it was given.
 fn complaints(log: &str) -> Vec<String> {
-    let is_bad = |line: &&str| {
-        line.contains("panicked") || line.contains("\"level\":\"ERROR\"") && !line.contains("policy")
-    };
+    let is_bad =
+        |line: &&str| line.contains("panicked") || line.contains("\"level\":\"ERROR\"") && !line.contains("policy");
     log.lines().filter(is_bad).map(str::to_owned).collect()
 }
 
@@ -128,13 +180,26 @@ impl Verdict {
         let threads = Trend::of(samples.warm(), |sample| sample.threads);
         promise("threads are flat", growth(threads, "", is_long), !is_long || flat(threads, GROWTH_OF_HANDLES));
         let lines = Trend::of(samples.warm(), |sample| sample.lines);
-        promise("the page of metrics does not grow", growth(lines, "lines", is_long), !is_long || flat(lines, (0.05, 50.0)));
+        promise(
+            "the page of metrics does not grow",
+            growth(lines, "lines", is_long),
+            !is_long || flat(lines, (0.05, 50.0)),
+        );
         let over: Vec<String> = overfull(&samples.tables());
         promise("no table is beyond its cap", listed(&over), over.is_empty());
         let Evidence { tally, page, .. } = &evidence;
-        promise("nothing went wrong that should not", format!("{} errors in {} requests", tally.errors, tally.sent), tally.errors == 0);
-        promise("nothing was logged as an error, no panic", listed(&evidence.complaints), evidence.complaints.is_empty());
-        let [reloads, refused] = ["policy_reloads_total", "policy_reloads_failed_total"].map(|name| sum(page, &format!("infergate_{name}")));
+        promise(
+            "nothing went wrong that should not",
+            format!("{} errors in {} requests", tally.errors, tally.sent),
+            tally.errors == 0,
+        );
+        promise(
+            "nothing was logged as an error, no panic",
+            listed(&evidence.complaints),
+            evidence.complaints.is_empty(),
+        );
+        let [reloads, refused] =
+            ["policy_reloads_total", "policy_reloads_failed_total"].map(|name| sum(page, &format!("infergate_{name}")));
         let turns = tally.turns;
         promise(
             "good policies came into force, broken ones did not",
@@ -147,10 +212,14 @@ impl Verdict {
         let [segments, packed] = evidence.segments;
         promise(
             "the journal keeps to its size",
-            format!("{segments} segments, {packed} compressed, {:.1} MiB of {} MiB", mib(evidence.journal_bytes), KEEP_BYTES >> 20),
+            format!(
+                "{segments} segments, {packed} compressed, {:.1} MiB of {} MiB",
+                mib(evidence.journal_bytes),
+                KEEP_BYTES >> 20
+            ),
             packed > 0 && evidence.journal_bytes <= KEEP_BYTES + 8 * SEGMENT_BYTES,
         );
-        let [requests, cost] = ["requests_total", "cost_nanousd_total"].map(|name| sum(page, &format!("infergate_{name}")));
+        let requests = sum(page, "infergate_requests_total");
         promise(
             "the ledger has every request",
             format!("{} by the ledger, {requests} by the metrics", evidence.folded),
@@ -158,8 +227,8 @@ impl Verdict {
         );
         promise(
             "the ledger has every cent",
-            format!("${:.6} by the ledger, ${:.6} by the metrics", evidence.spent / 1e9, cost / 1e9),
-            evidence.spent == cost,
+            format!("{}; by the records that are left: {}", evidence.sums[0], evidence.sums[1]),
+            evidence.sums[0] == evidence.sums[1] && evidence.sums[0].nanousd > 0,
         );
         promise("it ended when it was asked to", evidence.ended.clone(), evidence.ended == "exit status: 0");
         Self { promises, tally: evidence.tally, samples, rates, proof: evidence.proof.1 }
@@ -172,11 +241,11 @@ impl Verdict {
 
     /// Everything, for scripts.
     pub fn json(&self) -> Value {
-        let promises = |promise: &Promise| json!({"promise": promise.what, "found": promise.found, "kept": promise.kept});
-        let outcomes = |((kind, outcome), count): (&(super::mix::Kind, String), &u64)| {
-            json!({"kind": kind.to_string(), "outcome": outcome, "count": count})
-        };
-        let tables = |(name, table): (&str, Table)| (name.to_owned(), json!({"most": table.entries, "room": table.room}));
+        let promises =
+            |promise: &Promise| json!({"promise": promise.what, "found": promise.found, "kept": promise.kept});
+        let outcomes = |((kind, outcome), count): (&(super::mix::Kind, String), &u64)| json!({"kind": kind.to_string(), "outcome": outcome, "count": count});
+        let tables =
+            |(name, table): (&str, Table)| (name.to_owned(), json!({"most": table.entries, "room": table.room}));
         json!({
             "promises": self.promises.iter().map(promises).collect::<Value>(),
             "rate_full": self.rates[0], "rate": self.rates[1], "cores": self.samples.cores(),
@@ -227,7 +296,10 @@ impl fmt::Display for Verdict {
         writeln!(
             f,
             "{time:.0} minutes at {half:.0} requests a second of {full:.0} in a closed loop, {:.0} % of a core; {} policies, {} refused, {} times a server stood still\n",
-            self.samples.cores() * 100.0, self.tally.turns.reloads, self.tally.turns.refused, self.tally.turns.frozen
+            self.samples.cores() * 100.0,
+            self.tally.turns.reloads,
+            self.tally.turns.refused,
+            self.tally.turns.frozen
         )?;
         writeln!(f, "| promise | found | |\n|---|---|---|")?;
         for Promise { what, found, kept } in &self.promises {
@@ -235,7 +307,8 @@ impl fmt::Display for Verdict {
         }
         writeln!(f, "\n| table | at its fullest | room |\n|---|--:|--:|")?;
         for (name, table) in self.samples.tables() {
-            let room = table.room.map_or_else(|| "what the policy and requests name".to_owned(), |room| room.to_string());
+            let room =
+                table.room.map_or_else(|| "what the policy and requests name".to_owned(), |room| room.to_string());
             writeln!(f, "| {name} | {} | {room} |", table.entries)?;
         }
         writeln!(f, "\n| requests | what came | how often |\n|---|---|--:|")?;

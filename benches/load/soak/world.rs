@@ -186,8 +186,15 @@ struct Text<'a> {
 
 impl Text<'_> {
     fn policy(&self) -> String {
-        let parts =
-            [self.who(), self.limits(), self.guardrails(), self.models(), self.routers(), self.pools(), self.evidence()];
+        let parts = [
+            self.who(),
+            self.limits(),
+            self.guardrails(),
+            self.models(),
+            self.routers(),
+            self.pools(),
+            self.evidence(),
+        ];
         format!("version: 1\n{}", parts.concat())
     }
 
@@ -250,7 +257,7 @@ impl Text<'_> {
         for epoch in self.recent() {
             _ = writeln!(text, "- {{name: model-{epoch}, pool: pool-{epoch}, fallbacks: [{{pool: main}}]}}");
         }
-        text + "prices: {list: [{models: ['*'], input: 0.000001, output: 0.000002}]}\n"
+        text + "prices: {list: [{models: ['*'], input: 1, output: 2}]}\n"
     }
 
     fn routers(&self) -> String {
@@ -282,7 +289,7 @@ impl Text<'_> {
         let main: Vec<String> = (0..SERVERS).filter_map(|server| self.server(server)).collect();
         let mut text = format!(
             "pools:
-  faulty: {{upstreams: [{{url: 'http://{}'}}], timeouts: {{first_token_ms: 1000, answer_ms: 1000, between_tokens_ms: 1000}}, health: {{enabled: false}}}}
+  faulty: {{upstreams: [{{url: 'http://{}'}}], timeouts: {{first_token_ms: 1000, answer_ms: 1000, between_tokens_ms: 1000}}, breaker: {{failures: 0, requests_min: 1000000000}}, health: {{enabled: false}}}}
   main: {{upstreams: [{}], balance: expected_time, slow_start_ms: 1000, {rest}}}
 ",
             self.faulty.address,
@@ -290,7 +297,8 @@ impl Text<'_> {
         );
         for epoch in self.recent() {
             let port = self.servers[0].address.port();
-            let urls = [1, 2].map(|n| format!("{{name: fleeting-{epoch}-{n}, url: 'http://{}:{port}'}}", apart(n, epoch)));
+            let urls =
+                [1, 2].map(|n| format!("{{name: fleeting-{epoch}-{n}, url: 'http://{}:{port}'}}", apart(n, epoch)));
             _ = writeln!(text, "  pool-{epoch}: {{upstreams: [{}], {rest}}}", urls.join(", "));
         }
         text
@@ -326,7 +334,6 @@ fn apart(net: usize, epoch: u32) -> Ipv4Addr {
     let [_, _, high, low] = (epoch + 1).to_be_bytes();
     Ipv4Addr::new(127, u8::try_from(net).unwrap_or(u8::MAX), high, low)
 }
-
 
 /// The size of all files in a directory, with those below it.
 pub fn bytes(directory: &Path) -> u64 {
