@@ -133,10 +133,10 @@ impl State {
             named("pools", self.pools.len()),
             named("densities", self.densities.len()),
             named("issuers", self.key_sets.len()),
-            Table { name: "limit_levels", entries: self.limits.len(), room: Some(limits::LEVELS_MAX) },
             Table { name: "conversations", entries: self.conversations.len(), room: Some(conversations::MOST) },
         ]
         .into_iter()
+        .chain(self.limits.tables())
         .chain(self.prefixes.get().map(|prefixes| {
             let (entries, room) = prefixes.fill();
             Table { name: "prefix_blocks", entries, room: Some(room) }

@@ -84,7 +84,7 @@ mod tests {
         let series = Series::<Vec<(String, String)>, Counter>::default();
         let [stays, goes] = ["stays", "goes"].map(|name| vec![("name".to_owned(), name.to_owned())]);
         let counters = [&stays, &goes].map(|labels| series.of(labels));
-        counters.iter().for_each(|counter| drop(counter.inc()));
+        counters.iter().for_each(|counter| _ = counter.inc());
         series.keep(|labels| *labels == stays);
         assert!(series.len() == 1 && series.family.get(&goes).is_none());
         assert_eq!((series.of(&stays).get(), series.of(&goes).get()), (1, 0));

@@ -164,8 +164,8 @@ const LONG_ENOUGH_S: f64 = 600.0;
 const GROWTH: (f64, f64) = (0.03, 4096.0);
 /// The same for handles and threads.
 const GROWTH_OF_HANDLES: (f64, f64) = (0.1, 20.0);
-/// Every limit has a level for newcomers beyond the room, and those that count for all together one each.
-const LEVELS_BESIDE: f64 = 1000.0;
+/// Threads that look at the same moment may each find room for one.
+const AT_ONCE: f64 = 16.0;
 
 impl Verdict {
     /// Judges.
@@ -268,8 +268,7 @@ fn growth(trend: Trend, unit: &str, is_long: bool) -> String {
 }
 
 fn overfull(tables: &BTreeMap<&str, Table>) -> Vec<String> {
-    let beside = |name: &str| if name == "limit_levels" { LEVELS_BESIDE } else { 0.0 };
-    let over = tables.iter().filter(|(name, table)| table.room.is_some_and(|room| table.entries > room + beside(name)));
+    let over = tables.iter().filter(|(_, table)| table.room.is_some_and(|room| table.entries > room + AT_ONCE));
     over.map(|(name, table)| format!("{name}: {} of {}", table.entries, table.room.unwrap_or_default())).collect()
 }
 
