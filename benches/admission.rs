@@ -67,6 +67,7 @@ fn admitted(policy: &Policy, state: &State, headers: &http::HeaderMap) -> u64 {
             cached: Cached::Within,
             besides: Usage::default(),
             work: Work::default(),
+            before: 0,
         },
         held: None,
         now: millis(now),

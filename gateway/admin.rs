@@ -290,6 +290,7 @@ impl Admin {
             .collect();
         self.house.telemetry.levels(&pools, &self.levels(), self.house.state.bodies.used());
         self.limit_levels();
+        self.house.telemetry.tables(self.house.tables());
         self.house.ledger.iter().for_each(|ledger| ledger.measure());
         let mut answer = text(StatusCode::OK, self.house.telemetry.text());
         let kind = http::HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");

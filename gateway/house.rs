@@ -14,8 +14,8 @@ use crate::relay::Connections;
 use crate::routers::second::Seconds;
 use crate::settings::Settings;
 use crate::state::State;
-use crate::telemetry::Telemetry;
 use crate::telemetry::trace::Tracer;
+use crate::telemetry::{Table, Telemetry};
 
 /// How long the end of the process waits for the ledger to have what the journal has.
 const FOLD: Duration = Duration::from_secs(2);
@@ -87,6 +87,12 @@ impl House {
     /// Whether the process is going down.
     pub fn draining(&self) -> bool {
         *self.connections_closing.borrow()
+    }
+
+    /// How full the tables are that requests and policies fill.
+    pub fn tables(&self) -> impl Iterator<Item = Table> {
+        let own = [self.connections.table(), self.remotes.table(), self.seconds.table()];
+        self.state.tables().chain(own)
     }
 
     /// Files an administrative act.

@@ -17,6 +17,16 @@ impl<V> Kept<V> {
         Self { answers: HashMap::new(), order: VecDeque::new(), most }
     }
 
+    /// How much is kept.
+    pub fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Whether nothing is.
+    pub fn is_empty(&self) -> bool {
+        self.order.is_empty()
+    }
+
     /// What was said about this, if it still holds.
     pub fn get(&self, key: &[u8; 32]) -> Option<&V> {
         self.answers.get(key).filter(|(until, _)| Instant::now() < *until).map(|(_, answer)| answer)

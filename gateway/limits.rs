@@ -17,6 +17,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use dashmap::mapref::multiple::RefMulti;
 use dashmap::{DashMap, DashSet};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -32,7 +33,7 @@ use self::window::Window;
 use crate::money::{Cached, Price};
 use crate::policy::Pattern;
 use crate::policy::file::OnLimit;
-use crate::telemetry::LimitMeters;
+use crate::telemetry::{LimitMeters, Table};
 use crate::usage::Usage;
 
 /// One limit of a policy.
@@ -288,7 +289,9 @@ const LEAST: u64 = 16;
 /// The levels of limits that count apart: whoever is counted has one while it says anything.
 #[derive(Debug, Default)]
 pub struct Levels {
-    levels: DashMap<u128, Arc<Level>>,
+    apart: DashMap<u128, Arc<Level>>,
+    /// Those that count for all together, and those of newcomers where there is no room: policies name them.
+    together: DashMap<u128, Arc<Level>>,
     /// The limits whose levels have what was spent before the process began.
     restored: DashSet<u128>,
     hashers: (RandomState, RandomState),
@@ -298,13 +301,13 @@ pub struct Levels {
     pub warnings: Warnings,
 }
 
-/// So many levels are kept. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
+/// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
 const LEVELS_MAX: usize = 200_000;
 
 impl Levels {
     /// The level of a limit that counts for all together, old or new.
     pub fn named(&self, levels: &str) -> Arc<Level> {
-        self.level(self.key(0, &[levels]), levels, "", || id(levels, &[]))
+        level(&self.together, self.key(0, &[levels]), levels, "", || id(levels, &[]))
     }
 
     /// Where a limit's levels are that it counts apart.
@@ -318,13 +321,6 @@ impl Levels {
         u128::from(one) << 64 | u128::from(other)
     }
 
-    fn level(&self, key: u128, levels: &str, whose: &str, id: impl FnOnce() -> Id) -> Arc<Level> {
-        if let Some(level) = self.levels.get(&key) {
-            return level.clone();
-        }
-        self.levels.entry(key).or_insert_with(|| Arc::new(Level::new(levels, whose, id()))).clone()
-    }
-
     /// The level that `limit` counts `request` on.
     fn of(&self, limit: &Limit, request: &Counted<'_>) -> Arc<Level> {
         if let Some(level) = &limit.level {
@@ -332,22 +328,27 @@ impl Levels {
         }
         let parts: SmallVec<[&str; 3]> = limit.each.iter().map(|each| each.of(request)).collect();
         let key = self.key(limit.apart, &parts);
-        if let Some(known) = self.levels.get(&key) {
+        if let Some(known) = self.apart.get(&key) {
             return known.clone();
         }
-        if self.levels.len() >= LEVELS_MAX {
-            return self.level(limit.apart, &limit.levels, "others", || id(&limit.levels, &["", "others"]));
+        if self.apart.len() >= LEVELS_MAX {
+            let id = || id(&limit.levels, &["", "others"]);
+            return level(&self.together, limit.apart, &limit.levels, "others", id);
         }
-        self.level(key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts))
+        level(&self.apart, key, &limit.levels, &parts.join(" "), || id(&limit.levels, &parts))
+    }
+
+    fn each(&self) -> impl Iterator<Item = RefMulti<'_, u128, Arc<Level>>> {
+        self.together.iter().chain(self.apart.iter())
     }
 
     /// What the store holds for this replica in advance, and nobody has taken yet.
     pub fn leased(&self) -> u64 {
-        self.levels.iter().map(|level| level.count().slice).sum()
+        self.each().map(|level| level.count().slice).sum()
     }
 
     fn all(&self) -> Vec<Arc<Level>> {
-        self.levels.iter().map(|level| level.clone()).collect()
+        self.each().map(|level| level.clone()).collect()
     }
 
     fn is_restored(&self, limit: &Limit) -> bool {
@@ -366,22 +367,34 @@ impl Levels {
 
     /// Forgets the levels that say nothing.
     pub fn sweep(&self, now: u64) {
-        self.levels.retain(|_, level| Arc::strong_count(level) > 1 || !level.is_idle(now));
+        for levels in [&self.together, &self.apart] {
+            levels.retain(|_, level| Arc::strong_count(level) > 1 || !level.is_idle(now));
+        }
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.levels.len()
+        self.together.len() + self.apart.len()
+    }
+
+    /// The levels of limits that count apart, and those of the others.
+    pub fn tables(&self) -> [Table; 2] {
+        [
+            Table { name: "limit_levels", entries: self.apart.len(), room: Some(LEVELS_MAX) },
+            Table { name: "limit_levels_together", entries: self.together.len(), room: None },
+        ]
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.levels.is_empty()
+        self.len() == 0
     }
 
     /// How the levels of `limit` stand, the fullest first, `most` of them.
     pub fn standings(&self, limit: &Limit, now: u64, most: usize) -> Vec<(Box<str>, Standing, u64)> {
-        let of_it = self.levels.iter().filter(|level| level.levels == limit.levels);
+        // Most limits count for all together: for them nobody looks at everybody's.
+        let apart = (!limit.each.is_empty()).then(|| self.apart.iter()).into_iter().flatten();
+        let of_it = self.together.iter().chain(apart).filter(|level| level.levels == limit.levels);
         let mut standings: Vec<_> = of_it
             .map(|level| {
                 let mut count = level.count();
@@ -396,7 +409,7 @@ impl Levels {
 
     /// What all requests together have reserved and not settled.
     pub fn held(&self) -> u64 {
-        self.levels.iter().map(|level| level.count().held()).sum()
+        self.each().map(|level| level.count().held()).sum()
     }
 
     /// Reserves what `request` may use of all of `limits`: everything, or nothing.
@@ -429,6 +442,19 @@ impl Levels {
         holds.sort_unstable_by_key(|hold| Arc::as_ptr(&hold.level) as usize);
         Ok(holds)
     }
+}
+
+fn level(
+    known: &DashMap<u128, Arc<Level>>,
+    key: u128,
+    levels: &str,
+    whose: &str,
+    id: impl FnOnce() -> Id,
+) -> Arc<Level> {
+    if let Some(level) = known.get(&key) {
+        return level.clone();
+    }
+    known.entry(key).or_insert_with(|| Arc::new(Level::new(levels, whose, id()))).clone()
 }
 
 /// The name of a level among replicas. Every part says how long it is, so that no two lists read the same.
@@ -817,4 +843,30 @@ impl<'a> Counted<'a> {
 /// A time of the day as limits count it.
 pub fn millis(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{World, compile};
+    use crate::settings::Settings;
+    use crate::state::State;
+    use crate::telemetry::Telemetry;
+
+    #[test]
+    fn beyond_so_many_levels_newcomers_share_one_and_whoever_was_there_keeps_theirs() {
+        let text =
+            "version: 1\nlimits: [{name: users, each: [user], requests: 1, per: day}, {requests: 9, per: day}]\n";
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
+        let policy = compile(text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap();
+        let (levels, limit) = (&state.limits, &policy.limits[0]);
+        let of = |user: usize| levels.of(limit, &Counted { user: Some(&user.to_string()), ..Counted::nobody(0) });
+        let first = of(0);
+        (0..LEVELS_MAX).for_each(|user| drop(of(user)));
+        let [late, later] = [LEVELS_MAX, LEVELS_MAX + 1].map(of);
+        assert!(Arc::ptr_eq(&late, &later) && Arc::ptr_eq(&first, &of(0)) && !Arc::ptr_eq(&first, &late));
+        assert_eq!(levels.tables().map(|table| table.entries), [LEVELS_MAX, 2]);
+        assert_eq!(levels.standings(limit, 0, usize::MAX).len(), LEVELS_MAX + 1);
+        assert_eq!(levels.standings(&policy.limits[1], 0, usize::MAX).len(), 1);
+    }
 }

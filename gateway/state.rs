@@ -20,8 +20,8 @@ use crate::pool::origin::{Origin, OriginState};
 use crate::pool::prefix::{self, Prefixes};
 use crate::pool::queue::Queue;
 use crate::pool::retry::Budget;
-use crate::routers::conversations::Conversations;
-use crate::telemetry::Telemetry;
+use crate::routers::conversations::{self, Conversations};
+use crate::telemetry::{Table, Telemetry};
 
 /// The levels of the process.
 #[derive(Debug)]
@@ -111,12 +111,36 @@ impl State {
     }
 
     /// Forgets the levels that neither a policy nor a request holds any more.
-    pub fn sweep(&self) {
+    pub fn sweep(&self, telemetry: &Telemetry) {
         self.origins.retain(|_, state| Arc::strong_count(state) > 1);
-        self.pools.retain(|_, state| Arc::strong_count(state) > 1);
+        self.pools.retain(|name, state| {
+            let held = Arc::strong_count(state) > 1;
+            if !held {
+                telemetry.pool_gone(name);
+            }
+            held
+        });
         self.densities.retain(|_, density| Arc::strong_count(density) > 1);
         self.limits.sweep(limits::millis(SystemTime::now()));
         self.key_sets.retain(|_, kept| kept.is_asked());
+    }
+
+    /// How full everything here is.
+    pub fn tables(&self) -> impl Iterator<Item = Table> {
+        let named = |name, entries| Table { name, entries, room: None };
+        [
+            named("origins", self.origins.len()),
+            named("pools", self.pools.len()),
+            named("densities", self.densities.len()),
+            named("issuers", self.key_sets.len()),
+            Table { name: "conversations", entries: self.conversations.len(), room: Some(conversations::MOST) },
+        ]
+        .into_iter()
+        .chain(self.limits.tables())
+        .chain(self.prefixes.get().map(|prefixes| {
+            let (entries, room) = prefixes.fill();
+            Table { name: "prefix_blocks", entries, room: Some(room) }
+        }))
     }
 
     /// How many origins and pools are known.
@@ -201,10 +225,10 @@ mod tests {
         let (origin, _) = Origin::parse("http://127.0.0.1:1", Http2::Tls).unwrap();
         let held = state.origin(&origin, now);
         let _request = held.endpoints()[0].enter();
-        state.sweep();
+        state.sweep(&Telemetry::new());
         assert_eq!(state.origin(&origin, now).endpoints()[0].in_flight(), 1);
         drop(held);
-        state.sweep();
+        state.sweep(&Telemetry::new());
         assert_eq!(state.sizes(), (0, 0));
     }
 }

@@ -10,8 +10,10 @@ mod limits;
 pub mod names;
 mod process;
 mod routes;
+mod series;
 mod shown;
 mod spent;
+mod tables;
 pub mod trace;
 
 use std::collections::HashMap;
@@ -40,12 +42,15 @@ pub use self::limits::{LimitMeters, StoreMeters};
 use self::process::Process;
 pub use self::process::Runtimes;
 use self::routes::Routes;
+use self::series::Series;
 use self::spent::Spent;
 pub use self::spent::SpentMeters;
+pub use self::tables::Table;
+use self::tables::Tables;
 use crate::audit::record::{OUTCOMES, Record};
 use crate::decimal;
 use crate::policy::file::OnStoreError;
-use crate::policy::{Route, Tenant};
+use crate::policy::{Policy, Route, Tenant};
 use crate::pool::feed::Heard;
 use crate::pool::told::Cache;
 use crate::refusal::{CODES, Code};
@@ -162,6 +167,7 @@ pub struct Telemetry {
     limits: Limits,
     guards: Guards,
     routes: Routes,
+    tables: Tables,
     requests: [[Counter; OUTCOMES.len()]; ROWS],
     durations: [Histogram; ROWS],
     first_tokens: [Histogram; ROWS],
@@ -170,9 +176,9 @@ pub struct Telemetry {
     /// The upstreams, by pool and name, whose counters somebody holds.
     attempted: Mutex<HashMap<(String, String), Weak<AttemptCounters>>>,
     admin_denied: Family<WhyLabels, Counter>,
-    retries_refused: Family<PoolLabels, Counter>,
-    hedges: Family<HedgeLabels, Counter>,
-    hedge_tokens: Family<PoolLabels, Counter>,
+    retries_refused: Series<PoolLabels, Counter>,
+    hedges: Series<HedgeLabels, Counter>,
+    hedge_tokens: Series<PoolLabels, Counter>,
     pool_in_flight: Family<PoolLabels, Gauge>,
     pool_waiting: Family<PoolLabels, Gauge>,
     endpoint_in_flight: Family<EndpointLabels, Gauge>,
@@ -279,9 +285,9 @@ impl Telemetry {
             attempts: Family::default(),
             attempted: Mutex::default(),
             admin_denied: Family::default(),
-            retries_refused: Family::default(),
-            hedges: Family::default(),
-            hedge_tokens: Family::default(),
+            retries_refused: Series::default(),
+            hedges: Series::default(),
+            hedge_tokens: Series::default(),
             pool_in_flight: Family::default(),
             pool_waiting: Family::default(),
             endpoint_in_flight: Family::default(),
@@ -313,6 +319,7 @@ impl Telemetry {
             limits: Limits::new(registry),
             guards: Guards::new(registry),
             routes: Routes::new(registry),
+            tables: Tables::new(registry),
             runtimes,
             genai,
             registry: Mutex::default(),
@@ -324,9 +331,9 @@ impl Telemetry {
         registry.register("refusals", "Refusals by code", refusals);
         registry.register("attempts", "Attempts on upstreams by result", t.attempts.clone());
         registry.register("admin_denied", "Requests on the admin port that were not let in", t.admin_denied.clone());
-        registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.clone());
-        registry.register("hedges", "Second endpoints asked beside slow ones", t.hedges.clone());
-        registry.register("hedge_tokens", "Prompt tokens given to those that lost", t.hedge_tokens.clone());
+        registry.register("retries_refused", "Retries that the budget refused", t.retries_refused.family());
+        registry.register("hedges", "Second endpoints asked beside slow ones", t.hedges.family());
+        registry.register("hedge_tokens", "Prompt tokens given to those that lost", t.hedge_tokens.family());
         registry.register("requests_in_flight", "Requests that run now", t.in_flight.clone());
         registry.register("pool_in_flight", "Requests that a pool runs now", t.pool_in_flight.clone());
         registry.register("pool_waiting", "Requests in a pool's queue", t.pool_waiting.clone());
@@ -493,13 +500,13 @@ impl Telemetry {
 
     /// The counter of one pool's refused retries, to be kept with it.
     pub fn retries_refused(&self, pool: &str) -> Counter {
-        self.retries_refused.get_or_create_owned(&PoolLabels { pool: pool.to_owned() })
+        self.retries_refused.of(&PoolLabels { pool: pool.to_owned() })
     }
 
     /// The counters of one pool's hedges, to be kept with it.
     pub fn hedges(&self, pool: &str) -> HedgeCounters {
-        let of = |result| self.hedges.get_or_create_owned(&HedgeLabels { pool: pool.to_owned(), result });
-        let tokens = self.hedge_tokens.get_or_create_owned(&PoolLabels { pool: pool.to_owned() });
+        let of = |result| self.hedges.of(&HedgeLabels { pool: pool.to_owned(), result });
+        let tokens = self.hedge_tokens.of(&PoolLabels { pool: pool.to_owned() });
         HedgeCounters { won: of("won"), lost: of("lost"), refused: of("refused"), tokens }
     }
 
@@ -512,6 +519,42 @@ impl Telemetry {
         self.reloads.inc();
         self.loaded_at.store(now_ms(), Ordering::Relaxed);
         self.forget_upstreams();
+    }
+
+    /// What `policy`, the one in force, does not name leaves the page.
+    pub fn keep(&self, policy: &Policy) {
+        let rules = policy.guardrails.iter().flat_map(|rails| rails.rules.rules());
+        self.guards.keep(&rules.map(|rule| &*rule.name).collect());
+        self.limits.keep(&policy.all_limits().map(|limit| &*limit.name).collect());
+        let tenants = policy.tenants.values().filter(|tenant| tenant.is_measured);
+        let routes = policy.listed().iter().map(|(_, route)| route);
+        let routes = routes.chain(policy.passthrough.iter().map(|path| &path.route));
+        let models = routes.map(|route| &*route.model.name).collect();
+        self.spent.keep(&models, &tenants.map(|tenant| &*tenant.name).collect());
+        self.genai.keep(&models);
+        let routers = policy.listed().iter().filter_map(|(_, route)| route.routers.as_deref());
+        self.routes.keep(&routers.map(|router| (&*router.name, router)).collect());
+    }
+
+    /// A pool's levels are gone, and so are their counters.
+    pub fn pool_gone(&self, pool: &str) {
+        self.retries_refused.keep(|labels| labels.pool != pool);
+        self.hedge_tokens.keep(|labels| labels.pool != pool);
+        self.hedges.keep(|labels| labels.pool != pool);
+    }
+
+    /// Puts the sizes of tables into the gauges, those of metrics included.
+    pub fn tables(&self, tables: impl Iterator<Item = Table>) {
+        let named = |name, entries| Table { name, entries, room: None };
+        let own = [
+            named("series_of_upstreams", self.attempted.lock().len() * RESULTS.len()),
+            named("series_of_pools", self.retries_refused.len() + self.hedges.len() + self.hedge_tokens.len()),
+            named("series_of_guardrails", self.guards.len()),
+            named("series_of_limits", self.limits.len()),
+            named("series_of_routes", self.routes.len()),
+            named("series_of_tenants", self.spent.len()),
+        ];
+        tables.chain(own).chain(self.genai.tables()).for_each(|table| self.tables.show(table));
     }
 
     /// The newest policy is the one in force already.

@@ -6,7 +6,7 @@ use crate::cpu::{self, Cores};
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a process may take until it serves.
@@ -311,7 +311,24 @@ impl Stage {
         self.upstream_that(&[])
     }
 
-    /// The same with more to say.
+    /// The fake model server at every address of this machine; the first one is told.
+    pub fn upstream_everywhere(&self) -> Result<Running, Failure> {
+        let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_address()?.port()));
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["upstream", "--listen", &listen.to_string()]);
+        let mut running = self.start(command, "upstream", listen)?;
+        running.address.set_ip(Ipv4Addr::LOCALHOST.into());
+        Ok(running)
+    }
+
+    /// A file for somebody to read.
+    pub fn file(&self, name: &str, text: &str) -> Result<PathBuf, Failure> {
+        let file = self.directory.join(name);
+        fs::write(&file, text)?;
+        Ok(file)
+    }
+
+    /// The fake model server with more to say.
     pub fn upstream_that(&self, more: &[&str]) -> Result<Running, Failure> {
         let listen = free_address()?;
         let mut command = Command::new(std::env::current_exe()?);
@@ -365,11 +382,13 @@ impl Stage {
         let settings_file = directory.join("settings.yaml");
         fs::write(&settings_file, settings)?;
         let policy_file = self.rewrite(name, policy)?;
-        let listen = free_address()?;
+        let [listen, admin] = [free_address()?, free_address()?];
         let mut command = self.on_the_proxies_core(program);
         gateway_arguments(&mut command, &policy_file, &settings_file, listen);
-        command.args(["--admin", &free_address()?.to_string()]);
-        self.start(command, name, listen)
+        command.args(["--admin", &admin.to_string()]);
+        let mut running = self.start(command, name, listen)?;
+        running.admin = Some(admin);
+        Ok(running)
     }
 
     /// Gives the gateway of this name another policy, in one step, and says where it is.
@@ -394,7 +413,8 @@ impl Stage {
         Ok(running)
     }
 
-    fn journal(&self) -> PathBuf {
+    /// Where gateways keep their journal.
+    pub fn journal(&self) -> PathBuf {
         self.directory.join("journal")
     }
 
@@ -432,7 +452,8 @@ impl Stage {
             .stderr(output)
             .spawn()
             .map_err(|error| format!("cannot start {command:?}: {error}"))?;
-        let mut running = Running { child, name, address, header_lines: String::new(), rewrites: false, log };
+        let mut running =
+            Running { child, name, address, admin: None, header_lines: String::new(), rewrites: false, log };
         running.wait_until_it_listens()?;
         Ok(running)
     }
@@ -452,6 +473,8 @@ pub struct Running {
     pub name: &'static str,
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where its operators connect.
+    pub admin: Option<SocketAddr>,
     /// Header lines that it wants of every request.
     pub header_lines: String,
     /// Whether it writes bodies anew.
@@ -465,25 +488,34 @@ impl Running {
         self.child.id()
     }
 
-    /// Stops it where it is (`STOP`), or lets it go on (`CONT`).
+    /// Stops it where it is (`STOP`), lets it go on (`CONT`), or asks it to end (`TERM`).
     pub fn signal(&self, signal: &str) -> Result<(), Failure> {
         cpu::run("kill", &[&format!("-{signal}"), &self.pid().to_string()])
     }
 
-    /// Tells it to end and waits until it has.
-    pub fn ends(mut self) -> Result<(), Failure> {
-        self.signal("TERM")?;
-        let status = self.child.wait()?;
-        let failed = || format!("{} ended with {status}:\n{}", self.name, self.last_words());
-        if status.success() { Ok(()) } else { Err(failed().into()) }
-    }
-
     /// The end of what it wrote, to show beside a failure.
     pub fn last_words(&self) -> String {
-        let text = fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let text = self.words();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(12)..].join("\n")
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn end(&mut self) -> Result<ExitStatus, Failure> {
+        self.signal("TERM")?;
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            match self.child.try_wait()? {
+                Some(status) => return Ok(status),
+                None if Instant::now() > end => return Err(format!("{} does not end", self.name).into()),
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// All that it wrote.
+    pub fn words(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
     fn wait_until_it_listens(&mut self) -> Result<(), Failure> {

@@ -12,6 +12,7 @@ mod plot;
 mod prompt;
 mod replicas;
 mod report;
+mod soak;
 mod train;
 mod upstream;
 mod wire;
@@ -42,6 +43,8 @@ enum Command {
     Bare(bare::Options),
     /// The closed-loop client alone
     Client(client::Options),
+    /// An hour of everything at once: does what it holds stay as it is?
+    Soak(soak::Options),
     /// Several replicas behind one gateway
     Replicas(replicas::Options),
     /// A little of every load, for a build that is guided by a profile
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Some(Command::Upstream(options)) => upstream::command(&options),
         Some(Command::Bare(options)) => bare::command(&options),
         Some(Command::Client(options)) => client::command(&options),
+        Some(Command::Soak(options)) => soak::command(&options),
         Some(Command::Replicas(options)) => replicas::command(&options),
         Some(Command::Train(options)) => train::command(&options),
     };

@@ -45,10 +45,13 @@ pub fn command(options: &Options) -> Result<ExitCode, Failure> {
     cpu::raise_open_files()?;
     let upstream = stage.upstream()?;
     for besides in BESIDES {
-        let running = stage.gateway(&gateway, upstream.address, besides)?;
+        let mut running = stage.gateway(&gateway, upstream.address, besides)?;
         eprintln!("{} …", running.name);
         LOADS.into_iter().try_for_each(|(load, requests)| asks(&running, load, requests))?;
-        running.ends()?;
+        let ended = running.end()?;
+        if !ended.success() {
+            return Err(format!("{} ended with {ended}:\n{}", running.name, running.last_words()).into());
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -68,14 +68,21 @@ impl Wire {
     }
 }
 
-/// What `server` answers to a GET.
-pub async fn get(server: SocketAddr, path: &str) -> Result<String, Failure> {
+/// What `server` answers to a request without a body: the status and the text.
+pub async fn call(server: SocketAddr, method: &str, path: &str) -> Result<(u16, String), Failure> {
     let mut wire = Wire::new(TcpStream::connect(server).await?)?;
-    wire.socket.write_all(format!("GET {path} HTTP/1.1\r\nhost: load\r\n\r\n").as_bytes()).await?;
+    wire.socket
+        .write_all(format!("{method} {path} HTTP/1.1\r\nhost: load\r\ncontent-length: 0\r\n\r\n").as_bytes())
+        .await?;
     let head = wire.head().await?.ok_or("no answer")?;
     let mut text = Vec::new();
     wire.body(head.framing(), |piece| text.extend_from_slice(piece)).await?;
-    Ok(String::from_utf8(text)?)
+    Ok((head.word(1).parse()?, String::from_utf8(text)?))
+}
+
+/// What `server` answers to a GET.
+pub async fn get(server: SocketAddr, path: &str) -> Result<String, Failure> {
+    Ok(call(server, "GET", path).await?.1)
 }
 
 /// A request's or an answer's first line and headers, as received.

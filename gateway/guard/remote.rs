@@ -20,6 +20,7 @@ use crate::handover::Handover;
 use crate::house::House;
 use crate::kept::Kept;
 use crate::scan::{self, Edit};
+use crate::telemetry::Table;
 use crate::text::Text;
 
 /// So many requests may wait for the background to take their questions.
@@ -66,6 +67,11 @@ enum Fault {
 }
 
 impl Remotes {
+    /// What was said lately.
+    pub fn table(&self) -> Table {
+        Table { name: "guard_answers", entries: self.kept.lock().len(), room: Some(KEPT_MAX) }
+    }
+
     /// Hands questions over.
     fn ask(&self, rails: &Arc<Rails>, asked: Vec<(usize, Vec<Question>)>) -> watch::Receiver<Option<Arc<[Said]>>> {
         let (said, hears) = watch::channel(None);

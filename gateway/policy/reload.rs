@@ -88,7 +88,7 @@ pub fn swap(house: &House, mut policy: Policy, by: By) -> Reloaded {
     last.loaded = Some(SystemTime::now());
     drop(last);
     house.telemetry.policy_loaded(revision, &hash);
-    house.state.sweep();
+    forget(house);
     house.act("reload", by, json!({"from": from, "to": hash, "revision": revision}));
     tracing::info!(revision, hash = %&hash[..12], "policy in force");
     if open {
@@ -119,7 +119,7 @@ pub fn start(house: &House, path: &Path) -> Result<(), Problems> {
 pub fn reload(house: &House, path: &Path, by: By) -> Result<Reloaded, Problems> {
     let _one_at_a_time = house.policy.loading.lock();
     put_in_force(house, path, by.clone()).inspect_err(|problems| {
-        house.state.sweep();
+        forget(house);
         refused(house, path, by, problems);
     })
 }
@@ -138,6 +138,12 @@ fn put_in_force(house: &House, path: &Path, by: By) -> Result<Reloaded, Problems
 fn compiled(house: &House, path: &Path, text: &str) -> Result<Policy, Problems> {
     let env = |name: &str| std::env::var(name).ok();
     compile_in(path.parent(), text, &World::new(&env, &house.state, &house.telemetry, &house.settings))
+}
+
+/// What the policy in force does not name is forgotten, and what one that was refused has left.
+fn forget(house: &House) {
+    house.state.sweep(&house.telemetry);
+    house.telemetry.keep(&house.policy.get());
 }
 
 /// Tells everybody what is wrong with the newest file.
@@ -269,5 +275,46 @@ mod tests {
         assert!(matches!(reload(&house, &path, By::itself("file")), Ok(Reloaded::Swapped(2, _))));
         assert!(house.policy.last().problems.is_empty());
         assert_eq!(house.state.sizes(), (1, 1), "what no policy names is forgotten");
+    }
+
+    /// A policy in which every name is one of its own.
+    fn named(n: usize, broken: bool) -> String {
+        let version = if broken { 2 } else { 1 };
+        format!(
+            "version: {version}
+pools: {{pool{n}: {{upstreams: [{{name: upstream{n}, url: 'http://127.0.0.1:{port}'}}]}}}}
+models: [{{name: model{n}, pool: pool{n}}}]
+routers: {{router{n}: {{ask: [{{cel: {{name: rule{n}, when: 'true', model: model{n}}}}}], default: model{n}}}}}
+tenants: {{tenant{n}: {{}}}}
+limits: [{{name: limit{n}, each: [user], requests: 1, per: 1m}}]
+guardrails: [{{name: guard{n}, in: [prompt.user], verdict: flag, words: {{list: [word{n}]}}}}]
+telemetry: {{tenants: [tenant{n}]}}
+",
+            port = n + 1
+        )
+    }
+
+    #[test]
+    fn names_come_and_go_and_nothing_is_left_of_those_that_went() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("policy.yaml");
+        let house = House::new(Settings::default());
+        let mut sizes = Vec::new();
+        for n in 0..8 {
+            let broken = n % 3 == 2;
+            std::fs::write(&path, named(n, broken)).unwrap();
+            let loaded = reload(&house, &path, By::itself("file"));
+            assert_eq!(loaded.is_err(), broken, "{loaded:?}");
+            house.telemetry.tables(house.tables());
+            let page = house.telemetry.text();
+            let in_force = if broken { n - 1 } else { n };
+            let is_named = |word: &str, n: usize| page.contains(&format!("\"{word}{n}\""));
+            for word in ["pool", "upstream", "guard", "limit"] {
+                let left: Vec<usize> = (0..8).filter(|other| is_named(word, *other)).collect();
+                assert_eq!(left, [in_force], "{word}");
+            }
+            sizes.push(page.lines().count());
+        }
+        assert!(sizes.iter().all(|size| *size == sizes[0]), "{sizes:?}");
     }
 }

@@ -20,6 +20,7 @@ use pingora::upstreams::peer::HttpPeer;
 
 use crate::policy::file::Http2;
 use crate::pool::origin::{Address, Origin};
+use crate::telemetry::Table;
 
 /// The most of an answer that waits here, on an HTTP/2 connection, for a client that is slow to read.
 const STREAM_WINDOW: u32 = 256 << 10;
@@ -154,6 +155,12 @@ impl Connections {
             kept: Arc::default(),
             kept_max,
         }
+    }
+
+    /// How many HTTP/1 connections are kept.
+    pub fn table(&self) -> Table {
+        let entries = self.kept.load(Ordering::Relaxed);
+        Table { name: "kept_connections", entries, room: Some(self.kept_max) }
     }
 
     /// A connection to `target`: a kept one that has lain for less than `idle` now, if there is one and the time is

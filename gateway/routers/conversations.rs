@@ -15,6 +15,8 @@ use crate::audit::record::Text;
 const SHARDS: usize = 16;
 /// Conversations in half a shard: 65,536 in all at least, twice as many at most.
 const HALF: usize = 4096;
+/// The most that are known.
+pub const MOST: usize = SHARDS * 2 * HALF;
 /// How long a choice is kept after its model was last asked.
 pub const KEPT: Duration = Duration::from_secs(3600);
 /// How much of each end of a long text tells conversations apart, beside its length.
@@ -86,12 +88,26 @@ impl Conversations {
         }
     }
 
+    /// How many are known; those that stand in both halves count twice.
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
+    }
+
+    /// Whether none is known.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     fn shard(&self, key: u64) -> &Mutex<Shard> {
         &self.shards[key as usize % SHARDS]
     }
 }
 
 impl Shard {
+    fn len(&self) -> usize {
+        self.young.len() + self.old.len()
+    }
+
     fn put(&mut self, key: u64, kept: Kept) {
         self.young.insert(key, kept);
         if self.young.len() >= HALF {
@@ -140,9 +156,7 @@ mod tests {
         let (kept, now) = (Conversations::default(), Instant::now());
         let many = 4 * SHARDS * HALF;
         (0..many as u64).for_each(|key| kept.put(key, known(now)));
-        let held = |shard: &Shard| shard.young.len() + shard.old.len();
-        let held: usize = kept.shards.iter().map(|shard| held(&shard.lock())).sum();
-        assert!(held <= 2 * SHARDS * HALF, "{held}");
+        assert!(kept.len() <= MOST, "{}", kept.len());
         assert!(kept.get(many as u64 - 1, now).is_some() && kept.get(0, now).is_none());
     }
 }

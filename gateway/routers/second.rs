@@ -19,6 +19,7 @@ use crate::exchange::Exchange;
 use crate::handover::Handover;
 use crate::house::House;
 use crate::kept::Kept;
+use crate::telemetry::Table;
 
 /// So many requests may wait for the background to take their doubts; where there is no room nobody is asked.
 const WAITING_MAX: usize = 1_024;
@@ -72,6 +73,11 @@ fn late(doubt: &Doubt) -> String {
 }
 
 impl Seconds {
+    /// What was said lately.
+    pub fn table(&self) -> Table {
+        Table { name: "router_answers", entries: self.kept.lock().len(), room: Some(KEPT_MAX) }
+    }
+
     /// What a service of its own says.
     async fn ask(&self, doubt: &Doubt) -> Result<Arc<str>, String> {
         let (said, hears) = oneshot::channel();

@@ -5,17 +5,17 @@
 //! the policy's entry, never the client's text.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use infergate_plugins::operation::Operation;
 use infergate_plugins::provider::KINDS;
 use parking_lot::Mutex;
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
-use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::series::Series;
+use super::tables::Table;
 use super::{names, seconds};
 use crate::audit::record::{Outcome, Record};
 use crate::policy::Route;
@@ -45,16 +45,18 @@ const TOKENS: [f64; 14] = [
     67_108_864.0,
 ];
 
-/// The most models that have a label of their own; policies may come and go, and the ones after are `other`.
+/// The most models that have a label of their own; the ones after are `other`.
 const MODELS_MAX: usize = 1_000;
 /// The most label sets; a set beyond that has `other` for its model.
 const SETS_MAX: usize = 10_000;
-const OTHER: &str = "other";
+pub(super) const OTHER: &str = "other";
+/// The most label sets of that one: operations, providers and errors are few.
+const OTHERS: usize = 1_000;
 
 /// Every operation has its number as an index.
 const OPERATIONS: usize = Operation::Passthrough as usize + 1;
 
-type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+type Histograms<L> = Series<L, Histogram>;
 
 /// The four metrics.
 #[derive(Debug)]
@@ -64,7 +66,6 @@ pub(super) struct GenAi {
     per_token: Histograms<Labels>,
     tokens: Histograms<TokenLabels>,
     models: Mutex<HashSet<Arc<str>>>,
-    sets: AtomicUsize,
 }
 
 /// The handles of one route, by provider and operation. They live with the policy, so that a request looks nothing up.
@@ -117,31 +118,30 @@ impl GenAi {
     /// All four without a series, named in `registry`, which must not have a prefix.
     pub(super) fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
-            durations: Family::new_with_constructor(|| Histogram::new(DURATION)),
-            first: Family::new_with_constructor(|| Histogram::new(FIRST)),
-            per_token: Family::new_with_constructor(|| Histogram::new(PER_TOKEN)),
-            tokens: Family::new_with_constructor(|| Histogram::new(TOKENS)),
+            durations: Series::new(|| Histogram::new(DURATION)),
+            first: Series::new(|| Histogram::new(FIRST)),
+            per_token: Series::new(|| Histogram::new(PER_TOKEN)),
+            tokens: Series::new(|| Histogram::new(TOKENS)),
             models: Mutex::default(),
-            sets: AtomicUsize::new(0),
         };
         let mut seconds = |name, help, family: &Histograms<Labels>| {
-            registry.register_with_unit(name, help, Unit::Seconds, family.clone());
+            registry.register_with_unit(name, help, Unit::Seconds, family.family());
         };
         seconds("gen_ai_server_request_duration", "From head to end of answer", &metrics.durations);
         seconds("gen_ai_server_time_to_first_token", "From head to first piece of a stream", &metrics.first);
         seconds("gen_ai_server_time_per_output_token", "Of a stream, after the first token", &metrics.per_token);
-        registry.register("gen_ai_client_token_usage", "Tokens that a request used", metrics.tokens.clone());
+        registry.register("gen_ai_client_token_usage", "Tokens that a request used", metrics.tokens.family());
         metrics
     }
 
     /// Makes a series of each.
     pub(super) fn show(&self) {
         let labels = Labels { operation: "", provider: "", model: "".into(), error: None };
-        self.durations.get_or_create_owned(&Labels { error: Some(""), ..labels.clone() });
+        self.durations.of(&Labels { error: Some(""), ..labels.clone() });
         for family in [&self.durations, &self.first, &self.per_token] {
-            family.get_or_create_owned(&labels);
+            family.of(&labels);
         }
-        self.tokens.get_or_create_owned(&TokenLabels(labels, ""));
+        self.tokens.of(&TokenLabels(labels, ""));
     }
 
     /// A request that went to `route` is over.
@@ -160,11 +160,11 @@ impl GenAi {
         let by_operation = route.meters.0[provider].get_or_init(Box::default);
         by_operation[operation as usize].get_or_init(|| {
             let labels = self.labels(operation, provider, route, None);
-            let tokens = |kind| self.tokens.get_or_create_owned(&TokenLabels(labels.clone(), kind));
+            let tokens = |kind| self.tokens.of(&TokenLabels(labels.clone(), kind));
             Handles {
-                duration: self.durations.get_or_create_owned(&labels),
-                first: self.first.get_or_create_owned(&labels),
-                per_token: self.per_token.get_or_create_owned(&labels),
+                duration: self.durations.of(&labels),
+                first: self.first.of(&labels),
+                per_token: self.per_token.of(&labels),
                 input: tokens("input"),
                 output: tokens("output"),
             }
@@ -173,15 +173,33 @@ impl GenAi {
 
     /// Failures are looked up: there are too many kinds of them to keep each.
     fn failed(&self, operation: Operation, provider: usize, route: &Route, error: &'static str) -> Histogram {
-        self.durations.get_or_create_owned(&self.labels(operation, provider, route, Some(error)))
+        self.durations.of(&self.labels(operation, provider, route, Some(error)))
     }
 
     fn labels(&self, operation: Operation, provider: usize, route: &Route, error: Option<&'static str>) -> Labels {
         let model = self.model(&route.model.name);
         let labels = Labels { operation: operation.name(), provider: names::provider(KINDS[provider].0), model, error };
-        let known = self.durations.get(&labels).is_some();
-        let fits = known || self.sets.fetch_add(1, Ordering::Relaxed) < SETS_MAX;
+        let fits = self.durations.has(&labels) || self.durations.len() < SETS_MAX;
         if fits { labels } else { Labels { model: OTHER.into(), ..labels } }
+    }
+
+    /// Models of other names leave the page, and make room for others.
+    pub(super) fn keep(&self, models: &HashSet<&str>) {
+        let stays = |model: &str| model == OTHER || models.contains(model);
+        let mut known = self.models.lock();
+        known.retain(|model| stays(model));
+        for series in [&self.durations, &self.first, &self.per_token] {
+            series.keep(|labels| stays(&labels.model));
+        }
+        self.tokens.keep(|TokenLabels(labels, _)| stays(&labels.model));
+    }
+
+    /// The tables behind the labels.
+    pub(super) fn tables(&self) -> [Table; 2] {
+        [
+            Table { name: "label_models", entries: self.models.lock().len(), room: Some(MODELS_MAX) },
+            Table { name: "label_sets", entries: self.durations.len(), room: Some(SETS_MAX + OTHERS) },
+        ]
     }
 
     pub(super) fn model(&self, name: &str) -> Arc<str> {
@@ -400,5 +418,30 @@ mod tests {
         }
         let sets = sets(&telemetry);
         assert!((SETS_MAX..SETS_MAX + 2 * CODES.len()).contains(&sets), "{sets}");
+    }
+
+    #[test]
+    fn models_that_are_gone_make_room_and_those_that_stay_go_on() {
+        let telemetry = Telemetry::new();
+        let names: Vec<String> = (0..2 * MODELS_MAX).map(|n| format!("model-{n}")).collect();
+        let (before, after) = names.split_at(MODELS_MAX);
+        for named in [before.to_vec(), [&before[..1], &after[1..]].concat()] {
+            let policy = policy(&telemetry, &named);
+            telemetry.keep(&policy);
+            for name in &named {
+                finish(&telemetry, &policy, name, "/v1/chat/completions", &record());
+            }
+        }
+        let page = telemetry.text();
+        let counted = |name: &str| {
+            let labels = format!(
+                "{{gen_ai_operation_name=\"chat\",gen_ai_provider_name=\"azure.ai.openai\",gen_ai_request_model=\"{name}\"}}"
+            );
+            let line = format!("gen_ai_server_request_duration_seconds_count{labels} ");
+            page.lines().find_map(|known| known.strip_prefix(&line)).map(str::to_owned)
+        };
+        assert_eq!(sets(&telemetry), MODELS_MAX);
+        let counts = ["model-0", "model-1", "model-1999"].map(counted);
+        assert_eq!(counts, [Some("2".to_owned()), None, Some("1".to_owned())]);
     }
 }

@@ -1,5 +1,7 @@
 //! How often limits held, and how often they were near.
 
+use std::collections::HashSet;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -7,14 +9,16 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::series::Series;
+
 /// The metrics.
 #[derive(Debug)]
 pub(super) struct Limits {
-    refused: Family<LimitLabels, Counter>,
-    clamped: Family<LimitLabels, Counter>,
+    refused: Series<LimitLabels, Counter>,
+    clamped: Series<LimitLabels, Counter>,
     cut: Counter,
-    overshot: Family<LimitLabels, Counter>,
-    warned: Family<LimitLabels, Counter>,
+    overshot: Series<LimitLabels, Counter>,
+    warned: Series<LimitLabels, Counter>,
     max: Family<LimitLabels, Gauge>,
     left: Family<LimitLabels, Gauge>,
     reserved: Gauge,
@@ -71,11 +75,11 @@ struct LimitLabels {
 impl Limits {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let limits = Self {
-            refused: Family::default(),
-            clamped: Family::default(),
+            refused: Series::default(),
+            clamped: Series::default(),
             cut: Counter::default(),
-            overshot: Family::default(),
-            warned: Family::default(),
+            overshot: Series::default(),
+            warned: Series::default(),
             max: Family::default(),
             left: Family::default(),
             reserved: Gauge::default(),
@@ -86,11 +90,11 @@ impl Limits {
             store_errors: Family::default(),
             store_duration: Family::new_with_constructor(|| Histogram::new(STORE)),
         };
-        registry.register("limit_refusals", "Requests refused by a limit", limits.refused.clone());
-        registry.register("limit_clamps", "Answers bounded to what was left of a limit", limits.clamped.clone());
+        registry.register("limit_refusals", "Requests refused by a limit", limits.refused.family());
+        registry.register("limit_clamps", "Answers bounded to what was left of a limit", limits.clamped.family());
         registry.register("limit_cuts", "Streams ended where nothing was left", limits.cut.clone());
-        registry.register("limit_overshoot", "What was used beyond what was reserved", limits.overshot.clone());
-        registry.register("limit_warnings", "Thresholds of limits that were passed", limits.warned.clone());
+        registry.register("limit_overshoot", "What was used beyond what was reserved", limits.overshot.family());
+        registry.register("limit_warnings", "Thresholds of limits that were passed", limits.warned.family());
         registry.register("limit_max", "The most of a limit that counts for all together", limits.max.clone());
         registry.register("limit_left", "What is left of a limit that counts for all together", limits.left.clone());
         registry.register("limit_reserved", "Reserved by requests that run, over all limits", limits.reserved.clone());
@@ -148,13 +152,25 @@ impl Limits {
     /// The handles of the limit `name`.
     pub(super) fn of(&self, name: &str) -> LimitMeters {
         let labels = LimitLabels { limit: name.to_owned() };
-        let handle = |family: &Family<LimitLabels, Counter>| family.get_or_create_owned(&labels);
+        let handle = |series: &Series<LimitLabels, Counter>| series.of(&labels);
         LimitMeters {
             refused: handle(&self.refused),
             clamped: handle(&self.clamped),
             overshot: handle(&self.overshot),
             warned: handle(&self.warned),
         }
+    }
+
+    /// Limits of other names leave the page.
+    pub(super) fn keep(&self, limits: &HashSet<&str>) {
+        for series in [&self.refused, &self.clamped, &self.overshot, &self.warned] {
+            series.keep(|labels| limits.contains(&*labels.limit));
+        }
+    }
+
+    /// How many series there are.
+    pub(super) fn len(&self) -> usize {
+        [&self.refused, &self.clamped, &self.overshot, &self.warned].map(Series::len).iter().sum()
     }
 
     /// A stream was ended.

@@ -1,6 +1,6 @@
 //! A page with every metric that there is, whatever has happened: for the reference.
 
-use super::{EndpointLevel, Telemetry};
+use super::{EndpointLevel, Table, Telemetry};
 use crate::policy::file::OnStoreError;
 use crate::pool::feed::Heard;
 use crate::pool::told::Cache;
@@ -31,6 +31,7 @@ impl Telemetry {
         all.admin_denied("");
         let _held = (all.attempts("", ""), all.retries_refused(""), all.hedges(""), all.store(), all.limit(""));
         let _held = (all.sink(""), all.guardrail(""), all.issuer(""));
+        all.tables([Table { name: "", entries: 0, room: Some(0) }].into_iter());
         all.spent.show();
         all.routes.show();
         all.genai.show();

@@ -4,8 +4,11 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
+use super::genai::OTHER;
+use super::series::Series;
 use crate::audit::record::Record;
 use crate::money::NanoUsd;
 use crate::usage::Source;
@@ -16,9 +19,9 @@ const STEP_MAX: u64 = 1 << 53;
 /// The metrics.
 #[derive(Debug)]
 pub(super) struct Spent {
-    cost: Family<ModelLabels, Counter>,
-    unpriced: Family<ModelLabels, Counter>,
-    by_tenant: Family<TenantLabels, Counter>,
+    cost: Series<ModelLabels, Counter>,
+    unpriced: Series<ModelLabels, Counter>,
+    by_tenant: Series<TenantLabels, Counter>,
     estimated: Counter,
     partial: Counter,
 }
@@ -51,14 +54,14 @@ struct SourceLabels {
 
 impl Spent {
     pub(super) fn new(registry: &mut Registry) -> Self {
-        let (cost, unpriced) = (Family::default(), Family::default());
+        let (cost, unpriced) = (Series::default(), Series::default());
         let estimated = Family::<SourceLabels, Counter>::default();
         let of = |source: Source| estimated.get_or_create_owned(&SourceLabels { source: source.name() });
-        registry.register("cost_nanousd", "What requests cost, in billionths of a dollar", cost.clone());
-        let by_tenant = Family::<TenantLabels, Counter>::default();
+        registry.register("cost_nanousd", "What requests cost, in billionths of a dollar", cost.family());
+        let by_tenant = Series::<TenantLabels, Counter>::default();
         let help = "What requests of the tenants cost that the policy lists, in billionths of a dollar";
-        registry.register("tenant_cost_nanousd", help, by_tenant.clone());
-        registry.register("unpriced", "Requests that used a model without a price", unpriced.clone());
+        registry.register("tenant_cost_nanousd", help, by_tenant.family());
+        registry.register("unpriced", "Requests that used a model without a price", unpriced.family());
         registry.register("usage_estimated", "Requests whose usage the upstream did not tell", estimated.clone());
         Self { cost, unpriced, by_tenant, estimated: of(Source::Estimated), partial: of(Source::Partial) }
     }
@@ -66,14 +69,27 @@ impl Spent {
     /// Makes a series of each.
     pub(super) fn show(&self) {
         let labels = ModelLabels { gen_ai_request_model: "".into() };
-        let _held = (self.cost.get_or_create_owned(&labels), self.unpriced.get_or_create_owned(&labels));
+        let _held = (self.cost.of(&labels), self.unpriced.of(&labels));
         self.by("".into(), "".into(), NanoUsd(0));
+    }
+
+    /// Models of other names, and tenants that are not measured any more, leave the page.
+    pub(super) fn keep(&self, models: &HashSet<&str>, tenants: &HashSet<&str>) {
+        let stays = |model: &str| model == OTHER || models.contains(model);
+        self.cost.keep(|labels| stays(&labels.gen_ai_request_model));
+        self.unpriced.keep(|labels| stays(&labels.gen_ai_request_model));
+        self.by_tenant.keep(|labels| tenants.contains(&*labels.tenant) && stays(&labels.gen_ai_request_model));
+    }
+
+    /// How many series of tenants there are.
+    pub(super) fn len(&self) -> usize {
+        self.by_tenant.len()
     }
 
     /// A request is over whose tenant's cost is measured.
     pub(super) fn by(&self, tenant: Arc<str>, gen_ai_request_model: Arc<str>, cost: NanoUsd) {
         let labels = TenantLabels { tenant, gen_ai_request_model };
-        self.by_tenant.get_or_create(&labels).inc_by(cost.0.min(STEP_MAX));
+        self.by_tenant.of(&labels).inc_by(cost.0.min(STEP_MAX));
     }
 
     /// A request is over. `model` names the route that it went to.
@@ -89,7 +105,7 @@ impl Spent {
         let handles = meters.0.get_or_init(|| {
             let labels = ModelLabels { gen_ai_request_model: model() };
             let (cost, unpriced) = (&self.cost, &self.unpriced);
-            Handles { cost: cost.get_or_create_owned(&labels), unpriced: unpriced.get_or_create_owned(&labels) }
+            Handles { cost: cost.of(&labels), unpriced: unpriced.of(&labels) }
         });
         match record.cost {
             Some(cost) => drop(handles.cost.inc_by(cost.nanousd.0.min(STEP_MAX))),
