@@ -273,7 +273,7 @@ fn add_firsts(hir: &Hir, set: &mut ByteSet) -> bool {
         HirKind::Capture(capture) => return add_firsts(&capture.sub, set),
         HirKind::Repetition(repetition) => return add_firsts(&repetition.sub, set) && repetition.min > 0,
         HirKind::Concat(parts) => return parts.iter().any(|part| add_firsts(part, set)),
-        HirKind::Alternation(parts) => return parts.iter().fold(true, |all, part| add_firsts(part, set) && all),
+        HirKind::Alternation(parts) => return parts.iter().filter(|part| !add_firsts(part, set)).count() == 0,
     }
     true
 }
@@ -410,13 +410,13 @@ struct Bytes {
 /// Adds a need to those of the same bytes; where there are many others, to the last of them.
 fn offer(all: &mut Vec<Bytes>, set: ByteSet, reach: usize, first: &ByteSet) {
     let reach = reach.max(NEAR);
-    let full = (all.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    let full = (all.len() == NEARS_MAX).then_some(NEARS_MAX - 1);
     let Some(at) = all.iter().position(|bytes| bytes.set == set).or(full) else {
         return all.push(Bytes { set, firsts: vec![(reach, *first)] });
     };
     let Bytes { set: all, firsts } = &mut all[at];
     all.union(&set);
-    let full = (firsts.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    let full = (firsts.len() == NEARS_MAX).then_some(NEARS_MAX - 1);
     match firsts.iter().position(|(other, _)| *other == reach).or(full) {
         Some(at) => {
             firsts[at].0 = reach.max(firsts[at].0);
