@@ -276,7 +276,7 @@ impl<J: Judge> Patterns<J> {
         let dfa = DFA::builder().configure(config).build_from_nfa(nfa).map_err(|error| told(&error))?;
         let maker = dfa.clone();
         let caches: Pool<Cache, MakeCache> = Pool::new(Box::new(move || maker.create_cache()));
-        let need = |pattern: &Pattern| (Need::of(&pattern.hir, pattern.window), firsts(&pattern.hir));
+        let need = |pattern: &Pattern| (Need::of(&pattern.hir, pattern.window, patterns.len()), firsts(&pattern.hir));
         let needs: Vec<_> = patterns.iter().map(need).collect();
         let (first, at_boundary) = beginnings(&dfa);
         let longest = patterns.iter().map(|pattern| pattern.window).max().unwrap_or(0);

@@ -2,8 +2,9 @@
 //!
 //! Every match of a rule contains, at most [`Need::reach`] bytes behind its start, one of a few bytes or one of a few
 //! literals: an e-mail address its `@`, a card number a digit. What a rule needs is read off its pattern ([`Need::of`])
-//! and chosen by what it costs on prose. Bytes are looked for with vector compares, literals by hashed trigrams that are
-//! sampled every few bytes, as Wu and Manber do. A trigger is a suspicion, never a verdict.
+//! and chosen by what it costs on prose. Bytes are told for all places of a text at once ([`Marks`]), literals are looked
+//! for: few of them one by one or by their heads, many by hashed trigrams that are sampled every few bytes, as Wu and
+//! Manber do. A trigger is a suspicion, never a verdict.
 
 use std::cmp::Reverse;
 
@@ -102,28 +103,28 @@ impl Need {
     }
 
     /// What a literal needs. With `folded`, its letters stand for both cases.
-    pub fn of_literal(literal: &[u8], folded: bool) -> Option<Self> {
-        let mut best = Best::default();
+    pub fn of_literal(literal: &[u8], folded: bool, rules: usize) -> Option<Self> {
+        let mut best = Best::new(rules);
         best.literal(literal, folded, Some(0));
         best.take()
     }
 
-    /// What matches of a pattern need; they are cut at `window` bytes.
-    pub fn of(hir: &Hir, window: usize) -> Option<Self> {
+    /// What matches of a pattern need; they are cut at `window` bytes. So many rules are searched for together.
+    pub fn of(hir: &Hir, window: usize, rules: usize) -> Option<Self> {
         match hir.kind() {
-            HirKind::Literal(literal) => Self::of_literal(&literal.0, false),
+            HirKind::Literal(literal) => Self::of_literal(&literal.0, false, rules),
             HirKind::Class(class) => Some(Self::of_bytes(first_bytes(class))),
-            HirKind::Capture(capture) => Self::of(&capture.sub, window),
-            HirKind::Repetition(repetition) if repetition.min > 0 => Self::of(&repetition.sub, window),
-            HirKind::Concat(parts) => Self::of_all(parts, window),
-            HirKind::Alternation(parts) => Self::of_any(parts, window),
+            HirKind::Capture(capture) => Self::of(&capture.sub, window, rules),
+            HirKind::Repetition(repetition) if repetition.min > 0 => Self::of(&repetition.sub, window, rules),
+            HirKind::Concat(parts) => Self::of_all(parts, window, rules),
+            HirKind::Alternation(parts) => Self::of_any(parts, window, rules),
             _ => None,
         }
     }
 
     /// The cheapest need of things in a row.
-    fn of_all(parts: &[Hir], window: usize) -> Option<Self> {
-        let mut best = Best::default();
+    fn of_all(parts: &[Hir], window: usize, rules: usize) -> Option<Self> {
+        let mut best = Best::new(rules);
         let (mut run, mut folded, mut run_at, mut at) = (Vec::new(), false, Some(0), Some(0usize));
         for part in parts {
             match letters(part) {
@@ -136,7 +137,7 @@ impl Need {
                 }
                 None => best.literal(&std::mem::take(&mut run), folded, run_at),
             }
-            if let (Some(need), Some(at)) = (Self::of(part, window), at) {
+            if let (Some(need), Some(at)) = (Self::of(part, window, rules), at) {
                 best.offer(Self { reach: need.reach + at, ..need });
             }
             let next = part.properties().maximum_len().zip(at).map_or(window, |(len, at)| len + at);
@@ -146,10 +147,10 @@ impl Need {
         best.take()
     }
 
-    fn of_any(parts: &[Hir], window: usize) -> Option<Self> {
+    fn of_any(parts: &[Hir], window: usize, rules: usize) -> Option<Self> {
         let mut all = Self::of_bytes(ByteSet::EMPTY);
         for part in parts {
-            all.join(Self::of(part, window)?);
+            all.join(Self::of(part, window, rules)?);
         }
         Some(all)
     }
@@ -162,11 +163,13 @@ impl Need {
     }
 
     /// About what looking for it costs, in nanoseconds for a thousand bytes of prose.
-    fn cost(&self) -> f32 {
+    fn cost(&self, rules: usize) -> f32 {
         let shortest = self.literals.iter().map(Vec::len).min();
         let literals = |len: usize| if len < SAMPLED { 150. } else { 1200. / (len - 2) as f32 };
+        // Each in a reading of its own, where others share theirs.
+        let alone = if rules <= FEW { 60. } else { 400. };
         let sets = if self.bytes.is_empty() { 0. } else { 60. };
-        let looking = sets + shortest.map_or(0., literals) + 60. * self.exact.len() as f32;
+        let looking = sets + shortest.map_or(0., literals) + alone * self.exact.len() as f32;
         let bytes: f32 = self.bytes.bytes().map(frequency).sum();
         // With every other rule that needs bytes, suspicions become more.
         let hits = bytes + self.literals.iter().map(|literal| if literal.len() > 4 { 0.2 } else { 1. }).sum::<f32>();
@@ -175,14 +178,20 @@ impl Need {
 }
 
 /// The cheapest need that was offered.
-#[derive(Default)]
-struct Best(Option<Need>);
+struct Best {
+    need: Option<Need>,
+    rules: usize,
+}
 
 impl Best {
+    fn new(rules: usize) -> Self {
+        Self { need: None, rules }
+    }
+
     fn offer(&mut self, need: Need) {
-        let better = self.0.as_ref().is_none_or(|best| need.cost() < best.cost());
+        let better = self.need.as_ref().is_none_or(|best| need.cost(self.rules) < best.cost(self.rules));
         if better {
-            self.0 = Some(need);
+            self.need = Some(need);
         }
     }
 
@@ -211,7 +220,7 @@ impl Best {
     }
 
     fn take(self) -> Option<Need> {
-        self.0
+        self.need
     }
 }
 
@@ -264,7 +273,7 @@ fn add_firsts(hir: &Hir, set: &mut ByteSet) -> bool {
         HirKind::Capture(capture) => return add_firsts(&capture.sub, set),
         HirKind::Repetition(repetition) => return add_firsts(&repetition.sub, set) && repetition.min > 0,
         HirKind::Concat(parts) => return parts.iter().any(|part| add_firsts(part, set)),
-        HirKind::Alternation(parts) => return parts.iter().fold(true, |all, part| add_firsts(part, set) && all),
+        HirKind::Alternation(parts) => return parts.iter().filter(|part| !add_firsts(part, set)).count() == 0,
     }
     true
 }
@@ -401,13 +410,13 @@ struct Bytes {
 /// Adds a need to those of the same bytes; where there are many others, to the last of them.
 fn offer(all: &mut Vec<Bytes>, set: ByteSet, reach: usize, first: &ByteSet) {
     let reach = reach.max(NEAR);
-    let full = (all.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    let full = (all.len() == NEARS_MAX).then_some(NEARS_MAX - 1);
     let Some(at) = all.iter().position(|bytes| bytes.set == set).or(full) else {
         return all.push(Bytes { set, firsts: vec![(reach, *first)] });
     };
     let Bytes { set: all, firsts } = &mut all[at];
     all.union(&set);
-    let full = (firsts.len() >= NEARS_MAX).then(|| NEARS_MAX - 1);
+    let full = (firsts.len() == NEARS_MAX).then_some(NEARS_MAX - 1);
     match firsts.iter().position(|(other, _)| *other == reach).or(full) {
         Some(at) => {
             firsts[at].0 = reach.max(firsts[at].0);
@@ -544,7 +553,7 @@ mod tests {
     use super::*;
 
     fn need(pattern: &str) -> Option<Need> {
-        Need::of(&regex_syntax::parse(pattern).unwrap(), 1000)
+        Need::of(&regex_syntax::parse(pattern).unwrap(), 1000, 1)
     }
 
     fn starts(pattern: &str, text: &str) -> Vec<usize> {

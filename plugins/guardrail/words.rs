@@ -118,7 +118,7 @@ impl Words {
         let first = firsts(&keys, folded);
         // The other case of some letters is not a byte away from it; such words are looked for everywhere.
         let plain = keys.iter().all(|key| !folded || key.is_ascii());
-        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded).filter(|_| plain), first);
+        let need = |key: &String| (Need::of_literal(key.as_bytes(), folded, keys.len()).filter(|_| plain), first);
         let needs: Vec<_> = keys.iter().map(need).collect();
         let longest = keys.iter().map(|key| key.chars().count() * 4).max().unwrap_or(0).min(4 * WORD_MAX);
         Ok(Self {
