@@ -143,7 +143,10 @@ fn endpoint(listener: &Listener, tls: Option<&Arc<ListenerTls>>) -> Result<Liste
         }
         None => ListenerConfig::tcp(listener.address.as_str()),
     };
-    endpoint = endpoint.l4_buffer(L4BufferSettings::new(16 << 10, WRITE_BUFFER));
+    // Without TLS every read goes into the buffer of a head or a body at once: one more would only be copied from, and
+    // lie about for as long as a stream is open. TLS reads in small pieces.
+    let read = if tls.is_some() { 16 << 10 } else { 0 };
+    endpoint = endpoint.l4_buffer(L4BufferSettings::new(read, WRITE_BUFFER));
     Ok(match tls {
         Some(tls) => endpoint.tls(tls.pingora()?),
         None => endpoint,
