@@ -531,6 +531,15 @@ pub(crate) mod tests {
         found
     }
 
+    /// The same where the text comes in two pieces.
+    fn found_in_pieces<J: Judge + 'static>(patterns: &Arc<Patterns<J>>, text: &str, cut: usize) -> Vec<Found> {
+        let (mut search, mut found) = (Arc::clone(patterns).begin(), Vec::new());
+        let piece = &text[..text.floor_char_boundary(cut)];
+        search.advance(&Window { text: piece, base: 0, last: false }, &mut found);
+        search.advance(&Window { text, base: 0, last: true }, &mut found);
+        found
+    }
+
     /// Expressions that are looked for in every way there is.
     const EXPRESSIONS: &[&str] = &[
         r"[a-z]{1,5}@[a-z]{2,5}",
@@ -553,14 +562,16 @@ pub(crate) mod tests {
             text in "([a-z]{1,9}[ .@:]|[0-9]{2}-?|AwS =|é|x://x|key-[0-9a-f]{19,21}|pASSphrase|fox|a|b!|[c-k ]{30,90}){0,30}",
             from in 0..EXPRESSIONS.len(),
             count in 1usize..5,
+            cut in 0usize..200,
         ) {
             let chosen = || EXPRESSIONS.iter().cycle().skip(from).take(count);
             let made = || {
                 let pattern = |expression: &&str| Pattern::new(0, expression, expression, None, 0).unwrap();
                 Patterns::new(chosen().map(pattern).collect(), AsFound, false).unwrap()
             };
-            let (fast, slow) = (found(&Arc::new(made()), &text), found(&Arc::new(made().everywhere()), &text));
-            prop_assert_eq!(fast, slow);
+            let (fast, slow) = (Arc::new(made()), Arc::new(made().everywhere()));
+            prop_assert_eq!(found(&fast, &text), found(&slow, &text));
+            prop_assert_eq!(found(&fast, &text), found_in_pieces(&fast, &text, cut));
         }
     }
 
