@@ -7,10 +7,10 @@ use std::time::Instant;
 use infergate_plugins::operation::Operation;
 use smallvec::SmallVec;
 
-use super::load::{Job, Usual, Work};
+use super::load::{Job, Usual, Work, millis};
 use super::origin::Endpoint;
 use super::prefix::{Chain, Held};
-use super::score::{Asked, Candidate, Ranked};
+use super::score::{Asked, Balance, Candidate, Placed, Ranked};
 use super::{Picked, Pool, Upstream, told};
 
 /// What an endpoint is picked for.
@@ -54,11 +54,12 @@ pub struct Choice<'a> {
 const INLINE: usize = 128;
 
 /// Where a candidate is: the upstream, and the endpoint in its list.
-type Place = (usize, usize);
+type Place = (u32, u32);
+type Places = SmallVec<[Place; INLINE]>;
 
 impl Pool {
-    /// Judges every endpoint of `upstreams` that `may` be taken and takes the best one. Of two that have the same address one list can have
-    /// been renewed meanwhile: what is at the place must be what was judged.
+    /// Judges every endpoint of `upstreams` that `may` be taken and takes the best one. An upstream's list can have been
+    /// renewed meanwhile: what is at its place now must be one that may be taken.
     pub(super) fn choose<'a>(
         &'a self,
         wanted: &Wanted<'_>,
@@ -66,55 +67,94 @@ impl Pool {
         now: Instant,
         may: impl Fn(&Arc<Endpoint>) -> bool,
     ) -> Option<Picked<'a>> {
-        let (mut places, mut candidates) = (SmallVec::<[Place; INLINE]>::new(), SmallVec::<[Candidate; INLINE]>::new());
-        let prompt = Prompt::of(self, wanted);
-        for upstream in upstreams {
-            for (n, endpoint) in upstream.origin.endpoints().iter().enumerate() {
-                if endpoint.available(now) && may(endpoint) {
-                    places.push((upstream.index, n));
-                    candidates.push(self.candidate(wanted, &prompt, upstream, endpoint, now));
-                }
-            }
-        }
-        if self.load.adapters {
-            self.prefer_adapters(wanted, &places, &mut candidates);
-        }
+        let prompt = Prompt::of(self, wanted, now);
         let asked = Asked { turn: self.state.turns.fetch_add(1, Relaxed), ..wanted.asked };
-        let ranked = self.balance.rank(&asked, &candidates, &mut chance());
+        let may = |endpoint: &Arc<Endpoint>| endpoint.available(now) && may(endpoint);
+        let (places, ranked) = match self.balance {
+            _ if self.load.adapters => self.beside_each_other(wanted, &prompt, &asked, upstreams, &may),
+            // The usual one has a loop of its own, without what only others ask for.
+            Balance::ExpectedTime => self.each_alone(Balance::ExpectedTime, wanted, &prompt, &asked, upstreams, &may),
+            balance if balance.judges_alone() => self.each_alone(balance, wanted, &prompt, &asked, upstreams, &may),
+            _ => self.beside_each_other(wanted, &prompt, &asked, upstreams, &may),
+        };
         // A half-open breaker lets one request through; where that was another one, the next best is taken.
-        let order = ranked.iter().map(|placed| placed.index).chain(0..candidates.len());
-        let mut taken = order.filter_map(|index| {
-            let (upstream, n) = places[index];
-            let upstream = &self.upstreams[upstream];
-            let endpoint = upstream.origin.endpoints().get(n).filter(|one| one.seed == candidates[index].seed).cloned();
-            endpoint.filter(|endpoint| endpoint.breaker.admit(now)).map(|endpoint| (index, upstream, endpoint))
-        });
-        let (index, upstream, endpoint) = taken.next()?;
-        let job = Job { unread: candidates[index].unread(&asked), output: asked.output, whole: wanted.whole };
-        let choice = Some(self.choice(&ranked, &places, (candidates[index].matched, asked.prompt)));
+        let order = ranked.iter().map(|placed| placed.index).chain(0..places.len());
+        let mut found = order.filter_map(|index| self.at(places[index]).filter(|(_, endpoint)| may(endpoint)));
+        let (upstream, endpoint) = found.find(|(_, endpoint)| endpoint.breaker.admit(now))?;
+        let taken = self.candidate(self.balance, wanted, &prompt, upstream, &endpoint);
+        let job = Job { unread: taken.unread(&asked), output: asked.output, whole: wanted.whole };
         Some(Picked {
             upstream,
             work: Work::begin(&endpoint, self.balance.weighs().then_some(job), &self.state.paces, now),
             endpoint,
-            choice,
+            choice: Some(self.choice(&ranked, &places, (taken.matched, asked.prompt))),
         })
     }
 
+    /// The best by what each is by itself. Nothing is kept of those that are passed over.
+    #[inline(always)] // So that it is compiled for each balance that is a constant.
+    fn each_alone<'a>(
+        &self,
+        balance: Balance,
+        wanted: &Wanted<'_>,
+        prompt: &Prompt<'_>,
+        asked: &Asked,
+        upstreams: impl Iterator<Item = &'a Upstream>,
+        may: impl Fn(&Arc<Endpoint>) -> bool,
+    ) -> (Places, Ranked) {
+        let (mut places, mut ranked, mut chance) = (Places::new(), Ranked::default(), chance());
+        each(upstreams, may, |place, upstream, endpoint| {
+            let one = self.candidate(balance, wanted, prompt, upstream, endpoint);
+            ranked.add(Placed { index: places.len(), score: balance.alone(asked, &one, &mut chance) });
+            places.push(place);
+        });
+        (places, ranked)
+    }
+
+    /// The best by what each is beside the others.
+    fn beside_each_other<'a>(
+        &self,
+        wanted: &Wanted<'_>,
+        prompt: &Prompt<'_>,
+        asked: &Asked,
+        upstreams: impl Iterator<Item = &'a Upstream>,
+        may: impl Fn(&Arc<Endpoint>) -> bool,
+    ) -> (Places, Ranked) {
+        let (mut places, mut candidates) = (Places::new(), SmallVec::<[Candidate; INLINE]>::new());
+        each(upstreams, may, |place, upstream, endpoint| {
+            places.push(place);
+            candidates.push(self.candidate(self.balance, wanted, prompt, upstream, endpoint));
+        });
+        if self.load.adapters {
+            self.prefer_adapters(wanted, &places, &mut candidates);
+        }
+        let ranked = self.balance.rank(asked, &candidates, &mut chance());
+        (places, ranked)
+    }
+
+    /// Who is at this place, if there still is somebody.
+    fn at(&self, (upstream, endpoint): Place) -> Option<(&Upstream, Arc<Endpoint>)> {
+        let upstream = &self.upstreams[upstream as usize];
+        Some((upstream, upstream.origin.endpoints().get(endpoint as usize)?.clone()))
+    }
+
+    /// An endpoint as it stands, for this balance.
+    #[inline(always)] // A hundred of them are looked at for one that is taken: copying each would cost most of that.
     pub(super) fn candidate(
         &self,
+        balance: Balance,
         wanted: &Wanted<'_>,
         prompt: &Prompt<'_>,
         upstream: &Upstream,
         endpoint: &Endpoint,
-        now: Instant,
     ) -> Candidate {
-        let known = match self.balance.weighs() {
-            true => endpoint.load.candidate(prompt.usual, wanted.asked.prompt, now),
+        let known = match balance.weighs() {
+            true => endpoint.load.candidate(prompt.usual, wanted.asked.prompt, prompt.at),
             false => Candidate::default(),
         };
         Candidate {
             seed: endpoint.seed,
-            weight: upstream.weight as f32 * endpoint.warmth(self.slow_start, now) as f32,
+            weight: upstream.weight as f32 * endpoint.warmth(self.slow_start, prompt.now) as f32,
             in_flight: endpoint.in_flight(),
             matched: prompt.held_by(endpoint, wanted.asked.prompt),
             nanousd: wanted.cost.map_or(0.0, |cost| cost(upstream)),
@@ -125,10 +165,10 @@ impl Pool {
     /// Where some endpoint has the adapter loaded, the others would have to load it.
     fn prefer_adapters(&self, wanted: &Wanted<'_>, places: &[Place], candidates: &mut [Candidate]) {
         let mut any = false;
-        for (candidate, (upstream, n)) in candidates.iter_mut().zip(places) {
-            let upstream = &self.upstreams[*upstream];
+        for (candidate, place) in candidates.iter_mut().zip(places) {
+            let Some((upstream, endpoint)) = self.at(*place) else { continue };
             let name = told::adapter(upstream.model.as_deref().unwrap_or(wanted.model));
-            let has = upstream.origin.endpoints().get(*n).is_some_and(|one| one.load.told.has_adapter(name));
+            let has = endpoint.load.told.has_adapter(name);
             candidate.loads_adapter = !has;
             any |= has;
         }
@@ -138,29 +178,47 @@ impl Pool {
     fn choice(&self, ranked: &Ranked, places: &[Place], held: (u32, u32)) -> Choice<'_> {
         let mut best = [None; 3];
         for (kept, placed) in best.iter_mut().zip(ranked.iter()) {
-            *kept = Some((&self.upstreams[places[placed.index].0], placed.score));
+            *kept = Some((&self.upstreams[places[placed.index].0 as usize], placed.score));
         }
         Choice { candidates: places.len(), best, held }
+    }
+}
+
+/// Every endpoint of `upstreams` that `may` be taken.
+#[inline(always)]
+fn each<'a>(
+    upstreams: impl Iterator<Item = &'a Upstream>,
+    may: impl Fn(&Arc<Endpoint>) -> bool,
+    mut then: impl FnMut(Place, &Upstream, &Endpoint),
+) {
+    for upstream in upstreams {
+        for (n, endpoint) in upstream.origin.endpoints().iter().enumerate() {
+            if may(endpoint) {
+                then((upstream.index as u32, n as u32), upstream, endpoint);
+            }
+        }
     }
 }
 
 /// Numbers from 0 to 1, of a source of one's own: the thread's is asked once.
 fn chance() -> impl FnMut() -> f64 {
     let mut random = fastrand::Rng::new();
-    move || random.f64()
+    move || (random.u64(..) >> 11) as f64 * (0.5 / (1u64 << 52) as f64)
 }
 
-/// What is known of a prompt, once for all endpoints.
+/// What is known of a prompt and when, once for all endpoints.
 pub(super) struct Prompt<'a> {
     usual: Usual,
+    now: Instant,
+    at: u64,
     held: Option<(&'a Chain, Held)>,
 }
 
 impl<'a> Prompt<'a> {
-    pub(super) fn of(pool: &Pool, wanted: &Wanted<'a>) -> Self {
+    pub(super) fn of(pool: &Pool, wanted: &Wanted<'a>, now: Instant) -> Self {
         let chain = wanted.chain.filter(|chain| !chain.is_empty());
         let held = pool.prefixes.as_ref().zip(chain).map(|(prefixes, chain)| (chain, prefixes.held(chain)));
-        Self { usual: pool.state.paces.usual(), held }
+        Self { usual: pool.state.paces.usual(), now, at: millis(now), held }
     }
 
     /// Tokens of it that an endpoint has read before.

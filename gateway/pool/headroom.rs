@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::Pool;
+use super::load::millis;
 use super::origin::Endpoint;
 use super::score::Asked;
 
@@ -69,7 +70,7 @@ impl Pool {
         if !self.balance.weighs() {
             return most.saturating_sub(ours);
         }
-        let one = endpoint.load.candidate(self.state.paces.usual(), OTHERS_PROMPT, now);
+        let one = endpoint.load.candidate(self.state.paces.usual(), OTHERS_PROMPT, millis(now));
         let waits = one.first_token_s(&Asked::default()) * 1e3 > self.headroom.wait_ms as f32;
         let full = one.told.trust * one.told.kv * 100.0 > self.headroom.kv_percent as f32;
         let others = (one.told.trust * one.told.streams) as u32;

@@ -3,8 +3,8 @@
 //! Every dispatch, first token and end passes through here, so the counts are exact for this gateway. A [`Work`] holds
 //! its share of them and gives it back whatever way the request ends.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use super::origin::{Endpoint, InFlight};
@@ -12,9 +12,8 @@ use super::score::{Candidate, READ_S, TOKEN_S, crowding};
 use super::told::Telling;
 
 /// One endpoint's load. Outlives reloads, with its endpoint.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Load {
-    base: Instant,
     /// Prompt tokens of streams that have not begun.
     prefill: AtomicU32,
     /// Prompt tokens of answers whose first token nobody sees, and when that was so: they run off at the learned rate.
@@ -29,7 +28,7 @@ pub struct Load {
     streams: AtomicU32,
     /// Tokens that were expected of those.
     decode: AtomicU32,
-    /// When something last came of it, or it got work after having none: milliseconds after `base`.
+    /// When something last came of it, or it got work after having none, in [`millis`].
     moved: AtomicU64,
     /// How fast it is.
     pub paces: Paces,
@@ -63,7 +62,7 @@ pub struct Usual {
 struct Learned {
     /// The value as an `f32`, and how many samples it has seen.
     value: AtomicU64,
-    /// When the last one came: seconds after the endpoint's beginning.
+    /// When the last one came, in seconds.
     at: AtomicU32,
 }
 
@@ -116,28 +115,19 @@ enum Phase {
     Whole,
 }
 
-impl Load {
-    /// An idle one that counts its time from `now`.
-    pub fn new(now: Instant) -> Self {
-        Self {
-            base: now,
-            prefill: AtomicU32::new(0),
-            unseen: AtomicU64::new(0),
-            unanswered: AtomicU32::new(0),
-            waiting: AtomicU32::new(0),
-            wholes: AtomicU32::new(0),
-            streams: AtomicU32::new(0),
-            decode: AtomicU32::new(0),
-            moved: AtomicU64::new(0),
-            paces: Paces::default(),
-            told: Telling::default(),
-        }
-    }
+/// A time as loads count it: milliseconds from one moment on, the same for all of them, so that a choice among many
+/// reckons once.
+pub fn millis(now: Instant) -> u64 {
+    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = now.saturating_duration_since(*BEGAN);
+    since.as_secs() * 1000 + u64::from(since.subsec_millis())
+}
 
-    /// The endpoint as it stands at `now`, for a request of `prompt` tokens. What is known elsewhere (weight, prefix,
+impl Load {
+    /// The endpoint as it stands at `at`, for a request of `prompt` tokens. What is known elsewhere (weight, prefix,
     /// price) is for the caller to add.
-    pub fn candidate(&self, usual: Usual, prompt: u32, now: Instant) -> Candidate {
-        let at = self.millis(now);
+    #[inline(always)] // See `Pool::candidate`.
+    pub fn candidate(&self, usual: Usual, prompt: u32, at: u64) -> Candidate {
         let read_s = self.paces.read_s.of(usual.read_s, at);
         let answer_s = self.paces.answer_s.of(usual.answer_s, at);
         Candidate {
@@ -161,14 +151,8 @@ impl Load {
     /// Prompt tokens to be read, answers being written, prompt tokens a second: for those who watch.
     pub fn levels(&self, now: Instant) -> (u32, u32, f32) {
         let read_s = self.paces.read_s.or(READ_S);
-        let prefill = self.prefill.load(Relaxed).saturating_add(self.unseen(read_s, self.millis(now)));
+        let prefill = self.prefill.load(Relaxed).saturating_add(self.unseen(read_s, millis(now)));
         (prefill, self.streams.load(Relaxed), 1.0 / read_s)
-    }
-
-    /// Milliseconds after its beginning.
-    pub fn millis(&self, now: Instant) -> u64 {
-        let since = now.saturating_duration_since(self.base);
-        since.as_secs() * 1000 + u64::from(since.subsec_millis())
     }
 
     /// How long nothing has come of it though something should have. Of whole answers, nothing comes for as long as
@@ -240,7 +224,7 @@ impl Work {
             Some(job) if job.whole => Phase::Whole,
             Some(_) => Phase::Reading,
         };
-        let ahead = job.map_or(0, |job| load.begin(job, usual.usual(), load.millis(now)));
+        let ahead = job.map_or(0, |job| load.begin(job, usual.usual(), millis(now)));
         Self { in_flight, job: job.unwrap_or_default(), phase, begun: now, ahead, first: None }
     }
 
@@ -250,7 +234,7 @@ impl Work {
         if self.phase == Phase::Uncounted {
             return None;
         }
-        let at = load.millis(now);
+        let at = millis(now);
         load.moves(at);
         if self.phase != Phase::Reading {
             return None;
@@ -273,7 +257,7 @@ impl Work {
         if self.phase == Phase::Uncounted {
             return;
         }
-        let at = load.millis(now);
+        let at = millis(now);
         load.moves(at);
         let whole_s = seconds(self.begun, now);
         for paces in [&load.paces, usual] {
@@ -344,6 +328,7 @@ impl Paces {
 
 impl Learned {
     /// The value at `at`, where those of its kind usually have `usual`.
+    #[inline(always)]
     fn of(&self, usual: f32, at: u64) -> f32 {
         let (value, samples) = unpacked(self.value.load(Relaxed));
         if samples == 0 {
@@ -460,7 +445,7 @@ mod tests {
     const WHOLE: Job = Job { whole: true, ..STREAM };
 
     fn counts(endpoint: &Endpoint, now: Instant) -> [u32; 4] {
-        let one = endpoint.load.candidate(Paces::default().usual(), 1, now);
+        let one = endpoint.load.candidate(Paces::default().usual(), 1, millis(now));
         [endpoint.in_flight(), one.prefill, one.streams, one.decode]
     }
 
@@ -503,7 +488,7 @@ mod tests {
         let endpoint = endpoint(now);
         let long = |whole| Work::begin(&endpoint, Some(Job { unread: 2_000_000_000, output: 1, whole }), &usual, now);
         let mut heap = [long(false), long(false), long(true), long(true)];
-        let one = endpoint.load.candidate(usual.usual(), 1, now);
+        let one = endpoint.load.candidate(usual.usual(), 1, millis(now));
         assert_eq!(one.prefill, u32::MAX);
         assert!(one.first_token_s(&super::super::score::Asked { prompt: 4_000_000, ..Default::default() }) > 500_000.0);
         for work in &mut heap {
@@ -524,7 +509,7 @@ mod tests {
 
     /// Lets an endpoint that reads `rate` tokens a second and writes one in `token_s` answer `times` streams.
     fn serve(endpoint: &Arc<Endpoint>, usual: &Paces, (rate, token_s): (f32, f32), times: u64) -> Instant {
-        let mut now = endpoint.load.base;
+        let mut now = Instant::now();
         for _ in 0..times {
             let mut work = Work::begin(endpoint, Some(STREAM), usual, now);
             now += Duration::from_secs_f32(1_000.0 / rate);
@@ -540,13 +525,13 @@ mod tests {
         let usual = Paces::default();
         let endpoint = endpoint(Instant::now());
         let now = serve(&endpoint, &usual, (2_000.0, 0.03), 12);
-        let seen = endpoint.load.candidate(usual.usual(), 1, now);
+        let seen = endpoint.load.candidate(usual.usual(), 1, millis(now));
         assert!((1_700.0..2_400.0).contains(&seen.read_s.recip()), "{seen:?}");
         assert!((0.025..0.035).contains(&seen.token_s), "{seen:?}");
         let mut work = Work::begin(&endpoint, Some(STREAM), &usual, now);
         let late = now + Duration::from_secs(300);
         work.first_token(&usual, late);
-        let after = endpoint.load.candidate(usual.usual(), 1, late).read_s;
+        let after = endpoint.load.candidate(usual.usual(), 1, millis(late)).read_s;
         assert!(after < seen.read_s / 0.9, "{after}");
     }
 
@@ -562,7 +547,7 @@ mod tests {
                 work.answered(100, &usual, now);
             }
         }
-        let rate = |endpoint: &Endpoint| endpoint.load.candidate(usual.usual(), 1, base).read_s.recip();
+        let rate = |endpoint: &Endpoint| endpoint.load.candidate(usual.usual(), 1, millis(base)).read_s.recip();
         assert!(rate(&fast) > 4.0 * rate(&slow), "{} {}", rate(&fast), rate(&slow));
     }
 
@@ -571,7 +556,7 @@ mod tests {
         let usual = Paces::default();
         let slow = endpoint(Instant::now());
         let now = serve(&slow, &Paces::default(), (100.0, 0.1), 10);
-        let rate = |now| slow.load.candidate(usual.usual(), 1, now).read_s.recip();
+        let rate = |now| slow.load.candidate(usual.usual(), 1, millis(now)).read_s.recip();
         assert!(rate(now) < 200.0);
         assert!(rate(now + Duration::from_secs(3_600)) > 0.4 / READ_S);
     }
@@ -580,7 +565,7 @@ mod tests {
     fn silence_counts_from_the_first_that_waits_and_ends_with_whatever_comes() {
         let (now, usual) = (Instant::now(), Paces::default());
         let endpoint = endpoint(now);
-        let silent = |at| endpoint.load.candidate(usual.usual(), 1, at).silent_s;
+        let silent = |at| endpoint.load.candidate(usual.usual(), 1, millis(at)).silent_s;
         let late = now + Duration::from_secs(50);
         assert_eq!(silent(late), 0.0, "nobody waits");
         let mut one = Work::begin(&endpoint, Some(STREAM), &usual, late);

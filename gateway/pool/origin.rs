@@ -12,7 +12,7 @@ use arc_swap::{ArcSwap, Guard};
 
 use super::breaker::Breaker;
 use super::feed::Feed;
-use super::load::Load;
+use super::load::{Load, millis};
 use super::prefix::{Blocks, CAPACITY, Prefixes, Seat};
 use super::told::Report;
 use super::worked::Worked;
@@ -233,7 +233,7 @@ impl Endpoint {
             target: Target::new(origin, &address),
             spelt: address.to_string().into(),
             seed: fnv(address.to_string().as_bytes()),
-            load: Load::new(now),
+            load: Load::default(),
             feed: Feed::default(),
             address,
             breaker: Breaker::new(now),
@@ -280,7 +280,7 @@ impl Endpoint {
     /// It told of its load.
     pub fn hears(&self, told: Report, now: Instant) {
         let tells_cache = told.cache.is_some();
-        self.load.told.take(told, self.in_flight(), self.load.may_wait(), self.load.millis(now));
+        self.load.told.take(told, self.in_flight(), self.load.may_wait(), millis(now));
         if tells_cache {
             self.sizes_seat();
         }

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use super::choose::Prompt;
-use super::load::Load;
+use super::load::{Load, millis};
 use super::score::{Asked, Candidate, crowding};
 use super::{Pool, Wanted};
 
@@ -22,12 +22,12 @@ pub struct Outlook<'a> {
 impl Pool {
     /// What would become of `wanted` here. `None` where nobody can be asked now.
     pub fn outlook(&self, wanted: &Wanted<'_>, now: Instant) -> Option<Outlook<'_>> {
-        let prompt = Prompt::of(self, wanted);
+        let prompt = Prompt::of(self, wanted, now);
         let mut best: Option<(f32, Candidate)> = None;
         let (mut endpoints, mut in_flight) = (0, 0);
         for upstream in self.upstreams.iter().filter(|one| one.weight > 0 && one.provider.serves(wanted.operation)) {
             for endpoint in upstream.origin.endpoints().iter().filter(|endpoint| endpoint.available(now)) {
-                let candidate = self.candidate(wanted, &prompt, upstream, endpoint, now);
+                let candidate = self.candidate(self.balance, wanted, &prompt, upstream, endpoint);
                 (endpoints, in_flight) = (endpoints + 1, in_flight + candidate.in_flight);
                 let seconds = candidate.first_token_s(&wanted.asked);
                 if best.is_none_or(|(least, _)| seconds < least) {
@@ -41,7 +41,7 @@ impl Pool {
 
     /// The same of a server that has nothing to do and is as fast as they usually are here.
     pub fn idle_outlook(&self, wanted: &Wanted<'_>, now: Instant) -> Outlook<'_> {
-        let candidate = Load::new(now).candidate(self.state.paces.usual(), wanted.asked.prompt, now);
+        let candidate = Load::default().candidate(self.state.paces.usual(), wanted.asked.prompt, millis(now));
         Outlook { pool: self, asked: wanted.asked, candidate, each: 0.0 }
     }
 }

@@ -157,6 +157,9 @@ impl Told {
 
     /// The seconds that a full KV cache costs: little up to two thirds, then ever more.
     fn pressure_s(&self) -> f32 {
+        if self.trust == 0.0 {
+            return 0.0;
+        }
         let taken = self.kv.clamp(0.0, KV_MAX);
         self.trust * KV_S * taken / (1.0 - taken)
     }
@@ -185,7 +188,7 @@ impl Candidate {
         let output = asked.output as f32;
         let beside = (self.decode as f32).min(self.streams as f32 * output);
         let others = self.told.trust * self.told.streams.min(OTHERS_STREAMS_MAX) * output;
-        self.token_s * (output + (output + beside + others) / KNEE)
+        self.token_s * (output + (output + beside + others) * (1.0 / KNEE))
     }
 
     /// Seconds that it is expected to take for everything, with what a full cache would cost.
@@ -236,7 +239,9 @@ impl Ranked {
         self.iter().next()
     }
 
-    fn add(&mut self, placed: Placed) {
+    /// Takes it in, if it is one of them.
+    #[inline]
+    pub fn add(&mut self, placed: Placed) {
         let [first, second, third] = &mut self.0;
         if placed.score >= third.score {
             return;
@@ -285,25 +290,43 @@ impl Balance {
                 the_better_of_two(candidates, chance, |one, _| f64::from(one.in_flight + 1) * latency(one))
             }
             Self::RoundRobin => in_turn(asked.turn, candidates),
-            Self::LeastInFlight => ranked(candidates, |one| one.busy(1) * (1.0 + 1e-6 * chance())),
             Self::Hash => bounded(candidates, |one| rendezvous(one, asked.key)),
             Self::Prefix => bounded(candidates, |one| {
                 let busy = one.busy(1);
                 f64::from(one.unread(asked)) + busy / (busy + 1.0) * (1.0 - 1e-6 * chance())
             }),
-            Self::LeastCost => ranked(candidates, |one| {
+            Self::LeastInFlight | Self::LeastCost | Self::Lmetric | Self::ExpectedTime => {
+                ranked(candidates, |one| self.alone(asked, one, chance))
+            }
+        }
+    }
+
+    /// Whether it judges each candidate by itself, whatever the others are.
+    pub const fn judges_alone(self) -> bool {
+        matches!(self, Self::LeastInFlight | Self::LeastCost | Self::Lmetric | Self::ExpectedTime)
+    }
+
+    /// What a candidate is worth by itself: less is better. All the same to a policy that does not judge so.
+    #[inline(always)] // So that it is compiled for each balance that is a constant.
+    pub fn alone(self, asked: &Asked, one: &Candidate, chance: &mut impl FnMut() -> f64) -> f64 {
+        match self {
+            Self::LeastInFlight => one.busy(1) * (1.0 + 1e-6 * chance()),
+            Self::LeastCost => {
                 let seconds = f64::from(one.expected_s(asked)) / f64::from(one.weight);
                 f64::from(one.nanousd.ceil()) + seconds / (seconds + 1.0) * (1.0 - NEAR * chance())
-            }),
-            Self::Lmetric => ranked(candidates, |one| {
+            }
+            Self::Lmetric => {
                 let unread = f64::from(one.prefill) + f64::from(one.unread(asked));
                 unread * one.busy(1) * (1.0 + NEAR * chance())
-            }),
-            Self::ExpectedTime => ranked(candidates, |one| {
+            }
+            Self::ExpectedTime => {
                 let first = one.first_token_s(asked);
                 let whole = f64::from(one.expected_after(first, asked));
-                whole / f64::from(one.weight) + (NEAR_S + NEAR * f64::from(first)) * chance()
-            }),
+                // Nearly always it is one, and a division takes as long as all the rest.
+                let whole = if one.weight == 1.0 { whole } else { whole / f64::from(one.weight) };
+                whole + (NEAR_S + NEAR * f64::from(first)) * chance()
+            }
+            Self::P2c | Self::P2cEwma | Self::RoundRobin | Self::Hash | Self::Prefix => 0.0,
         }
     }
 }

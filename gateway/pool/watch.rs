@@ -12,6 +12,7 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::load::millis;
 use super::origin::{Address, Endpoint, Host, Origin, OriginState};
 use super::told::{Scanner, Wants};
 use super::{Pool, Upstream, feed};
@@ -368,7 +369,7 @@ async fn probe(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpo
 
 /// Reads an engine's page of metrics as far as is needed. Returns whether it told anything.
 async fn look_at(house: &House, pool: &Pool, upstream: &Upstream, endpoint: &Endpoint) -> bool {
-    let at = endpoint.load.millis(Instant::now());
+    let at = millis(Instant::now());
     let wants = Wants {
         adapters: pool.load.adapters,
         cache: pool.balance.matches_prefixes() && endpoint.load.told.wants_cache(at),
