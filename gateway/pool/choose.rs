@@ -71,11 +71,11 @@ impl Pool {
         let asked = Asked { turn: self.state.turns.fetch_add(1, Relaxed), ..wanted.asked };
         let may = |endpoint: &Arc<Endpoint>| endpoint.available(now) && may(endpoint);
         let (places, ranked) = match self.balance {
-            _ if self.load.adapters => self.beside_each_other(wanted, &prompt, &asked, upstreams, &may),
+            _ if self.load.adapters => self.beside_each_other(wanted, &prompt, &asked, upstreams, may),
             // The usual one has a loop of its own, without what only others ask for.
-            Balance::ExpectedTime => self.each_alone(Balance::ExpectedTime, wanted, &prompt, &asked, upstreams, &may),
-            balance if balance.judges_alone() => self.each_alone(balance, wanted, &prompt, &asked, upstreams, &may),
-            _ => self.beside_each_other(wanted, &prompt, &asked, upstreams, &may),
+            Balance::ExpectedTime => self.each_alone(Balance::ExpectedTime, wanted, &prompt, &asked, upstreams, may),
+            balance if balance.judges_alone() => self.each_alone(balance, wanted, &prompt, &asked, upstreams, may),
+            _ => self.beside_each_other(wanted, &prompt, &asked, upstreams, may),
         };
         // A half-open breaker lets one request through; where that was another one, the next best is taken.
         let order = ranked.iter().map(|placed| placed.index).chain(0..places.len());

@@ -243,7 +243,7 @@ impl Visit {
         let kept = client.0.kept.borrow_mut().pop();
         let mut wire = match kept {
             // A few connections are new, so that none lives for ever.
-            Some(wire) if self.number % 64 != 0 => wire,
+            Some(wire) if !self.number.is_multiple_of(64) => wire,
             _ => Wire::new(TcpStream::connect(client.0.target).await?)?,
         };
         wire.socket.write_all(self.request.as_bytes()).await?;
@@ -346,8 +346,8 @@ fn kind(number: u64) -> Kind {
 
 /// A conversation that begins like no other, or like one of a few; of a user that comes again, or never.
 fn body(number: u64, kind: Kind, names: &Names, bodies: &[String; 2]) -> String {
-    let text = &bodies[usize::from(number % 29 == 0)];
-    let (epoch, is_new) = (names.epoch, number % 2 == 0);
+    let text = &bodies[usize::from(number.is_multiple_of(29))];
+    let (epoch, is_new) = (names.epoch, number.is_multiple_of(2));
     let model = match (kind, number % 5) {
         (Kind::Astray, _) => format!("nobody-{number}"),
         (Kind::Greedy, _) => "tight".to_owned(),
@@ -369,7 +369,7 @@ fn body(number: u64, kind: Kind, names: &Names, bodies: &[String; 2]) -> String 
     };
     let stream = match kind {
         Kind::Stream | Kind::Leaves => ",\"stream\":true",
-        Kind::Unlucky if number % 2 == 0 => ",\"stream\":true",
+        Kind::Unlucky if number.is_multiple_of(2) => ",\"stream\":true",
         _ => "",
     };
     let body = text.replacen("The committee", &begins, 1);
@@ -422,7 +422,7 @@ mod tests {
             if let Ok(json) = json {
                 assert_eq!(
                     json["stream"] == true,
-                    matches!(kind, Kind::Stream | Kind::Leaves) || kind == Kind::Unlucky && number % 2 == 0
+                    matches!(kind, Kind::Stream | Kind::Leaves) || kind == Kind::Unlucky && number.is_multiple_of(2)
                 );
                 assert!(json["user"].is_string());
             }
