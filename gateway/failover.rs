@@ -380,6 +380,7 @@ fn request_head<'a>(
         required: upstream.provider.required_headers(),
         id: exchange.id.as_str(),
         traceparent: exchange.traceparent().and_then(|text| HeaderValue::from_bytes(&text).ok()),
+        session: upstream.kv_events.is_some(),
         inspected: planned.identified.passthrough.is_none(),
         length: length.filter(|_| planned.received.has_body),
         upgrade: planned.identified.upgrade.as_ref(),

@@ -29,7 +29,7 @@ pub use self::choose::{Choice, Wanted};
 use self::headroom::Headroom;
 use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
-use self::prefix::Prefixes;
+use self::prefix::{Chain, Prefixes};
 use self::score::Balance;
 use crate::limits::effort::Effort;
 use crate::policy::file;
@@ -146,6 +146,8 @@ pub struct Picked<'a> {
     pub work: Work,
     /// What it was chosen from, where the pool's balance judges all endpoints.
     pub choice: Option<Choice<'a>>,
+    /// The blocks of the prompt that it has read, where its engine tells which of them it holds.
+    pub read: Option<Chain>,
 }
 
 impl Pool {
@@ -227,6 +229,7 @@ impl Pool {
             work: Work::begin(&drawn.endpoint, None, &self.state.paces, now),
             endpoint: drawn.endpoint,
             choice: None,
+            read: None,
         })
     }
 }

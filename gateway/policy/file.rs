@@ -542,7 +542,8 @@ pub struct Upstream {
     #[serde(default)]
     pub http2: Http2,
     /// The port at which its engine publishes KV events over ZeroMQ (vLLM and SGLang: `--kv-events-config`), at the same
-    /// address. For balances that look at prefixes. Absent: nobody listens.
+    /// address. Its requests get the header `x-session-id`, by which vLLM tells whose blocks it stores. For balances that
+    /// look at prefixes. Absent: nobody listens.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub kv_events: Option<u16>,
@@ -969,8 +970,8 @@ pub enum CaptureText {
     Full,
 }
 
-/// How the tokens of requests come to be known. Absent: as with `usage: ask` where the policy has `prices`, and as with
-/// `as_is` where it has none.
+/// How the tokens of requests come to be known. Absent: as with `usage: ask` where the policy has `prices` or an upstream
+/// with `kv_events`, and as with `as_is` where it has neither.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Metering {
