@@ -301,7 +301,8 @@ pub struct Levels {
     pub warnings: Warnings,
 }
 
-/// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
+/// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed
+/// by inventing names.
 const LEVELS_MAX: usize = 200_000;
 
 impl Levels {
@@ -381,7 +382,7 @@ impl Levels {
     pub fn tables(&self) -> [Table; 2] {
         [
             Table { name: "limit_levels", entries: self.apart.len(), room: Some(LEVELS_MAX) },
-            Table { name: "limit_levels_together", entries: self.together.len(), room: None },
+            Table::named("limit_levels_together", self.together.len()),
         ]
     }
 
