@@ -33,7 +33,7 @@ use crate::routers::shortlist::Weighed;
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
-use crate::usage::{Meter, Source, Usage};
+use crate::usage::{Source, Usage};
 
 /// How long the end of an answer waits for its record to be on disk.
 const DURABLE: Duration = Duration::from_secs(30);
@@ -289,10 +289,14 @@ impl Exchange {
 
     /// What an upstream costs that is paid by the hour.
     fn hourly(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Option<Arc<Price>> {
-        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
-        let model = self.model_at(self.route.as_ref()?, pool, upstream)?;
-        let price = book.find(model, &pool.name, upstream.provider.kind(), self.times.at)?;
+        self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let price = self.price(self.model_at(self.route.as_ref()?, pool, upstream)?, pool, upstream)?;
         price.gpu_hour.and(Some(price.clone()))
+    }
+
+    /// What the model costs that an upstream of `pool` knows as `model`, at the time of this request.
+    pub fn price(&self, model: &str, pool: &Pool, upstream: &Upstream) -> Option<&Arc<Price>> {
+        self.policy.prices.as_ref()?.find(model, &pool.name, upstream.provider.kind(), self.times.at)
     }
 
     /// The `traceparent` for the upstream that is asked now; none where the policy says nothing of traces.
@@ -555,14 +559,7 @@ impl Exchange {
 
     /// What an answer costs that is here as a whole, if that is known.
     pub fn costs(&self, body: &[u8]) -> Option<NanoUsd> {
-        let bill = self.bill.as_ref()?;
-        let mut meter = Meter::new(self.surface.operation, false);
-        if bill.asks_service_tier() {
-            meter = meter.with_service_tier();
-        }
-        meter.push(body);
-        let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
-        let cost = bill.settle(meter.usage(), whole).1.flatten()?;
+        let cost = self.bill.as_ref()?.settle_whole(body, self.gpu_us()).1.flatten()?;
         Some(self.besides().map_or(cost, |besides| cost.plus(besides.nanousd)))
     }
 

@@ -251,13 +251,11 @@ fn work_of(route: &Route) -> Work {
 /// The prices of all who may answer; none if one of them has none.
 fn prices(exchange: &Exchange, route: &Route) -> SmallVec<[Arc<Price>; 2]> {
     let mut prices: SmallVec<[Arc<Price>; 2]> = SmallVec::new();
-    let Some(book) = &exchange.policy.prices else { return prices };
     let asked = exchange.named().unwrap_or(&route.model.name);
     for stage in &route.stages {
         for upstream in &stage.pool.upstreams {
             let model = stage.other_name(upstream, Some(asked)).unwrap_or(asked);
-            let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
-            let Some(price) = price else { return SmallVec::new() };
+            let Some(price) = exchange.price(model, &stage.pool, upstream) else { return SmallVec::new() };
             if !prices.iter().any(|known| Arc::ptr_eq(known, price)) {
                 prices.push(price.clone());
             }
