@@ -111,6 +111,12 @@ struct Spent {
 }
 
 impl Spent {
+    /// The same as limits count it.
+    fn used(&self, cached: Cached) -> Used {
+        let output = self.usage.output_tokens.unwrap_or_default();
+        Used { asked: false, input: prompt_tokens(&self.usage, cached), output, nanousd: self.nanousd.0 }
+    }
+
     fn and(self, other: Self) -> Self {
         Self {
             usage: self.usage.and(other.usage),
@@ -335,10 +341,16 @@ impl Exchange {
         add(&mut self.let_go, Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
     }
 
-    /// Tokens and nano-dollars that limits have yet to hear of before the request is asked anywhere.
-    pub fn used_before(&self) -> (u64, u64) {
-        let Some(Spent { usage, nanousd, .. }) = self.let_go.as_deref() else { return (0, 0) };
-        (usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default(), nanousd.0)
+    /// What limits have yet to hear of before the request is asked anywhere.
+    pub fn used_before(&self) -> Used {
+        let spent = self.let_go.as_deref().copied().unwrap_or_default();
+        spent.used(bill::cached(self.surface.operation))
+    }
+
+    /// It goes nowhere, and limits have heard of what was used for it before.
+    pub fn charged(&mut self, reservation: Box<Reservation>) {
+        self.untold();
+        self.tally.reservation = Some(reservation);
     }
 
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
@@ -425,12 +437,12 @@ impl Exchange {
                 attempt.pool().state.effort.learn(input, usage.output_tokens.unwrap_or_default(), micros);
             }
         }
-        let besides = self.untold().unwrap_or_default();
+        let besides = self.untold().unwrap_or_default().used(cached);
         Used {
             asked: !self.attempts.is_empty(),
-            input: input + prompt_tokens(&besides.usage, cached),
-            output: usage.output_tokens.unwrap_or_default() + besides.usage.output_tokens.unwrap_or_default(),
-            nanousd: cost.saturating_add(besides.nanousd.0),
+            input: input + besides.input,
+            output: usage.output_tokens.unwrap_or_default() + besides.output,
+            nanousd: cost.saturating_add(besides.nanousd),
         }
     }
 
