@@ -168,17 +168,17 @@ impl Pool {
 
     /// One that is near, where there is one.
     fn near(&self, wanted: &Wanted<'_>, now: Instant, may: impl Fn(&Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+        let able = |near| self.able(wanted.operation).filter(move |one| one.near == near);
         let one = |near| match self.balance {
-            Balance::P2c => self.draw(self.able(wanted.operation, near), now, &may),
-            _ => self.choose(wanted, self.able(wanted.operation, near), now, &may),
+            Balance::P2c => self.draw(able(near), now, &may),
+            _ => self.choose(wanted, able(near), now, &may),
         };
         one(true).or_else(|| one(false))
     }
 
-    /// The upstreams that have a share, are near or are not, and can do `operation`.
-    fn able(&self, operation: Operation, near: bool) -> impl Iterator<Item = &Upstream> {
-        let able = move |one: &&Upstream| one.weight > 0 && one.near == near && one.provider.serves(operation);
-        self.upstreams.iter().filter(able)
+    /// The upstreams that have a share and can do `operation`.
+    fn able(&self, operation: Operation) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().filter(move |one| one.weight > 0 && one.provider.serves(operation))
     }
 
     /// Whether any upstream can do `operation` at all.

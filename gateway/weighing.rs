@@ -191,9 +191,10 @@ fn key(exchange: &Exchange, planned: &Planned, head: &HeaderMap) -> u64 {
 
 /// What it costs at an upstream; the most of all where that has no price.
 fn nanousd(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream, asked: &Asked) -> f32 {
-    let Some(book) = &exchange.policy.prices else { return 0.0 };
-    let model = model_at(exchange, stage, upstream);
-    let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
+    if exchange.policy.prices.is_none() {
+        return 0.0;
+    }
+    let price = exchange.price(model_at(exchange, stage, upstream), &stage.pool, upstream);
     let usage = Usage {
         input_tokens: Some(u64::from(asked.prompt)),
         output_tokens: Some(u64::from(asked.output)),

@@ -130,11 +130,6 @@ impl Prefixes {
         self.seats.forget(seat.number);
     }
 
-    /// Blocks that are known, and how many can be. One pass over the table: for whoever asks for metrics.
-    pub fn fill(&self) -> (usize, usize) {
-        (self.table.used(), self.table.capacity())
-    }
-
     /// Whether [`Prefixes::tidy`] has anything to do.
     pub fn is_untidy(&self) -> bool {
         self.seats.turn().is_some()
@@ -150,7 +145,7 @@ impl Prefixes {
         }
     }
 
-    /// Blocks that are remembered, and the most that can be.
+    /// Blocks that are remembered, and the most that can be. One pass over the table: for whoever asks for metrics.
     pub fn sizes(&self) -> (usize, usize) {
         (self.table.used(), self.table.capacity())
     }
