@@ -216,7 +216,8 @@ mod tests {
         let (_directory, journal) = journal();
         let feed = journal.feed_ledger();
         let (telemetry, state, settings) = (Telemetry::new(), State::new(0), Settings::default());
-        let text = "version: 1\npools:\n  p: {upstreams: [{url: 'http://127.0.0.1:1'}]}\nmodels: [{name: m, pool: p}]\n";
+        let text =
+            "version: 1\npools:\n  p: {upstreams: [{url: 'http://127.0.0.1:1'}]}\nmodels: [{name: m, pool: p}]\n";
         let policy = compile(text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap();
         let (pool, now) = (&policy.pools["p"], Instant::now());
         let attempts = [Attempt::begin(pool, &pool.pick(&Wanted::of(Operation::Chat), &[], now).unwrap(), 7, 8)];
