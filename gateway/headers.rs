@@ -116,7 +116,7 @@ const SENT: &[Told] = &[
     told(
         "x-session-id",
         "the upstream has `kv_events`",
-        "The request's id, by which its engine tells whose blocks it stores.",
+        "The request's id, by which its engine tells whose blocks it stores (not with `kv_session: body`).",
     ),
     told(
         "those of `headers`",

@@ -93,6 +93,8 @@ pub struct Upstream {
     pub model: Option<String>,
     /// The port at which its engine tells of its KV cache.
     pub kv_events: Option<u16>,
+    /// Where it is told a request's id, to tell whose blocks it stores.
+    pub kv_session: Option<file::KvSession>,
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.

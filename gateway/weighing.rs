@@ -90,7 +90,7 @@ impl Weight {
             && let Some(seat) = picked.endpoint.seat(prefixes)
         {
             prefixes.learn(&self.chain, seat);
-            picked.read = picked.upstream.kv_events.map(|_| self.chain.clone());
+            picked.read = picked.upstream.kv_session.map(|_| self.chain.clone());
         }
     }
 }

@@ -509,6 +509,22 @@ async fn an_engine_says_itself_which_blocks_of_which_prompt_it_has_evicted() {
 }
 
 #[tokio::test]
+async fn an_engine_that_reads_a_sessions_name_from_the_body_finds_it_there_unless_the_client_has_named_one() {
+    let server = paced(0).await;
+    let upstream = format!("{}\n        kv_events: 9\n        kv_session: body", server.url());
+    let text = policy(&[&upstream], "balance: expected_time");
+    let gateway = Gateway::start(&format!("{text}metering: {{usage: as_is}}\n")).await;
+    let own = prompt("begins").replacen('{', r#"{"session_params":{"id":"s"},"#, 1);
+    for body in [prompt("begins"), own] {
+        let answer = Client::h1().post(gateway.address, CHAT, body.clone()).await;
+        let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+        let named = body.replacen('{', &format!(r#"{{"session_id":"{}","#, answer.header("x-request-id")), 1);
+        let expected = if body.contains("session_params") { &body } else { &named };
+        assert_eq!((&*seen.body, seen.headers.get("x-session-id")), (expected.as_bytes(), None));
+    }
+}
+
+#[tokio::test]
 async fn a_user_stays_with_their_replica_whoever_names_them() {
     let servers = [paced(0).await, paced(0).await, paced(0).await];
     let urls = servers.each_ref().map(Simulated::url);

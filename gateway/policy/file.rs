@@ -542,11 +542,24 @@ pub struct Upstream {
     #[serde(default)]
     pub http2: Http2,
     /// The port at which its engine publishes KV events over ZeroMQ (vLLM and SGLang: `--kv-events-config`), at the same
-    /// address. Its requests get the header `x-session-id`, by which vLLM tells whose blocks it stores. For balances that
-    /// look at prefixes. Absent: nobody listens.
+    /// address. For balances that look at prefixes. Absent: nobody listens.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub kv_events: Option<u16>,
+    /// Where requests tell an engine with `kv_events` their id as that of a session, by which it tells whose blocks it
+    /// stores: `header` (`x-session-id`: vLLM), `body` (`session_id`, of chats and completions: SGLang). Absent: `header`.
+    #[serde(default)]
+    pub kv_session: Option<KvSession>,
+}
+
+/// Where an engine reads a session's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KvSession {
+    /// In the header `x-session-id`.
+    Header,
+    /// In the body, as `session_id`; a client's own stays, and its blocks are not known.
+    Body,
 }
 
 fn one() -> u32 {

@@ -141,6 +141,8 @@ mod tests {
         assert!(!asks("prices: {}\nmetering: {usage: as_is}\n"));
         let listens = "version: 1\npools: {p: {balance: prefix, upstreams: [{url: 'http://h:1', kv_events: 5557}]}}\nmodels: [{name: m, pool: p}]\n";
         assert!(compiled(listens).unwrap().asks_for_usage);
+        let told = problems(&listens.replace("kv_events: 5557", "kv_session: body"));
+        assert!(told[0].contains("upstreams[0].kv_session: no engine is listened to"), "{told:?}");
     }
 
     #[test]

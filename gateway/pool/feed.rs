@@ -2,9 +2,10 @@
 //!
 //! vLLM and SGLang publish this over ZeroMQ (`vllm/distributed/kv_events.py`, `sglang/srt/disaggregation/kv_events.py`):
 //! batches in a numbered sequence. Their blocks are named by hashes of tokens, and the tokens of a prompt are not known
-//! without its model's tokenizer. But vLLM tells for which session it stored a block, and takes the session's name from a
-//! header ([`SESSION`]): so it is known which blocks of which prompt it holds, and they are forgotten when it evicts them
-//! ([`known`]). What is not known so is forgotten by how much the engine evicts, which takes the place of the guess at that.
+//! without its model's tokenizer. But both tell for which session they stored a block, and a request says which that is
+//! ([`KvSession`](crate::policy::file::KvSession)): so it is known which blocks of which prompt an engine holds, and they
+//! are forgotten when it evicts them ([`known`]). What is not known so is forgotten by how much the engine evicts, which
+//! takes the place of the guess at that.
 //!
 //! A batch that is missing, or cannot be read, ends both: the guess is in force again until a hundred came in a row. So it
 //! is where an engine works and tells nothing ([`Seat::is_followed`](super::prefix::Seat::is_followed)).

@@ -1,8 +1,7 @@
 //! Which blocks an engine holds, and which blocks of prompts those are.
 //!
 //! An engine names a block by a hash of tokens, the index names a prompt's by hashes of bytes. Where an engine tells for
-//! which session it stored a block (vLLM, from the header that we send with every request), both name parts of one prompt,
-//! and the names of the one are found among those of the other: by their share of the prompt, as if all its tokens had
+//! which session it stored a block, and the session is a request of ours, both name parts of one prompt, and the names of the one are found among those of the other: by their share of the prompt, as if all its tokens had
 //! the same length. That is a block or two off where they have not, until a second prompt begins alike: where the two
 //! part in tokens, the last block that they share in bytes has to end.
 //!
@@ -18,8 +17,8 @@ use smallvec::SmallVec;
 use super::events::{Names, Stored};
 use crate::pool::prefix::Chain;
 
-/// Blocks of an engine that are known at most: a million tokens in blocks of 16.
-const BLOCKS_MAX: usize = 1 << 16;
+/// Blocks of an engine that are known at most: four million tokens in blocks of 16, as many as this in blocks of one.
+const BLOCKS_MAX: usize = 1 << 18;
 /// Sessions of which it is known which block they stored last.
 const SESSIONS_MAX: usize = 1024;
 /// Blocks of prompts in one of an engine.

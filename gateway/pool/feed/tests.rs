@@ -490,10 +490,10 @@ fn whatever_an_engine_tells_is_bounded_and_ends() {
     }
     // More than can be known, and more sessions; a prompt that nobody tells of.
     for number in 0..2_000 {
-        tells(&endpoint, &stores(&blocks(50 + number, 0, 50), None, &session(number)));
+        tells(&endpoint, &stores(&blocks(50 + number, 0, 150), None, &session(number)));
         has_read(&endpoint, &prefixes, (number + 5_000, &prompt(&prefixes, 1, 1)), 64);
     }
-    assert_eq!(endpoint.feed.heard().unwrap().held, 1 << 16);
+    assert_eq!(endpoint.feed.heard().unwrap().held, 1 << 18);
     assert!(endpoint.feed.read.lock().len() <= READ_MAX);
 }
 
