@@ -86,9 +86,9 @@ impl Known {
     pub(super) fn stored(&mut self, stored: &Stored<'_>) {
         let Some((mut before, mut end)) = self.end_of(stored.parent) else { return };
         for name in stored.names.each() {
-            end += stored.tokens;
+            end = stored.tokens.saturating_add(end);
             if let Some(block) = self.blocks.get_mut(&name) {
-                block.copies += 1;
+                block.copies = block.copies.saturating_add(1);
             } else if !self.holds(name, before, end) {
                 return;
             }
@@ -140,16 +140,17 @@ impl Known {
         };
         let begins = if skipped { begins(&path, read).filter(|_| is_all) } else { Some(0) };
         let Some(begins) = begins else { return false };
-        let (size, last) = (size(&path), path.last().map_or(0, |last| begins + last.end));
+        let size = size(&path);
+        let last = path.last().map_or(0, |last| begins.saturating_add(last.end));
         if last.saturating_add(size) <= read.tokens {
             return false;
         }
         for (depth, ours) in (0_u16..).zip(read.chain.hashes()) {
             let end = (read.chain.share(depth + 1) * f64::from(read.tokens)) as u32;
-            if end + size <= begins {
+            if end.saturating_add(size) <= begins {
                 continue;
             }
-            let at = path.partition_point(|step| begins + step.end < end).min(path.len() - 1);
+            let at = path.partition_point(|step| begins.saturating_add(step.end) < end).min(path.len() - 1);
             self.put((*ours, depth), path[at].name, &path);
             held(*ours, depth);
         }
@@ -225,7 +226,8 @@ fn size(path: &[Step]) -> u32 {
 /// keeps nothing.
 fn begins(path: &[Step], read: &Read) -> Option<u32> {
     let (size, last) = (size(path), path.last()?.end);
-    let filled = read.tokens.saturating_add(read.answer.saturating_sub(1)).checked_div(size)? * size;
+    let both = read.tokens.saturating_add(read.answer.saturating_sub(1));
+    let filled = both - both.checked_rem(size)?;
     filled.checked_sub(last).filter(|begins| (1..=read.tokens).contains(begins))
 }
 

@@ -292,13 +292,18 @@ fn a_cache_that_was_cleared_and_an_engine_that_was_started_anew_have_nothing() {
 
 /// What an engine with blocks of 16 tokens tells of those that it stored for a session, or evicted.
 fn named(name: &str, blocks: &[u64], parent: Option<u64>, session: &str) -> Value {
+    sized(16, name, blocks, parent, session)
+}
+
+/// The same of one whose blocks have so many tokens.
+fn sized(tokens: u64, name: &str, blocks: &[u64], parent: Option<u64>, session: &str) -> Value {
     let parent = parent.map_or(Value::Nothing, Value::Number);
     let blocks = blocks.iter().copied().map(Value::Number).collect();
     Value::Map(vec![
         ("type", Value::text(name)),
         ("block_hashes", Value::List(blocks)),
         ("parent_block_hash", parent),
-        ("block_size", Value::Number(16)),
+        ("block_size", Value::Number(tokens)),
         ("medium", Value::text("GPU")),
         ("group_idx", Value::Number(0)),
         ("session_id", Value::text(session)),
@@ -481,9 +486,12 @@ fn whatever_an_engine_tells_is_bounded_and_ends() {
             |random: &mut fastrand::Rng| -> Vec<u64> { (0..random.u64(..9)).map(|_| random.u64(..40)).collect() };
         let (blocks, number) = (some(&mut random), random.u64(..5));
         let parent = random.bool().then(|| random.u64(..40));
-        let told = if random.u8(..3) > 0 { stores(&blocks, parent, &session(number)) } else { evicts(&blocks) };
+        let tokens = [16, 16, 1, 0, u64::from(u32::MAX), u64::MAX][random.usize(..6)];
+        let stores = || batch(vec![sized(tokens, "BlockStored", &blocks, parent, &session(number))]);
+        let told = if random.u8(..3) > 0 { stores() } else { evicts(&blocks) };
         let asked = prompt(&prefixes, number as u32, random.usize(1..6));
-        has_read(&endpoint, &prefixes, (number, &asked), random.u32(..2000));
+        let length = if random.u8(..9) == 0 { u32::MAX } else { random.u32(..2000) };
+        has_read(&endpoint, &prefixes, (number, &asked), length);
         endpoint.follows(Step::Next, &told, Instant::now() + if round % 50 == 0 { PATIENCE } else { Duration::ZERO });
         let heard = endpoint.feed.heard().unwrap();
         assert!(heard.held <= 40 && heard.placed <= 8 * heard.held, "{heard:?}");
