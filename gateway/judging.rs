@@ -23,8 +23,10 @@ pub async fn whole(
     let operation = exchange.surface.operation;
     let judged = beside(exchange, body, move |guard, body| guard.whole(operation, body)).await?;
     let body = judged.map_err(|blocked| refused(exchange, &blocked))?;
-    let texts = |body: &Bytes| text::answer(operation, body).unwrap_or_default();
-    asked(house, exchange, downstream, planned, (&body, texts(&body), Vec::new())).await?;
+    if exchange.tally.guard.as_ref().is_some_and(|guard| guard.holds()) {
+        let texts = text::answer(operation, &body).unwrap_or_default();
+        asked(house, exchange, downstream, planned, (&body, texts, Vec::new())).await?;
+    }
     relay::redacted(&mut exchange.tally.capture, &body);
     let restored = beside(exchange, body, move |guard, body| guard.restored(operation, body)).await;
     restored.map_err(Stop::from)

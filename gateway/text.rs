@@ -175,6 +175,15 @@ impl<'a> Collector<'a> {
     }
 }
 
+/// Reads a document. What is text all through is looked at once for that, and not string by string; a string that is none
+/// may stand where nobody looks.
+fn read<'a, T: Deserialize<'a>>(document: &'a [u8]) -> serde_json::Result<T> {
+    match std::str::from_utf8(document) {
+        Ok(text) => serde_json::from_str(text),
+        Err(_) => serde_json::from_slice(document),
+    }
+}
+
 /// Where the string ends that begins at `from`.
 fn closing(bytes: &[u8], mut from: usize) -> Option<usize> {
     loop {
@@ -246,6 +255,18 @@ mod tests {
 
     /// An operation, a document, and the texts in it: the last word of each one's place, and what it says.
     type Case = (Operation, &'static str, &'static [(&'static str, &'static str)]);
+
+    #[test]
+    fn bytes_that_are_no_text_are_read_over_where_nobody_looks_and_are_unreadable_where_somebody_does() {
+        let document = |id: &[u8], content: &[u8]| {
+            let parts = [b"{\"id\":\"", id, b"\",\"choices\":[{\"message\":{\"content\":\"", content, b"\"}}]}"];
+            parts.concat()
+        };
+        let beside = document(b"\xff", b"hello");
+        let texts = answer(Operation::Chat, &beside).unwrap();
+        assert_eq!(&beside[texts[0].span.clone()], b"hello");
+        assert_eq!(answer(Operation::Chat, &document(b"x", b"\xff")), Err(Unreadable));
+    }
 
     /// The texts of a document, each with the last word of its place.
     fn told(document: &str, texts: Vec<Text>) -> Vec<(String, String)> {

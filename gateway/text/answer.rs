@@ -6,7 +6,7 @@ use infergate_plugins::operation::Operation;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Collector, Function, Place, Text, Tool, ToolCall, Unreadable, channel};
+use super::{Collector, Function, Place, Text, Tool, ToolCall, Unreadable, channel, read};
 
 /// An answer of any endpoint: each has some of these.
 #[derive(Deserialize)]
@@ -134,8 +134,7 @@ pub fn answer_with_tools(operation: Operation, body: &[u8]) -> Result<(Vec<Text>
     let mut found = Collector::new(body);
     // TGI may give a list of answers.
     let is_list = body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
-    let answers: Vec<Answer<'_>> =
-        if is_list { serde_json::from_slice(body)? } else { vec![serde_json::from_slice(body)?] };
+    let answers: Vec<Answer<'_>> = if is_list { read(body)? } else { vec![read(body)?] };
     for answer in &answers {
         found.answer(answer);
     }

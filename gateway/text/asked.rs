@@ -6,7 +6,7 @@ use infergate_plugins::operation::Operation;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::Unreadable;
+use super::{Unreadable, read};
 
 /// Where the schemas of a request stand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,7 +80,7 @@ pub fn schemas(operation: Operation, body: &[u8]) -> Result<Schemas, Unreadable>
     if !matches!(operation, Operation::Chat | Operation::Completions | Operation::Responses | Operation::Messages) {
         return Ok(Schemas::default());
     }
-    let request: Request<'_> = serde_json::from_slice(body)?;
+    let request: Request<'_> = read(body)?;
     let span = |value: &RawValue| {
         let from = value.get().as_ptr() as usize - body.as_ptr() as usize;
         from..from + value.get().len()

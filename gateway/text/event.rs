@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::answer::{Block, Item, Spoken, speaks};
-use super::{Collector, Place, Text, Tool, Unreadable, channel};
+use super::{Collector, Place, Text, Tool, Unreadable, channel, read};
 use crate::ending::ends;
 
 /// What an event says.
@@ -103,7 +103,7 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
     if !speaks(operation) || data.trim_ascii() == b"[DONE]" || data.trim_ascii().is_empty() {
         return Ok(Event::default());
     }
-    let told: Data<'_> = serde_json::from_slice(data)?;
+    let told: Data<'_> = read(data)?;
     let mut found = Collector::new(data);
     let (is_part, ends) = match operation {
         Operation::Messages => found.of_message(&told)?,

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
-use super::{Collector, Function, Place, Text, ToolCall, Unreadable};
+use super::{Collector, Function, Place, Text, ToolCall, Unreadable, read};
 use crate::scan;
 
 /// A request of any endpoint: each has some of these.
@@ -108,7 +108,7 @@ pub fn prompt(operation: Operation, body: &[u8]) -> Result<Vec<Text>, Unreadable
     ) {
         return Ok(Vec::new());
     }
-    let request: Request<'_> = serde_json::from_slice(body)?;
+    let request: Request<'_> = read(body)?;
     let mut found = Collector::new(body);
     for value in [request.system, request.instructions].into_iter().flatten() {
         found.parts(Place::PromptSystem, 0, value)?;
@@ -159,7 +159,7 @@ pub fn extras(body: &[u8]) -> (u64, u64) {
         word.find_iter(body).filter(|at| is_there(*at, word.needle().len(), *is_key)).count() as u64
     };
     let images = IMAGES.iter().map(count).sum();
-    let tools = serde_json::from_slice::<Request<'_>>(body).ok().and_then(|request| request.tools);
+    let tools = read::<Request<'_>>(body).ok().and_then(|request| request.tools);
     (images, tools.map_or(0, |tools| tools.len() as u64))
 }
 
