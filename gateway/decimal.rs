@@ -16,6 +16,14 @@ pub fn digits(mut value: u64, text: &mut [u8; 20]) -> &[u8] {
     &text[begin..]
 }
 
+/// The lowest digits of a number, as many as there is room for.
+pub fn fill(digits: &mut [u8], mut value: u64) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
