@@ -21,13 +21,12 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::talk::run;
 use super::level::{Count, Level};
 use super::standing::Standing;
-use super::{Counted, Hold, Holds, Levels, Limit, Outcome, Reservation, Short, Way, agreed, millis, reserved};
+use super::{Counted, Few, Hold, Holds, Levels, Limit, Outcome, Reservation, Short, Way, agreed, millis, reserved};
 use crate::policy::file::OnStoreError;
 use crate::secret::Secret;
 use crate::telemetry::Telemetry;
@@ -99,7 +98,7 @@ enum Answer {
     Short(Box<Holds>, Counts),
 }
 
-type Counts = SmallVec<[Count; 4]>;
+type Counts = Few<Count>;
 
 /// The store does not answer, or not in time.
 struct Away;
@@ -284,7 +283,7 @@ impl Shared {
     }
 }
 
-fn standings(holds: &Holds, counts: &Counts, now: u64) -> SmallVec<[Standing; 4]> {
+fn standings(holds: &Holds, counts: &Counts, now: u64) -> Few<Standing> {
     holds.iter().zip(counts).map(|(hold, count)| Standing::of(&hold.limit, count, now)).collect()
 }
 
