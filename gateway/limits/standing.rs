@@ -162,10 +162,9 @@ mod tests {
     fn a_limit_is_told_in_the_dialect_of_whoever_asks() {
         let standing = Standing { unit: Unit::Tokens, max: 100, free: 7, rest: Duration::from_millis(61_500) };
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(86_399_200);
-        for (dialect, names, reset) in [
-            (Dialect::OpenAi, &KINDS[1].1, "1m2s"),
-            (Dialect::Anthropic, &KINDS[1].2, "1970-01-02T00:01:00Z"),
-        ] {
+        for (dialect, names, reset) in
+            [(Dialect::OpenAi, &KINDS[1].1, "1m2s"), (Dialect::Anthropic, &KINDS[1].2, "1970-01-02T00:01:00Z")]
+        {
             // What an upstream said of its own limits makes room.
             let mut headers: HeaderMap = [(names[1].clone(), "theirs".parse().unwrap())].into_iter().collect();
             tell(&mut headers, dialect, &[standing], at).unwrap();
