@@ -5,6 +5,7 @@
 //! One thread does it (`follow`); requests know nothing of it. The sums are in an SQLite file of the journal's
 //! directory, or in a PostgreSQL that several gateways share.
 
+pub(crate) mod facts;
 mod fold;
 mod follow;
 mod postgres;
@@ -285,10 +286,10 @@ impl Ledger {
         journal: &Journal,
         meters: LedgerMeters,
     ) -> Result<Arc<Self>, String> {
-        journal.wait_for_ledger();
+        let feed = journal.feed_ledger();
         let shared = Arc::new(Shared::default());
         let (committed, lag) = (journal.committed(), meters.lag.clone());
-        let follower = Follower::new(place.clone(), settings, journal, meters, shared.clone());
+        let follower = Follower::new(place.clone(), settings, journal, feed, meters, shared.clone());
         let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || follower.run());
         let thread = thread.map_err(|error| format!("the ledger has no thread: {error}"))?;
         Ok(Arc::new(Self { place, shared, committed, lag, thread: Mutex::new(Some(thread)) }))

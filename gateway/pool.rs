@@ -29,7 +29,7 @@ pub use self::choose::{Choice, Wanted};
 use self::headroom::Headroom;
 use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
-use self::prefix::Prefixes;
+use self::prefix::{Chain, Prefixes};
 use self::score::Balance;
 use crate::limits::effort::Effort;
 use crate::policy::file;
@@ -93,6 +93,8 @@ pub struct Upstream {
     pub model: Option<String>,
     /// The port at which its engine tells of its KV cache.
     pub kv_events: Option<u16>,
+    /// Where it is told a request's id, to tell whose blocks it stores.
+    pub kv_session: Option<file::KvSession>,
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.
@@ -146,6 +148,8 @@ pub struct Picked<'a> {
     pub work: Work,
     /// What it was chosen from, where the pool's balance judges all endpoints.
     pub choice: Option<Choice<'a>>,
+    /// The blocks of the prompt that it has read, where its engine tells which of them it holds.
+    pub read: Option<Chain>,
 }
 
 impl Pool {
@@ -227,6 +231,7 @@ impl Pool {
             work: Work::begin(&drawn.endpoint, None, &self.state.paces, now),
             endpoint: drawn.endpoint,
             choice: None,
+            read: None,
         })
     }
 }

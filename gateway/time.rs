@@ -111,6 +111,12 @@ pub fn micros(time: &[u8]) -> Option<u64> {
     seconds.checked_mul(1_000_000)?.checked_add(fraction)
 }
 
+/// Whole seconds since 1970; a time before counts as that.
+pub fn seconds(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
 /// Cuts the zone off; how many seconds it is ahead.
 fn zone(time: &str) -> Option<(&str, i64)> {
     if let Some(rest) = time.strip_suffix(['Z', 'z']) {

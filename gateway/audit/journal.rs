@@ -9,8 +9,8 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +29,7 @@ use super::tip::{self, Tip};
 use super::{keep, private};
 use crate::decimal;
 use crate::hex;
+use crate::ledger::facts::{Fact, Facts, Feed};
 use crate::policy::file::Audit;
 use crate::telemetry::{JournalMeters, Telemetry};
 use crate::time::Stamp;
@@ -68,8 +69,8 @@ pub struct Journal {
     /// The last line on disk, for those who read along.
     committed: watch::Sender<u64>,
     meters: JournalMeters,
-    /// Whether a ledger is folded from it, which must have had what is to be removed.
-    feeds_ledger: AtomicBool,
+    /// Where a ledger is folded from it, which must have had what is to be removed: what is told to it.
+    ledger: OnceLock<Arc<Feed>>,
     /// Has a clone for each thread that keeps it in order.
     pub(super) keepers: Arc<()>,
     writer: Mutex<Option<JoinHandle<()>>>,
@@ -80,6 +81,8 @@ pub struct Journal {
 struct Pending {
     /// Lines without their frame: `"kind":…`, each with its line end.
     lines: Vec<u8>,
+    /// What the records among them count.
+    facts: Facts,
     /// Captured text, each with its line end.
     captures: Vec<u8>,
     /// Entries pushed since the start.
@@ -183,7 +186,7 @@ impl Journal {
             durable: watch::Sender::new(0),
             committed: watch::Sender::new(0),
             meters,
-            feeds_ledger: AtomicBool::new(false),
+            ledger: OnceLock::new(),
             keepers: Arc::default(),
             writer: Mutex::default(),
         });
@@ -205,14 +208,14 @@ impl Journal {
         &self.run
     }
 
-    /// From now on nothing is removed that the ledger has not folded.
-    pub(crate) fn wait_for_ledger(&self) {
-        self.feeds_ledger.store(true, Ordering::Relaxed);
+    /// From now on nothing is removed that the ledger has not folded, and it is told what records count.
+    pub(crate) fn feed_ledger(&self) -> Arc<Feed> {
+        self.ledger.get_or_init(Arc::default).clone()
     }
 
     /// Whether a ledger is folded from it.
     pub(super) fn feeds_ledger(&self) -> bool {
-        self.feeds_ledger.load(Ordering::Relaxed)
+        self.ledger.get().is_some()
     }
 
     /// From now on the policy says this of it.
@@ -259,7 +262,8 @@ impl Journal {
     pub fn file(&self, record: &Record<'_>, mut place: Place) -> u64 {
         // The writer gives it back, when the line is on disk.
         place.0 = None;
-        let entry = self.push("request", record.moment.at, record);
+        let fact = self.ledger.get().map(|_| Fact::of(record));
+        let entry = self.push_with("request", record.moment.at, record, fact);
         self.meters.lag.inc();
         entry
     }
@@ -281,10 +285,14 @@ impl Journal {
 
     /// Files any other line.
     pub(super) fn push(&self, kind: &str, at: SystemTime, members: &impl Serialize) -> u64 {
+        self.push_with(kind, at, members, None)
+    }
+
+    fn push_with(&self, kind: &str, at: SystemTime, members: &impl Serialize, fact: Option<Fact<'_>>) -> u64 {
         thread_local!(static LINE: RefCell<Line> = const { RefCell::new(Line::new()) });
         LINE.with_borrow_mut(|line| {
             line.truncate(0);
-            encode(line, kind, at, members);
+            let is_told = encode(line, kind, at, members);
             let mut pending = self.pending.lock();
             if pending.closed {
                 tracing::error!(kind, "a line came after the journal had been closed: it is lost");
@@ -293,6 +301,10 @@ impl Journal {
             }
             let before = pending.lines.len();
             pending.lines.extend_from_slice(line.text());
+            // What does not stand in the line counts nothing.
+            if let Some(fact) = fact.filter(|_| is_told) {
+                pending.facts.push(&fact);
+            }
             let full = before < GROUP && pending.lines.len() >= GROUP;
             pending.entries += 1;
             let entry = pending.entries;
@@ -389,8 +401,8 @@ impl Unwritten {
     }
 }
 
-/// Appends a line without its frame: the kind, the time, and the members of a struct.
-fn encode(line: &mut Line, kind: &str, at: SystemTime, members: &impl Serialize) {
+/// Appends a line without its frame: the kind, the time, and the members of a struct. `false`: without them.
+fn encode(line: &mut Line, kind: &str, at: SystemTime, members: &impl Serialize) -> bool {
     line.put(br#""kind":""#);
     line.put(kind.as_bytes());
     line.put(br#"","at":""#);
@@ -403,13 +415,13 @@ fn encode(line: &mut Line, kind: &str, at: SystemTime, members: &impl Serialize)
     };
     let end = line.text().len();
     // Nothing of ours fails to serialise; if it ever does, the line stays whole.
-    if !written || end - begun <= 2 {
-        line.truncate(begun);
-    } else {
+    let is_told = written && end - begun > 2;
+    if is_told {
         line.set(begun, b',');
-        line.truncate(end - 1);
     }
+    line.truncate(if is_told { end - 1 } else { begun });
     line.put(b"\n");
+    is_told
 }
 
 /// A name for a new run, `20261122T140305Z-1a2b3c4d`. Names sort by time, so two starts within a second count as two.
@@ -448,6 +460,8 @@ struct Writer {
     out: Vec<u8>,
     /// How many those are, and how many of them are records.
     uncommitted: (u64, u64),
+    /// What these count.
+    facts: Facts,
     /// The last checkpoint: when, and its seq.
     checkpoint: (Instant, u64),
     /// When the journal was last put in order.
@@ -564,6 +578,7 @@ impl Writer {
             entries: 0,
             out: Vec::new(),
             uncommitted: (0, 0),
+            facts: Facts::default(),
             checkpoint: (Instant::now(), 0),
             kept: Instant::now(),
             failing: false,
@@ -619,6 +634,7 @@ impl Writer {
         while !pending.urgent && pending.closing.is_none() && !(pending.lines.is_empty() && self.out.is_empty()) {
             if pending.lines.len() >= GROUP {
                 std::mem::swap(&mut pending.lines, lines);
+                self.facts.append(&mut pending.facts);
                 let captures = !pending.captures.is_empty() || !self.captures.is_empty();
                 MutexGuard::unlocked(&mut pending, || self.group(lines, captures));
                 lines.clear();
@@ -632,6 +648,7 @@ impl Writer {
         pending.urgent = false;
         pending.closed = pending.closing.is_some();
         std::mem::swap(&mut pending.lines, lines);
+        self.facts.append(&mut pending.facts);
         self.captures.append(&mut pending.captures);
         Taken { entries: pending.entries, closing: pending.closing, sign: pending.sign }
     }
@@ -749,6 +766,7 @@ impl Writer {
                 std::thread::sleep(RETRY);
             }
             self.recovered();
+            self.tell_ledger();
             self.count(begun.elapsed());
             self.out.clear();
             self.out.shrink_to(BUFFER_KEPT);
@@ -777,6 +795,15 @@ impl Writer {
         if std::mem::take(&mut self.failing) {
             tracing::warn!("the journal can be written again");
             self.journal.meters.failing.set(0);
+        }
+    }
+
+    /// What was committed is told, unless facts are missing: of records that were filed before somebody asked for them.
+    fn tell_ledger(&mut self) {
+        let (lines, records) = self.uncommitted;
+        let facts = std::mem::take(&mut self.facts);
+        if let Some(ledger) = self.journal.ledger.get().filter(|_| facts.len() as u64 == records) {
+            ledger.add(self.seq + 1 - lines, self.seq, &self.chain, facts);
         }
     }
 

@@ -71,11 +71,26 @@ impl Line {
     /// Appends text in which nothing is to be escaped.
     #[inline]
     fn quote(&mut self, plain: &str) {
-        let room = self.room(plain.len() + 2);
-        if let [open, between @ .., close] = room {
+        if let [open, between @ .., close] = self.room(plain.len() + 2) {
             (*open, *close) = (b'"', b'"');
-            between.copy_from_slice(plain.as_bytes());
+            copy(between, plain.as_bytes());
         }
+    }
+
+    /// Appends a number's digits. Most have at most four: these are written at once, and moved over the zeros.
+    fn number(&mut self, value: u64) {
+        if value >= 10_000 {
+            return self.long_number(value);
+        }
+        let zeros = usize::from(value < 10) + usize::from(value < 100) + usize::from(value < 1_000);
+        self.put(&(decimal::four(value as u16) >> (8 * zeros)).to_le_bytes());
+        self.truncate(self.end - zeros);
+    }
+
+    #[inline(never)]
+    fn long_number(&mut self, value: u64) {
+        self.number(value / 10_000);
+        self.put(&decimal::four((value % 10_000) as u16).to_le_bytes());
     }
 }
 
@@ -115,6 +130,7 @@ struct Json<'a>(&'a mut Line);
 struct Members<'a>(&'a mut Line, usize);
 
 impl Members<'_> {
+    #[inline(always)]
     fn close(self, [open, close]: [u8; 2]) {
         if self.0.end == self.1 {
             self.0.put(&[open]);
@@ -199,7 +215,7 @@ impl<'a> Serializer for Json<'a> {
     }
 
     fn serialize_u64(self, value: u64) -> Result<(), Unusual> {
-        self.0.put(decimal::digits(value, &mut [0; 20]));
+        self.0.number(value);
         Ok(())
     }
 
@@ -268,13 +284,38 @@ impl<'a> Serializer for Json<'a> {
     }
 }
 
+/// Copies a short text as its two ends, which may overlap: most texts of a record are short, and a call costs more.
+#[inline(always)]
+fn copy(to: &mut [u8], from: &[u8]) {
+    match from.len() {
+        4..8 => copy_ends::<4>(to, from),
+        8..16 => copy_ends::<8>(to, from),
+        16..=32 => copy_ends::<16>(to, from),
+        _ => to.copy_from_slice(from),
+    }
+}
+
+#[inline(always)]
+fn copy_ends<const N: usize>(to: &mut [u8], from: &[u8]) {
+    if let Some((to, from)) = to.first_chunk_mut::<N>().zip(from.first_chunk()) {
+        *to = *from;
+    }
+    if let Some((to, from)) = to.last_chunk_mut::<N>().zip(from.last_chunk()) {
+        *to = *from;
+    }
+}
+
 /// Whether nothing in `text` must be escaped: sixteen bytes at a time, or eight, the last ones once more.
+#[inline(always)]
 fn is_plain(text: &[u8]) -> bool {
     if let Some(last) = text.last_chunk::<16>() {
         return !any_special(last) && !text.as_chunks::<16>().0.iter().any(any_special);
     }
-    match text.first_chunk::<8>().zip(text.last_chunk::<8>()) {
-        Some((first, last)) => !special(*first) && !special(*last),
+    if let Some((first, last)) = text.first_chunk::<8>().zip(text.last_chunk::<8>()) {
+        return !special(*first) && !special(*last);
+    }
+    match text.first_chunk::<4>().zip(text.last_chunk::<4>()) {
+        Some(([a, b, c, d], [e, f, g, h])) => !special([*a, *b, *c, *d, *e, *f, *g, *h]),
         None => !text.iter().any(is_special),
     }
 }
@@ -359,7 +400,8 @@ mod tests {
 
     #[test]
     fn everything_is_spelt_as_serde_json_spells_it() {
-        for number in [0, 9, 10, 65_535, u64::MAX] {
+        let powers = (0..20).map(|zeros| 10_u64.pow(zeros));
+        for number in powers.flat_map(|power| [power - 1, power, power + 7]).chain([65_535, 10_020_003, u64::MAX]) {
             let (list, inner) = (&[Kind::OneWord, Kind::Two], Inner { absent: None });
             let (none, empty, small) = (None, &[], Some(503));
             same(&All { text: "x", yes: number == 0, number, small, list, none, empty, inner });
@@ -433,7 +475,8 @@ mod tests {
     #[test]
     fn every_byte_is_escaped_where_it_must_be_wherever_it_stands() {
         for byte in 0..=127u8 {
-            for (before, behind) in [(0, 0), (0, 7), (3, 4), (7, 0), (8, 1), (9, 20), (30, 0)] {
+            let lengths = [(0, 0), (0, 3), (2, 2), (4, 0), (0, 7), (3, 4), (7, 0), (8, 1), (9, 20), (16, 16), (30, 0)];
+            for (before, behind) in lengths {
                 let text = ["a".repeat(before), char::from(byte).to_string(), "z".repeat(behind)].concat();
                 same(&text.as_str());
             }

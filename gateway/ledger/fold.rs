@@ -1,12 +1,14 @@
 //! From lines of the journal to sums.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
+use foldhash::fast::RandomState;
 use memchr::memmem::Finder;
 use serde::Deserialize;
 
+use super::facts::Group;
 use super::{Position, Spent, bounded};
 use crate::audit::read;
 use crate::money::NanoUsd;
@@ -191,6 +193,23 @@ impl Batch {
         }
     }
 
+    /// What these groups tell, which go on from here one after the other.
+    pub(super) fn told(run: &str, from: Position, groups: &[Group]) -> Self {
+        let mut batch = Self::new(run, from, false);
+        let mut sums = HashMap::<_, Spent, RandomState>::default();
+        for fact in groups.iter().flat_map(|group| group.facts.iter()) {
+            let sum = sums.entry((fact.minute, fact.names)).or_default();
+            *sum = sum.plus(&fact.spent);
+            batch.records += 1;
+        }
+        for ((at, names), spent) in sums {
+            let [tenant, model, principal] = names.map(|text| name(Some(text.to_owned())));
+            batch.sum(Key { grain: GRAINS[0], at, tenant, model, principal }, &spent);
+        }
+        batch.to = groups.last().map_or(batch.to, |group| group.to.clone());
+        batch
+    }
+
     /// Adds a line of the journal. A record that cannot be read counts nothing: `audit verify` names it.
     pub(super) fn add(&mut self, line: &[u8]) -> Result<(), String> {
         self.to.next = read::seq(line).unwrap_or(self.to.next) + 1;
@@ -223,9 +242,13 @@ impl Batch {
             });
         }
         self.records += 1;
-        let sum = self.minutes.entry(Key { grain: GRAINS[0], at, tenant, model, principal }).or_default();
-        *sum = sum.plus(&spent);
+        self.sum(Key { grain: GRAINS[0], at, tenant, model, principal }, &spent);
         Some(())
+    }
+
+    fn sum(&mut self, key: Key, spent: &Spent) {
+        let sum = self.minutes.entry(key).or_default();
+        *sum = sum.plus(spent);
     }
 
     /// The minute that a time is in: mostly that of the one before.
@@ -290,8 +313,13 @@ pub(super) fn begin(at: i64, grain: i64) -> i64 {
 /// A name as the tables keep it: not too long, and without NUL, which PostgreSQL does not take.
 fn name(text: Option<String>) -> String {
     let mut text = text.unwrap_or_default();
-    text.truncate(text.floor_char_boundary(NAME_MAX));
+    text.truncate(clipped(&text).len());
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+}
+
+/// As much of a name as is kept.
+pub(super) fn clipped(name: &str) -> &str {
+    &name[..name.floor_char_boundary(NAME_MAX)]
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, watch};
 
+use super::facts::Feed;
 use super::fold::{Batch, begin};
 use super::{Place, Position, Store, Trouble};
 use crate::audit::fanout::{self, position};
@@ -23,6 +24,7 @@ use crate::audit::journal::Journal;
 use crate::audit::read::{self, Lines, Run};
 use crate::settings;
 use crate::telemetry::LedgerMeters;
+use crate::time::seconds;
 
 /// How many lines are folded together at most.
 const LINES: u64 = 1_000;
@@ -105,6 +107,8 @@ pub(super) struct Follower {
     run: String,
     committed: watch::Receiver<u64>,
     home: position::Home,
+    /// What the journal tells of our own run's lines, where their sums are enough.
+    feed: Arc<Feed>,
     rows: bool,
     keep_minutes: Duration,
     keep_rows: Option<Duration>,
@@ -144,6 +148,7 @@ impl Follower {
         place: Place,
         settings: &settings::Ledger,
         journal: &Journal,
+        feed: Arc<Feed>,
         meters: LedgerMeters,
         shared: Arc<Shared>,
     ) -> Self {
@@ -155,6 +160,7 @@ impl Follower {
             run: journal.run().to_owned(),
             committed: journal.committed(),
             home: position::Home::new(journal.directory(), fanout::LEDGER),
+            feed,
             rows: settings.rows == settings::Rows::All,
             keep_minutes: days(settings.keep_minutes_days),
             keep_rows: settings.keep_rows_days.map(days),
@@ -246,7 +252,7 @@ impl Follower {
         for run in self.left_over()? {
             let name = run.name.clone();
             match self.stretch(store, run) {
-                Ok(mut stretch) => while !self.shared.is_stopping() && self.step(store, &mut stretch, u64::MAX)? {},
+                Ok(mut stretch) => while !self.shared.is_stopping() && self.read(store, &mut stretch, u64::MAX)? {},
                 // That does not go away, and must not stop the others.
                 Err(Stop::Another(run)) => tracing::error!(run, "{ANOTHER}"),
                 Err(stop) => return Err(stop),
@@ -296,12 +302,27 @@ impl Follower {
         Ok(())
     }
 
-    /// Folds a batch, if there is one. `false`: there is nothing more for now.
-    fn step(&mut self, store: &mut dyn Store, stretch: &mut Stretch, limit: u64) -> Result<bool, Stop> {
+    /// Folds a batch of our own run, if there is one: what the journal told of it, or lines up to number `limit`.
+    fn step(&mut self, store: &mut dyn Store, own: &mut Stretch, limit: u64) -> Result<bool, Stop> {
+        let (told, before) = if self.rows { (Vec::new(), u64::MAX) } else { self.feed.take(own.at.next) };
+        if told.is_empty() {
+            return self.read(store, own, limit.min(before - 1));
+        }
+        let batch = Batch::told(&own.run.name, own.at.clone(), &told);
+        own.lines = own.run.lines(batch.to.next);
+        self.fold(store, own, batch)
+    }
+
+    /// Folds a batch of lines up to number `limit`, if there is one. `false`: there is nothing more for now.
+    fn read(&mut self, store: &mut dyn Store, stretch: &mut Stretch, limit: u64) -> Result<bool, Stop> {
         let batch = self.gather(stretch, limit)?;
         if batch.to == batch.from {
             return Ok(false);
         }
+        self.fold(store, stretch, batch)
+    }
+
+    fn fold(&mut self, store: &mut dyn Store, stretch: &mut Stretch, batch: Batch) -> Result<bool, Stop> {
         if !store.fold(&batch)? {
             return Err(Stop::Moved);
         }
@@ -372,8 +393,7 @@ const ANOTHER: &str = "the ledger has another run of this name: this one is not 
 
 /// A time before now, in seconds since 1970.
 fn ago(time: Duration) -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.saturating_sub(time).as_secs()).unwrap_or(0)
+    seconds(SystemTime::now().checked_sub(time).unwrap_or(UNIX_EPOCH))
 }
 
 /// Whether `run` is the one whose position this is: if the line before it is still there, it tells.

@@ -89,6 +89,7 @@ impl Pool {
             work: Work::begin(&endpoint, self.balance.weighs().then_some(job), &self.state.paces, now),
             endpoint,
             choice: Some(self.choice(&ranked, &places, (taken.matched, asked.prompt))),
+            read: None,
         })
     }
 

@@ -6,8 +6,8 @@
 //! many blocks, counted from the first, it has.
 //!
 //! It is a memory of what was sent, not of what engines hold: two generations for each endpoint approximate what an
-//! engine of its size forgets, by what it learns or, where it tells that ([`feed`](super::feed)), by what it evicts. A
-//! wrong guess costs time, never a wrong answer.
+//! engine of its size forgets, by what it learns or, where it tells that ([`feed`](super::feed)), by what it evicts; and
+//! where it tells of which request's blocks it speaks, by which. A wrong guess costs time, never a wrong answer.
 //!
 //! Bounded: [`SEATS`] endpoints; 82 bytes for each block of the capacity that it is made with, taken when it is made,
 //! plus 3 KiB. Nothing is allocated and nothing is locked in a look-up.
@@ -200,6 +200,22 @@ impl Seat {
     /// What its engine told did not all come: it may have evicted anything.
     pub fn missed(&self) {
         self.prefixes.seats.missed(self.number);
+    }
+
+    /// Its engine holds a block of a prompt: whatever was forgotten of it since is remembered.
+    pub fn keeps(&self, block: u64, depth: u16) {
+        let now = self.prefixes.clock.load(Ordering::Relaxed);
+        self.prefixes.table.put(block, depth, self.number, now);
+    }
+
+    /// Its engine does not hold a block of a prompt any more.
+    pub fn lacks(&self, block: u64) {
+        self.prefixes.table.take(block, self.number);
+    }
+
+    /// Whether its blocks got older since this was last asked.
+    pub fn is_aged(&self) -> bool {
+        self.prefixes.seats.is_aged(self.number)
     }
 
     /// See [`Prefixes::forget`].

@@ -8,7 +8,7 @@ mod span;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use http::{HeaderMap, Uri};
+use http::{HeaderMap, HeaderName, Uri};
 use opentelemetry_proto::tonic::trace::v1::Span;
 use parking_lot::Mutex;
 
@@ -185,7 +185,7 @@ pub struct Context {
 impl Context {
     /// The context in a request's head. Two of them are none: nobody knows which one is right.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let mut values = headers.get_all(TRACEPARENT).iter();
+        let mut values = headers.get_all(&PLACE).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
         Self::parse(value.to_str().ok()?)
     }
@@ -211,6 +211,8 @@ impl Context {
 
 /// The header that carries a place in a trace.
 pub const TRACEPARENT: &str = "traceparent";
+/// The same, ready to be looked up.
+static PLACE: HeaderName = HeaderName::from_static(TRACEPARENT);
 /// The header that goes with it; it means nothing where the other one is not valid.
 pub const TRACESTATE: &str = "tracestate";
 /// The length of a `traceparent` of version 00.
