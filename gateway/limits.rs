@@ -851,7 +851,7 @@ impl Reservation {
             let mut count = hold.level.count();
             count.settle(hold.from, hold.reserved, amount);
             if let Some(shared) = &self.shared {
-                shared.settled(hold, &mut count, amount);
+                shared.settled(hold, &mut count, (self.way, amount));
             }
             let terms = hold.limit.terms(now);
             count.roll(&terms);
