@@ -15,7 +15,7 @@ use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
 use crate::judging;
-use crate::money::{self, bill::Bill};
+use crate::money::bill::{Bill, is_paid, text_bytes};
 use crate::pipeline::{self, Planned, Stop, broken_off, drain, heartbeat};
 use crate::policy::Stage;
 use crate::pool::{Picked, Upstream};
@@ -87,12 +87,12 @@ pub async fn relay(
         exchange.attempt_ends(ending, why);
         return Err(stop);
     }
+    exchange.tally.begin(operation, reading);
     let head = match downstream.head_sent() {
         true => None,
         false => Some(client_head(exchange, head, &answer, is_events, picked.upstream, stage)?),
     };
     exchange.answering(answer.first_at, status.as_u16());
-    exchange.tally.begin(operation, reading);
     // What tells a client that it has all is the last piece; of a stream, its last event.
     downstream.hold_last(holds_end(exchange) && !is_events);
     let ending = (planned.choices(), planned.scan.tells_usage(&planned.received.body));
@@ -149,7 +149,7 @@ fn may_pass(
 
 /// The head that the client gets.
 fn client_head(
-    exchange: &Exchange,
+    exchange: &mut Exchange,
     head: Box<AnswerHead>,
     answer: &Rest,
     is_events: bool,
@@ -281,13 +281,14 @@ pub fn bill(
 ) -> Option<Bill> {
     let surface = planned.identified.surface;
     let counts = exchange.policy.prices.is_some() || exchange.tally.reservation.is_some();
-    if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
+    if !counts || !is_paid(surface.operation) || surface.method != Method::POST {
         return None;
     }
     let price = exchange.price(failover::model_at(exchange, stage, upstream), &stage.pool, upstream).cloned();
-    let body = &planned.received.body;
+    let (body, held) = (&planned.received.body, exchange.tally.reservation.as_deref());
+    let text_bytes = held.map_or_else(|| text_bytes(body), |held| held.text_bytes);
     let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
-    Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))
+    Some(Bill::open(price, surface.operation, text_bytes, images.unwrap_or(1), status.is_success()))
 }
 
 /// How the tokens of an answer are counted that does not tell them.

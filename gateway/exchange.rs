@@ -569,9 +569,11 @@ impl Exchange {
         }
     }
 
-    /// What an answer costs that is here as a whole, if that is known.
-    pub fn costs(&self, body: &[u8]) -> Option<NanoUsd> {
-        let cost = self.bill.as_ref()?.settle_whole(body, self.gpu_us()).1.flatten()?;
+    /// What an answer costs that is here as a whole, if that is known: it is read ahead for that.
+    pub fn costs(&mut self, body: &[u8]) -> Option<NanoUsd> {
+        self.bill.as_ref()?;
+        self.tally.read_ahead(body);
+        let cost = self.answer_spent(Heard { whole: true, bytes: body.len() as u64 }).1?.nanousd;
         Some(self.besides().map_or(cost, |besides| cost.plus(besides.nanousd)))
     }
 

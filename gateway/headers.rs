@@ -1,7 +1,9 @@
 //! Every header that the gateway itself reads or writes, in one list.
 
+use bytes::{BufMut, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::decimal::digits;
 use crate::refusal::{Code, Refusal};
 
 /// A header, for whoever looks it up.
@@ -140,6 +142,27 @@ pub const ALL: [(&str, &[&[Told]]); 3] = [
     ("On requests of clients", &[READ]),
     ("On requests to others", &[SENT]),
 ];
+
+/// Values for headers, all in one piece of memory.
+pub struct Values(BytesMut);
+
+impl Values {
+    /// Room for so many bytes.
+    pub fn with_room(bytes: usize) -> Self {
+        Self(BytesMut::with_capacity(bytes))
+    }
+
+    /// A number.
+    pub fn number(&mut self, value: u64) -> Result<HeaderValue, Refusal> {
+        self.text(|text| text.put_slice(digits(value, &mut [0; 20])))
+    }
+
+    /// What `write` writes.
+    pub fn text(&mut self, write: impl FnOnce(&mut BytesMut)) -> Result<HeaderValue, Refusal> {
+        write(&mut self.0);
+        HeaderValue::from_maybe_shared(self.0.split().freeze()).map_err(|_| broken())
+    }
+}
 
 /// Sets one header of an answer.
 pub fn set<V: TryInto<HeaderValue>>(headers: &mut HeaderMap, name: HeaderName, value: V) -> Result<(), Refusal> {

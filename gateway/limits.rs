@@ -13,7 +13,7 @@ pub mod warn;
 pub mod window;
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -205,7 +205,7 @@ struct Hold {
 pub struct Reservation {
     holds: Holds,
     /// How the limits stood when it had been made.
-    pub standings: SmallVec<[Standing; 4]>,
+    pub standings: Few<Standing>,
     /// Tokens of the prompt, at most.
     pub input: u64,
     /// Tokens of the answer that are paid for.
@@ -281,7 +281,10 @@ pub enum Outcome {
 }
 
 /// What one request has of all limits, before it has anything of them.
-type Holds = SmallVec<[Hold; 4]>;
+type Holds = Few<Hold>;
+
+/// As many as a request has limits, mostly.
+pub type Few<T> = SmallVec<[T; 6]>;
 
 /// A shorter answer helps nobody, unless no more was asked for.
 const LEAST: u64 = 16;
@@ -289,9 +292,9 @@ const LEAST: u64 = 16;
 /// The levels of limits that count apart: whoever is counted has one while it says anything.
 #[derive(Debug, Default)]
 pub struct Levels {
-    apart: DashMap<u128, Arc<Level>>,
+    apart: Known,
     /// Those that count for all together, and those of newcomers where there is no room: policies name them.
-    together: DashMap<u128, Arc<Level>>,
+    together: Known,
     /// The limits whose levels have what was spent before the process began.
     restored: DashSet<u128>,
     hashers: (RandomState, RandomState),
@@ -299,6 +302,27 @@ pub struct Levels {
     pub shared: Arc<Shared>,
     /// Where somebody hears of limits that are nearly used up.
     pub warnings: Warnings,
+}
+
+/// Levels by their keys, which are hashes already, and nobody else can make one.
+type Known = DashMap<u128, Arc<Level>, BuildHasherDefault<AsItIs>>;
+
+/// A key of which every bit is as good as random.
+#[derive(Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 /// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed
@@ -316,10 +340,19 @@ impl Levels {
         self.key(1, &[levels])
     }
 
+    /// Every part says how long it is, so that no two lists read the same.
     fn key(&self, seed: u128, parts: &[&str]) -> u128 {
-        let one = self.hashers.0.hash_one((seed, parts));
-        let other = self.hashers.1.hash_one((seed, parts));
-        u128::from(one) << 64 | u128::from(other)
+        let mut text = SmallVec::<[u8; 128]>::from_slice(&seed.to_le_bytes());
+        for part in parts {
+            text.extend_from_slice(&(part.len() as u64).to_le_bytes());
+            text.extend_from_slice(part.as_bytes());
+        }
+        let hash = |keyed: &RandomState| {
+            let mut hasher = keyed.build_hasher();
+            hasher.write(&text);
+            u128::from(hasher.finish())
+        };
+        hash(&self.hashers.0) << 64 | hash(&self.hashers.1)
     }
 
     /// The level that `limit` counts `request` on.
@@ -436,7 +469,7 @@ impl Levels {
             hold.reserved = hold.limit.used(&request.before);
             (hold.from, count.touched) = (count.take(hold.reserved), now);
         }
-        let mut reservation = Reservation::new(holds, SmallVec::new(), Way::Unchecked);
+        let mut reservation = Reservation::new(holds, Few::new(), Way::Unchecked);
         reservation.shared = shared.then(|| self.shared.clone());
         reservation.settle(&request.before, now);
         Some(Box::new(reservation))
@@ -466,13 +499,7 @@ impl Levels {
     }
 }
 
-fn level(
-    known: &DashMap<u128, Arc<Level>>,
-    key: u128,
-    levels: &str,
-    whose: &str,
-    id: impl FnOnce() -> Id,
-) -> Arc<Level> {
+fn level(known: &Known, key: u128, levels: &str, whose: &str, id: impl FnOnce() -> Id) -> Arc<Level> {
     if let Some(level) = known.get(&key) {
         return level.clone();
     }
@@ -604,8 +631,8 @@ impl Limit {
 /// All levels are held while they are looked at, so that two requests never take the same rest, and a request that is
 /// refused by one limit never makes another be refused by the next.
 fn reserved(mut holds: Holds, request: &Counted<'_>, way: Way) -> Outcome {
-    let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
-    let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
+    let levels: Few<Arc<Level>> = holds.iter().map(|hold| hold.level.clone()).collect();
+    let mut counts: Few<_> = levels.iter().map(|level| level.count()).collect();
     let agreed = agreed(&mut holds, counts.iter_mut().map(|count| &mut **count), request, way);
     let standing = |hold: &Hold, count: &Count| Standing::of(&hold.limit, count, request.now);
     let output = match agreed {
@@ -693,7 +720,7 @@ fn shorter(other: Option<Short>, hold: &Hold, count: &mut Count, request: &Count
 }
 
 impl Reservation {
-    fn new(holds: Holds, standings: SmallVec<[Standing; 4]>, way: Way) -> Self {
+    fn new(holds: Holds, standings: Few<Standing>, way: Way) -> Self {
         let mut reservation = Self::default();
         (reservation.holds, reservation.standings, reservation.way) = (holds, standings, way);
         reservation
@@ -762,10 +789,10 @@ impl Reservation {
         let counted = Counted { before: self.before, ..Counted::of_tokens(self.input, wanted, costs, now) };
         let grows =
             |hold: &Hold| hold.settled.is_none() && hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
-        let mut holds: SmallVec<[&mut Hold; 4]> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
-        let levels: SmallVec<[Arc<Level>; 4]> = holds.iter().map(|hold| hold.level.clone()).collect();
+        let mut holds: Few<&mut Hold> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
+        let levels: Few<Arc<Level>> = holds.iter().map(|hold| hold.level.clone()).collect();
         // They are in their one order since they were reserved.
-        let mut counts: SmallVec<[_; 4]> = levels.iter().map(|level| level.count()).collect();
+        let mut counts: Few<_> = levels.iter().map(|level| level.count()).collect();
         let more = |hold: &Hold| hold.limit.needs(&counted, wanted).saturating_sub(hold.reserved);
         let way = self.way;
         let fits = holds.iter().zip(counts.iter_mut()).all(|(hold, count)| {
@@ -824,7 +851,7 @@ impl Reservation {
             let mut count = hold.level.count();
             count.settle(hold.from, hold.reserved, amount);
             if let Some(shared) = &self.shared {
-                shared.settled(hold, &mut count, amount);
+                shared.settled(hold, &mut count, (self.way, amount));
             }
             let terms = hold.limit.terms(now);
             count.roll(&terms);
@@ -872,6 +899,15 @@ mod tests {
     use crate::settings::Settings;
     use crate::state::State;
     use crate::telemetry::Telemetry;
+
+    #[test]
+    fn no_two_lists_of_names_have_one_level() {
+        let levels = Levels::default();
+        let lists: [&[&str]; 6] = [&[], &[""], &["", ""], &["ab", "c"], &["a", "bc"], &["abc"]];
+        let keys: HashSet<u128> = [0, 1].iter().flat_map(|seed| lists.map(|parts| levels.key(*seed, parts))).collect();
+        assert_eq!(keys.len(), 12);
+        assert_eq!(levels.key(7, &["a", "b"]), levels.key(7, &["a", "b"]));
+    }
 
     #[test]
     fn beyond_so_many_levels_newcomers_share_one_and_whoever_was_there_keeps_theirs() {

@@ -17,6 +17,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use self::usd::Usd;
+use crate::decimal::{digits, fill};
 use crate::usage::{ServiceTier, Usage};
 
 /// A sum of money in nano-dollars (10⁻⁹). It saturates: whoever owes nine billion dollars for one request has other
@@ -36,6 +37,11 @@ impl NanoUsd {
 
     /// The nearest to `atto` atto-dollars times `factor`.
     fn rounded(atto: u128, factor: Usd) -> Self {
+        const HALF: u64 = 500_000_000;
+        // What nearly everything costs, in the numbers that a processor divides itself.
+        if let (Ok(atto), Usd::ONE) = (u64::try_from(atto), factor.pico()) {
+            return Self(atto / (2 * HALF) + u64::from(atto % (2 * HALF) >= HALF));
+        }
         // Both scales together: 10⁻¹⁸ dollars, and the factor's 10⁻¹².
         const NANO: u128 = 1_000_000_000 * Usd::ONE as u128;
         let exact = atto.checked_mul(u128::from(factor.pico())).and_then(|exact| exact.checked_add(NANO / 2));
@@ -47,7 +53,11 @@ impl NanoUsd {
 impl fmt::Display for NanoUsd {
     /// In dollars, with all nine decimals: `0.054399000`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{:09}", self.0 / 1_000_000_000, self.0 % 1_000_000_000)
+        let (mut whole, mut decimals) = ([0; 20], *b".000000000");
+        fill(&mut decimals[1..], self.0 % 1_000_000_000);
+        [digits(self.0 / 1_000_000_000, &mut whole), &decimals]
+            .into_iter()
+            .try_for_each(|part| f.write_str(std::str::from_utf8(part).unwrap_or_default()))
     }
 }
 

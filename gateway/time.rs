@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::decimal::fill;
+
 /// A time in UTC, with microseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Stamp(pub SystemTime);
@@ -14,20 +16,20 @@ impl Stamp {
         let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
         let (year, month, day) = date(days);
         let mut text = *b"0000-00-00T00:00:00.000000Z";
-        put(&mut text[..4], year);
-        put(&mut text[5..7], month);
-        put(&mut text[8..10], day);
-        put(&mut text[11..13], second / 3600);
-        put(&mut text[14..16], second / 60 % 60);
-        put(&mut text[17..19], second % 60);
-        put(&mut text[20..26], since.subsec_micros().into());
+        fill(&mut text[..4], year);
+        fill(&mut text[5..7], month);
+        fill(&mut text[8..10], day);
+        fill(&mut text[11..13], second / 3600);
+        fill(&mut text[14..16], second / 60 % 60);
+        fill(&mut text[17..19], second % 60);
+        fill(&mut text[20..26], since.subsec_micros().into());
         text
     }
 
     /// Its text without fractions of a second.
-    pub fn seconds(self) -> String {
+    pub fn seconds(self) -> [u8; 20] {
         let spelt = self.spelt();
-        format!("{}Z", std::str::from_utf8(&spelt[..19]).unwrap_or_default())
+        std::array::from_fn(|at| if at < 19 { spelt[at] } else { b'Z' })
     }
 }
 
@@ -53,14 +55,6 @@ pub fn end(when: &str, now: SystemTime) -> Result<String, String> {
     }
     let stamp = Stamp(end).to_string();
     stamp.split_once('.').map(|(seconds, _)| format!("{seconds}Z")).ok_or_else(wrong)
-}
-
-/// The lowest digits of a number, as many as there is room for.
-fn put(digits: &mut [u8], mut value: u64) {
-    for digit in digits.iter_mut().rev() {
-        *digit = b'0' + (value % 10) as u8;
-        value /= 10;
-    }
 }
 
 impl fmt::Display for Stamp {

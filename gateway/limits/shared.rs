@@ -21,13 +21,12 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::talk::run;
 use super::level::{Count, Level};
 use super::standing::Standing;
-use super::{Counted, Hold, Holds, Levels, Limit, Outcome, Reservation, Short, Way, agreed, millis, reserved};
+use super::{Counted, Few, Hold, Holds, Levels, Limit, Outcome, Reservation, Short, Way, agreed, millis, reserved};
 use crate::policy::file::OnStoreError;
 use crate::secret::Secret;
 use crate::telemetry::Telemetry;
@@ -99,7 +98,7 @@ enum Answer {
     Short(Box<Holds>, Counts),
 }
 
-type Counts = SmallVec<[Count; 4]>;
+type Counts = Few<Count>;
 
 /// The store does not answer, or not in time.
 struct Away;
@@ -266,9 +265,9 @@ impl Shared {
         }
     }
 
-    /// A request is over that used so much of what it had.
-    pub(super) fn settled(&self, hold: &Hold, count: &mut Count, used: u64) {
-        if self.leases.load(Ordering::Relaxed) {
+    /// A request is over that used so much of what it had. The rest stays here only if the store had counted it.
+    pub(super) fn settled(&self, hold: &Hold, count: &mut Count, (way, used): (Way, u64)) {
+        if self.leases.load(Ordering::Relaxed) && matches!(way, Way::Asked | Way::Leased) {
             count.keep(hold.from, hold.reserved, used);
         }
         self.has_to_tell(&hold.limit, &hold.level, count);
@@ -284,7 +283,7 @@ impl Shared {
     }
 }
 
-fn standings(holds: &Holds, counts: &Counts, now: u64) -> SmallVec<[Standing; 4]> {
+fn standings(holds: &Holds, counts: &Counts, now: u64) -> Few<Standing> {
     holds.iter().zip(counts).map(|(hold, count)| Standing::of(&hold.limit, count, now)).collect()
 }
 
@@ -298,5 +297,40 @@ fn taken_by_others(holds: &Holds, counts: &Counts, request: &Counted<'_>) -> Sho
         needed: holds[index].reserved,
         wait: Some(Duration::from_millis(1)),
         standings: standings(holds, counts, request.now).into_vec().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Used;
+    use super::*;
+    use crate::policy::{World, compile};
+    use crate::settings::Settings;
+    use crate::state::State;
+
+    #[test]
+    fn what_was_taken_without_the_store_and_not_used_is_nobodys_slice() {
+        let (state, telemetry, settings) = (State::new(0), Telemetry::new(), Settings::default());
+        let text = "version: 1\nlimits: [{name: all, tokens: 100, per: 1h}]\n";
+        let policy = compile(text, &World::new(&|_| None, &state, &telemetry, &settings)).unwrap();
+        let (limit, shared) = (&policy.limits[0], &state.limits.shared);
+        shared.leases.store(true, Ordering::Relaxed);
+        let left = |way: Way| {
+            let level = state.limits.named(&limit.levels);
+            let mut count = level.count();
+            count.roll(&limit.terms(1));
+            (count.slice, count.touched) = (0, 1);
+            let from = count.take(20);
+            drop(count);
+            let mut reservation = Reservation::new(Few::new(), Few::new(), way);
+            let hold =
+                Hold { limit: limit.clone(), level: level.clone(), from, reserved: 20, bounds: false, settled: None };
+            reservation.holds.push(hold);
+            reservation.shared = Some(shared.clone());
+            reservation.settle(&Used { asked: true, input: 8, output: 0, nanousd: 0 }, 1);
+            level.count().slice
+        };
+        assert_eq!([Way::Asked, Way::Leased].map(left), [12, 12], "the store has counted it, and need not be asked");
+        assert_eq!([Way::Unchecked, Way::Part(3)].map(left), [0, 0]);
     }
 }

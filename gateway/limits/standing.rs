@@ -2,11 +2,13 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::BufMut;
 use http::{HeaderMap, HeaderName};
 
 use super::level::{Count, Terms};
 use super::{Limit, Unit};
-use crate::headers::set;
+use crate::decimal::digits;
+use crate::headers::{Values, set};
 use crate::refusal::Refusal;
 use crate::surface::Dialect;
 use crate::time::Stamp;
@@ -40,17 +42,28 @@ impl Standing {
 /// Puts the standings on an answer, in its dialect. What an upstream said of its own limits makes room: they are not
 /// the caller's.
 pub fn tell(headers: &mut HeaderMap, dialect: Dialect, standings: &[Standing], at: SystemTime) -> Result<(), Refusal> {
+    if standings.is_empty() {
+        return Ok(());
+    }
     let anthropic = dialect == Dialect::Anthropic;
+    let mut values = Values::with_room(VALUES * KINDS.len());
+    headers.reserve(3 * KINDS.len());
     for (unit, openai_names, anthropic_names) in &KINDS {
         let Some(standing) = Standing::tightest(standings, *unit) else { continue };
         let [limit, free, reset] = if anthropic { anthropic_names } else { openai_names };
-        let rest = if anthropic { Stamp(at + standing.rest).seconds() } else { spelt(standing.rest) };
-        set(headers, limit.clone(), standing.max)?;
-        set(headers, free.clone(), standing.free)?;
-        set(headers, reset.clone(), rest)?;
+        set(headers, limit.clone(), values.number(standing.max)?)?;
+        set(headers, free.clone(), values.number(standing.free)?)?;
+        let rest = values.text(|text| match anthropic {
+            true => text.put_slice(&Stamp(at + standing.rest).seconds()),
+            false => spell(standing.rest, text),
+        });
+        set(headers, reset.clone(), rest?)?;
     }
     Ok(())
 }
+
+/// Bytes that the three values of one kind have, mostly; more of them take more memory.
+const VALUES: usize = 48;
 
 /// A unit, and the names of its headers: limit, remaining, reset.
 type Kind = (Unit, [HeaderName; 3], [HeaderName; 3]);
@@ -112,12 +125,24 @@ static KINDS: [Kind; 4] = [
 
 /// A duration as OpenAI spells it: `12ms`, `1s`, `6m0s`, `1h0m0s`.
 pub(super) fn spelt(rest: Duration) -> String {
-    let (millis, seconds) = (rest.as_millis() as u64, rest.as_millis().div_ceil(1000) as u64);
+    let mut text = Vec::new();
+    spell(rest, &mut text);
+    String::from_utf8(text).unwrap_or_default()
+}
+
+fn spell(rest: Duration, text: &mut impl BufMut) {
+    let millis = rest.as_millis() as u64;
+    let seconds = millis.div_ceil(1000);
+    let (hours, minutes) = ((seconds / 3600, b"h".as_slice()), (seconds / 60 % 60, b"m".as_slice()));
+    let put = |(amount, unit): (u64, &[u8])| {
+        text.put_slice(digits(amount, &mut [0; 20]));
+        text.put_slice(unit);
+    };
     match seconds {
-        0..=1 if millis < 1000 => format!("{millis}ms"),
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
-        _ => format!("{}h{}m{}s", seconds / 3600, seconds / 60 % 60, seconds % 60),
+        0..=1 if millis < 1000 => [(millis, b"ms".as_slice())].into_iter().for_each(put),
+        0..60 => [(seconds, b"s".as_slice())].into_iter().for_each(put),
+        60..3600 => [minutes, (seconds % 60, b"s")].into_iter().for_each(put),
+        _ => [hours, minutes, (seconds % 60, b"s")].into_iter().for_each(put),
     }
 }
 
@@ -130,6 +155,21 @@ mod tests {
         let cases = [(12, "12ms"), (1000, "1s"), (59_001, "1m0s"), (360_000, "6m0s"), (3_661_000, "1h1m1s")];
         for (millis, text) in cases {
             assert_eq!(spelt(Duration::from_millis(millis)), text);
+        }
+    }
+
+    #[test]
+    fn a_limit_is_told_in_the_dialect_of_whoever_asks() {
+        let standing = Standing { unit: Unit::Tokens, max: 100, free: 7, rest: Duration::from_millis(61_500) };
+        let at = SystemTime::UNIX_EPOCH + Duration::from_millis(86_399_200);
+        for (dialect, names, reset) in
+            [(Dialect::OpenAi, &KINDS[1].1, "1m2s"), (Dialect::Anthropic, &KINDS[1].2, "1970-01-02T00:01:00Z")]
+        {
+            // What an upstream said of its own limits makes room.
+            let mut headers: HeaderMap = [(names[1].clone(), "theirs".parse().unwrap())].into_iter().collect();
+            tell(&mut headers, dialect, &[standing], at).unwrap();
+            assert_eq!(names.each_ref().map(|name| headers[name].to_str().unwrap()), ["100", "7", reset]);
+            assert_eq!(headers.len(), 3);
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, LazyLock};
 
-use bytes::Bytes;
 use infergate_plugins::operation::Operation;
 use memchr::{memchr, memmem::Finder};
 use schemars::JsonSchema;
@@ -55,10 +54,10 @@ pub fn is_paid(operation: Operation) -> bool {
 }
 
 impl Bill {
-    /// For an answer to `operation`, whose request had this `body` and asked for so many images.
-    pub fn open(price: Option<Arc<Price>>, operation: Operation, body: &Bytes, images: u64, succeeded: bool) -> Self {
+    /// For an answer to `operation`, whose request had so many bytes of text and asked for so many images.
+    pub fn open(price: Option<Arc<Price>>, operation: Operation, text: u64, images: u64, succeeded: bool) -> Self {
         let images = (operation == Operation::Images && succeeded).then_some(images);
-        Self { price, operation, prompt: text_bytes(body).div_ceil(BYTES_A_TOKEN), images, succeeded }
+        Self { price, operation, prompt: text.div_ceil(BYTES_A_TOKEN), images, succeeded }
     }
 
     /// For what passes unread: it has no price.
@@ -154,7 +153,7 @@ mod tests {
     fn bill(operation: Operation, body: &'static str, succeeded: bool) -> Bill {
         let rates = Rates { input: Some(Usd::new(Usd::ONE)), output: Some(Usd::new(Usd::ONE)), ..Rates::default() };
         let price = Price { base: rates, ..Price::default() };
-        Bill::open(Some(Arc::new(price)), operation, &Bytes::from_static(body.as_bytes()), 2, succeeded)
+        Bill::open(Some(Arc::new(price)), operation, text_bytes(body.as_bytes()), 2, succeeded)
     }
 
     const END: End = End { bytes: 41, events: false, whole: true, gpu_us: None };

@@ -230,3 +230,14 @@ fn dollars_are_written_with_all_their_places() {
     assert_eq!(NanoUsd(54_399_000).to_string(), "0.054399000");
     assert_eq!(NanoUsd(12_000_000_001).to_string(), "12.000000001");
 }
+
+#[test]
+fn what_a_processor_divides_itself_is_rounded_as_what_it_cannot() {
+    let mut random = fastrand::Rng::with_seed(5);
+    let (one, nano) = (Usd::new(Usd::ONE), 1_000_000_000u128);
+    let edges = [0, 1, nano / 2 - 1, nano / 2, nano / 2 + 1, nano, u128::from(u64::MAX), u128::from(u64::MAX) + 1];
+    let any = (0..20_000).map(|_| u128::from(random.u64(..) >> random.u32(..64)));
+    for atto in edges.into_iter().chain(any) {
+        assert_eq!(u128::from(NanoUsd::rounded(atto, one).0), (atto + nano / 2) / nano, "{atto}");
+    }
+}

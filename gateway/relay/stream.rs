@@ -76,6 +76,8 @@ pub struct Tally {
     edge: Option<Box<Edge>>,
     /// Whether guardrails read it.
     judged: bool,
+    /// Whether it was read as a whole before it passes.
+    is_read: bool,
     /// Of what the client gets: whether the last piece began with an event, and whether it ended with one.
     boundary: (bool, bool),
 }
@@ -97,7 +99,7 @@ impl Tally {
     /// An answer to `operation` begins.
     pub fn begin(&mut self, operation: Operation, reading: Reading) {
         self.line = self.line.take().filter(|_| reading.events);
-        self.boundary = (true, true);
+        (self.boundary, self.is_read) = ((true, true), false);
         self.judged = self.guard.as_ref().is_some_and(|guard| guard.is_reading());
         self.edge = (reading.events && (self.line.is_some() || self.guard.is_some())).then(Box::default);
         let meter = Meter::new(operation, reading.events);
@@ -114,6 +116,12 @@ impl Tally {
     /// Reads an answer that nobody gets, for what it used.
     pub fn meter(&mut self, body: &[u8]) {
         self.read(body);
+    }
+
+    /// Reads a whole answer before it passes: then it is not read a second time.
+    pub fn read_ahead(&mut self, body: &[u8]) {
+        self.read(body);
+        self.is_read = true;
     }
 
     /// The tokens that it used: as far as it told, and else as its text has them; to its end, or to where it broke off.
@@ -232,6 +240,9 @@ impl Tally {
     }
 
     fn read(&mut self, piece: &[u8]) {
+        if self.is_read {
+            return;
+        }
         if let Some(meter) = &mut self.meter {
             meter.push(piece);
         }

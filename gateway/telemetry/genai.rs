@@ -398,10 +398,10 @@ mod tests {
             }
         }
         assert_eq!(sets(&telemetry), MODELS_MAX + 1);
-        let counted = r#"gen_ai_request_model="other"} 500"#;
-        assert!(
-            telemetry.text().lines().any(|line| line.contains("duration_seconds_count") && line.ends_with(counted))
-        );
+        telemetry.keep(&policy(&telemetry, &["m-0-0".to_owned()]));
+        let (page, counted) = (telemetry.text(), r#"gen_ai_request_model="other"} 500"#);
+        assert!(page.lines().any(|line| line.contains("duration_seconds_count") && line.ends_with(counted)));
+        assert_eq!(sets(&telemetry), 2, "who has no label of their own stays under that name");
     }
 
     #[test]

@@ -10,12 +10,11 @@ use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::{AsyncConnectionConfig, IntoConnectionInfo};
 use serde::Serialize;
-use smallvec::SmallVec;
 use tokio::sync::mpsc;
 
 use super::super::level::{Count, Level};
 use super::super::window::{Span, Window};
-use super::super::{Hold, Limit, Reservation, Unit, Way, millis};
+use super::super::{Few, Hold, Limit, Reservation, Unit, Way, millis};
 use super::{Answer, Ask, Counts, Entry, Parameters, STALE, Shared};
 use crate::hex;
 use crate::house::House;
@@ -459,7 +458,7 @@ struct Heard {
 }
 
 /// What is taken of each of a request's levels, in this span and in the one before.
-type Taken = SmallVec<[(u64, u64); 4]>;
+type Taken = Few<(u64, u64)>;
 
 fn read(numbers: Vec<i64>, batch: &Batch) -> Result<Heard, String> {
     let mut reply = Reply(numbers.into_iter());
@@ -495,7 +494,7 @@ fn hand_out(shared: &Arc<Shared>, mut batch: Batch, heard: Heard) {
                 shared.has_to_tell(&hold.limit, &hold.level, &mut count);
             }
         }
-        let mut reservation = Reservation::new(holds, SmallVec::new(), Way::Asked);
+        let mut reservation = Reservation::new(holds, Few::new(), Way::Asked);
         reservation.shared = Some(shared.clone());
         let _dropped_it_settles = answer.send(Answer::Taken(Box::new(reservation), counts));
     }

@@ -14,7 +14,7 @@ use crate::exchange::Exchange;
 use crate::failover;
 use crate::guard::BESIDE;
 use crate::house::House;
-use crate::money::bill::Bill;
+use crate::money::bill::{Bill, text_bytes};
 use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Asked;
 use crate::pool::worked::Share;
@@ -47,7 +47,7 @@ pub(super) async fn ask(
     let model = picked.upstream.model.as_deref().unwrap_or(doubt.second.model());
     let asked = doubt.body(model);
     let price = exchange.price(model, pool, picked.upstream).cloned();
-    let bill = Bill::open(price, doubt.second.operation().0, &asked, 1, true);
+    let bill = Bill::open(price, doubt.second.operation().0, text_bytes(&asked), 1, true);
     let share = Share::begin(&picked.endpoint, Instant::now());
     let body = match attempt(house, exchange, pool, &picked, doubt, (asked, until)).await {
         Ok(answer) => good(house, pool, &picked, answer).await?,
