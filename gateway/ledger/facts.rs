@@ -125,8 +125,11 @@ pub(super) struct Group {
 }
 
 /// The groups that the ledger has still to take.
-#[derive(Debug, Default)]
-pub(crate) struct Feed(Mutex<Held>);
+#[derive(Debug)]
+pub(crate) struct Feed {
+    is_taken: bool,
+    held: Mutex<Held>,
+}
 
 #[derive(Debug, Default)]
 struct Held {
@@ -136,13 +139,23 @@ struct Held {
 }
 
 impl Feed {
+    /// Nothing yet. Where it is not taken, there never is anything: the ledger wants more of a record than its sums.
+    pub(crate) fn new(is_taken: bool) -> Self {
+        Self { is_taken, held: Mutex::default() }
+    }
+
+    /// Whether somebody takes what is told.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.is_taken
+    }
+
     /// Lines `first` to `last` are on disk, whose last has this chain and whose records count this. What there is no
     /// room for is read in the journal.
     pub(crate) fn add(&self, first: u64, last: u64, chain: &Chain, facts: Facts) {
         let chain = String::from_utf8_lossy(chain).into_owned();
-        let mut held = self.0.lock();
+        let mut held = self.held.lock();
         let count = held.count + 1 + facts.len();
-        if count <= HELD {
+        if self.is_taken && count <= HELD {
             held.count = count;
             held.groups.push_back(Group { first, to: Position { next: last + 1, chain }, facts });
         }
@@ -150,7 +163,7 @@ impl Feed {
 
     /// The groups that go on from line `next`. Where there are none: the line before which it is to be read.
     pub(super) fn take(&self, next: u64) -> (Vec<Group>, u64) {
-        let (mut held, mut taken) = (self.0.lock(), Vec::new());
+        let (mut held, mut taken) = (self.held.lock(), Vec::new());
         let wanted = |taken: &Vec<Group>| taken.last().map_or(next, |group| group.to.next);
         while let Some(group) = held.groups.pop_front_if(|group| group.first <= wanted(&taken)) {
             held.count -= 1 + group.facts.len();
@@ -214,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_told_is_what_the_lines_say() {
         let (_directory, journal) = journal();
-        let feed = journal.feed_ledger();
+        let feed = journal.feed_ledger(true);
         let (telemetry, state, settings) = (Telemetry::new(), State::new(0), Settings::default());
         let text =
             "version: 1\npools:\n  p: {upstreams: [{url: 'http://127.0.0.1:1'}]}\nmodels: [{name: m, pool: p}]\n";
@@ -265,7 +278,7 @@ mod tests {
         let (_directory, journal) = journal();
         let record = Record::sample(moment(SystemTime::now()));
         file(&journal, &record);
-        let feed = journal.feed_ledger();
+        let feed = journal.feed_ledger(true);
         file(&journal, &record);
         journal.flush().await;
         let before = *journal.committed().borrow();
@@ -278,6 +291,16 @@ mod tests {
         assert_eq!((groups.len(), groups[0].facts.len(), rest), (1, 1, u64::MAX));
         assert_eq!(groups[0].to, read(&journal).to);
         assert!(feed.take(before + 1).0.is_empty(), "nothing is told twice");
+    }
+
+    #[tokio::test]
+    async fn a_ledger_that_wants_more_than_sums_is_told_nothing() {
+        let (_directory, journal) = journal();
+        let feed = journal.feed_ledger(false);
+        file(&journal, &Record::sample(moment(SystemTime::now())));
+        journal.flush().await;
+        let (told, rest) = feed.take(*journal.committed().borrow());
+        assert!(told.is_empty() && rest == u64::MAX);
     }
 
     #[tokio::test]
@@ -311,7 +334,7 @@ mod tests {
 
     #[test]
     fn groups_go_on_where_the_ledger_is_and_what_is_between_is_read() {
-        let feed = Feed::default();
+        let feed = Feed::new(true);
         let firsts = |(groups, before): (Vec<Group>, u64)| (groups.iter().map(|g| g.first).collect::<Vec<_>>(), before);
         for (first, last) in [(3, 4), (5, 5), (8, 9), (10, 12), (13, 13)] {
             add(&feed, first, last, 1);
@@ -320,16 +343,16 @@ mod tests {
         assert_eq!(firsts(feed.take(3)), (vec![3, 5], 8));
         assert_eq!(firsts(feed.take(9)), (vec![], 10), "one that was read to its middle is read to its end");
         assert_eq!(firsts(feed.take(10)), (vec![10, 13], u64::MAX));
-        assert_eq!(feed.0.lock().count, 0);
+        assert_eq!(feed.held.lock().count, 0);
     }
 
     #[test]
     fn a_ledger_that_takes_nothing_makes_nothing_grow() {
-        let feed = Feed::default();
+        let feed = Feed::new(true);
         add(&feed, 1, 5, HELD - 1);
         add(&feed, 6, 7, 1);
         assert_eq!(feed.take(1).0.len(), 1);
         (8..).take(HELD + 5).for_each(|line| add(&feed, line, line, 0));
-        assert_eq!(feed.0.lock().groups.len(), HELD);
+        assert_eq!(feed.held.lock().groups.len(), HELD);
     }
 }
