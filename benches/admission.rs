@@ -67,8 +67,8 @@ fn admitted(policy: &Policy, state: &State, headers: &http::HeaderMap) -> u64 {
             cached: Cached::Within,
             besides: Usage::default(),
             work: Work::default(),
-            before: 0,
         },
+        before: Used::default(),
         held: None,
         now: millis(now),
     };

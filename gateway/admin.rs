@@ -344,6 +344,7 @@ impl Admin {
                 "kv_events": level.events.map(|(heard, followed)| json!({
                     "followed": followed, "batches": heard.batches, "gaps": heard.gaps,
                     "stored_blocks": heard.stored, "removed_blocks": heard.removed,
+                    "held_blocks": heard.held, "placed_blocks": heard.placed,
                 })),
             })
         };

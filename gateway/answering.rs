@@ -15,7 +15,6 @@ use crate::headers::{self, set};
 use crate::house::House;
 use crate::identity;
 use crate::judging;
-use crate::money::book::Book;
 use crate::money::{self, bill::Bill};
 use crate::pipeline::{self, Planned, Stop, broken_off, drain, heartbeat};
 use crate::policy::Stage;
@@ -280,14 +279,12 @@ pub fn bill(
     upstream: &Upstream,
     status: StatusCode,
 ) -> Option<Bill> {
-    let (book, surface) = (exchange.policy.prices.as_deref(), planned.identified.surface);
-    let counts = book.is_some() || exchange.tally.reservation.is_some();
+    let surface = planned.identified.surface;
+    let counts = exchange.policy.prices.is_some() || exchange.tally.reservation.is_some();
     if !counts || !money::bill::is_paid(surface.operation) || surface.method != Method::POST {
         return None;
     }
-    let model = failover::model_at(exchange, stage, upstream);
-    let find = |book: &Book| book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at).cloned();
-    let price = book.and_then(find);
+    let price = exchange.price(failover::model_at(exchange, stage, upstream), &stage.pool, upstream).cloned();
     let body = &planned.received.body;
     let images = planned.scan.span(Field::N).and_then(|span| std::str::from_utf8(&body[span]).ok()?.parse().ok());
     Some(Bill::open(price, surface.operation, body, images.unwrap_or(1), status.is_success()))

@@ -33,7 +33,7 @@ use crate::routers::shortlist::Weighed;
 use crate::surface::{Surface, UNKNOWN};
 use crate::telemetry::trace::{self, Context, TRACEPARENT_BYTES, Tracer};
 use crate::telemetry::{InFlight, Telemetry};
-use crate::usage::{Meter, Source, Usage};
+use crate::usage::{Source, Usage};
 
 /// How long the end of an answer waits for its record to be on disk.
 const DURABLE: Duration = Duration::from_secs(30);
@@ -111,6 +111,12 @@ struct Spent {
 }
 
 impl Spent {
+    /// The same as limits count it.
+    fn used(&self, cached: Cached) -> Used {
+        let output = self.usage.output_tokens.unwrap_or_default();
+        Used { asked: false, input: prompt_tokens(&self.usage, cached), output, nanousd: self.nanousd.0 }
+    }
+
     fn and(self, other: Self) -> Self {
         Self {
             usage: self.usage.and(other.usage),
@@ -289,10 +295,14 @@ impl Exchange {
 
     /// What an upstream costs that is paid by the hour.
     fn hourly(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Option<Arc<Price>> {
-        let book = self.policy.prices.as_ref().filter(|book| book.by_hour)?;
-        let model = self.model_at(self.route.as_ref()?, pool, upstream)?;
-        let price = book.find(model, &pool.name, upstream.provider.kind(), self.times.at)?;
+        self.policy.prices.as_ref().filter(|book| book.by_hour)?;
+        let price = self.price(self.model_at(self.route.as_ref()?, pool, upstream)?, pool, upstream)?;
         price.gpu_hour.and(Some(price.clone()))
+    }
+
+    /// What the model costs that an upstream of `pool` knows as `model`, at the time of this request.
+    pub fn price(&self, model: &str, pool: &Pool, upstream: &Upstream) -> Option<&Arc<Price>> {
+        self.policy.prices.as_ref()?.find(model, &pool.name, upstream.provider.kind(), self.times.at)
     }
 
     /// The `traceparent` for the upstream that is asked now; none where the policy says nothing of traces.
@@ -331,10 +341,16 @@ impl Exchange {
         add(&mut self.let_go, Spent { usage, nanousd: cost.unwrap_or_default(), unpriced });
     }
 
-    /// Tokens and nano-dollars that limits have yet to hear of before the request is asked anywhere.
-    pub fn used_before(&self) -> (u64, u64) {
-        let Some(Spent { usage, nanousd, .. }) = self.let_go.as_deref() else { return (0, 0) };
-        (usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default(), nanousd.0)
+    /// What limits have yet to hear of before the request is asked anywhere.
+    pub fn used_before(&self) -> Used {
+        let spent = self.let_go.as_deref().copied().unwrap_or_default();
+        spent.used(bill::cached(self.surface.operation))
+    }
+
+    /// It goes nowhere, and limits have heard of what was used for it before.
+    pub fn charged(&mut self, reservation: Box<Reservation>) {
+        self.untold();
+        self.tally.reservation = Some(reservation);
     }
 
     /// Of two that run at once, the earlier one is the running attempt now, or the later one again.
@@ -421,12 +437,12 @@ impl Exchange {
                 attempt.pool().state.effort.learn(input, usage.output_tokens.unwrap_or_default(), micros);
             }
         }
-        let besides = self.untold().unwrap_or_default();
+        let besides = self.untold().unwrap_or_default().used(cached);
         Used {
             asked: !self.attempts.is_empty(),
-            input: input + prompt_tokens(&besides.usage, cached),
-            output: usage.output_tokens.unwrap_or_default() + besides.usage.output_tokens.unwrap_or_default(),
-            nanousd: cost.saturating_add(besides.nanousd.0),
+            input: input + besides.input,
+            output: usage.output_tokens.unwrap_or_default() + besides.output,
+            nanousd: cost.saturating_add(besides.nanousd),
         }
     }
 
@@ -555,14 +571,7 @@ impl Exchange {
 
     /// What an answer costs that is here as a whole, if that is known.
     pub fn costs(&self, body: &[u8]) -> Option<NanoUsd> {
-        let bill = self.bill.as_ref()?;
-        let mut meter = Meter::new(self.surface.operation, false);
-        if bill.asks_service_tier() {
-            meter = meter.with_service_tier();
-        }
-        meter.push(body);
-        let whole = Whole { bytes: body.len() as u64, events: false, whole: true, gpu_us: self.gpu_us() };
-        let cost = bill.settle(meter.usage(), whole).1.flatten()?;
+        let cost = self.bill.as_ref()?.settle_whole(body, self.gpu_us()).1.flatten()?;
         Some(self.besides().map_or(cost, |besides| cost.plus(besides.nanousd)))
     }
 

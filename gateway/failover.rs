@@ -23,7 +23,7 @@ use crate::limits::standing;
 use crate::local;
 use crate::money::bill::Bill;
 use crate::pipeline::{Planned, Stop, drain, waiting};
-use crate::policy::file::{Cause, Timeouts};
+use crate::policy::file::{Cause, KvSession, Timeouts};
 use crate::policy::{Route, Stage};
 use crate::pool::origin::Endpoint;
 use crate::pool::queue::{Full, Permit};
@@ -347,8 +347,9 @@ pub fn model_at<'a>(exchange: &'a Exchange, stage: &'a Stage, upstream: &'a Upst
 }
 
 /// The body as this upstream is to get it: the very bytes, but for the model's name where the policy gives another, for
-/// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, and for the
-/// question of what a stream used where the policy wants to know and the client does not.
+/// what guardrails and the tenant's parameters change, for the length of the answer where that is limited, for the
+/// question of what a stream used where the policy wants to know and the client does not, and for the session's name where
+/// the engine wants it there.
 fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream) -> Bytes {
     let name = stage.other_name(upstream, exchange.named()).or(exchange.substitute.as_deref());
     let mut edits: Vec<Edit> = name.and_then(|name| planned.scan.rename_model(name)).into_iter().collect();
@@ -360,6 +361,10 @@ fn body_for(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Up
     }
     if let Some(asks) = planned.asks_for_usage(upstream) {
         edits.extend_from_slice(asks);
+    }
+    let chats = matches!(planned.identified.surface.operation, Operation::Chat | Operation::Completions);
+    if chats && upstream.kv_session == Some(KvSession::Body) {
+        edits.extend(planned.scan.name_session(&planned.received.body, exchange.id.as_str()));
     }
     scan::splice(&planned.received.body, &mut edits)
 }
@@ -380,6 +385,7 @@ fn request_head<'a>(
         required: upstream.provider.required_headers(),
         id: exchange.id.as_str(),
         traceparent: exchange.traceparent().and_then(|text| HeaderValue::from_bytes(&text).ok()),
+        session: upstream.kv_session == Some(KvSession::Header),
         inspected: planned.identified.passthrough.is_none(),
         length: length.filter(|_| planned.received.has_body),
         upgrade: planned.identified.upgrade.as_ref(),

@@ -99,6 +99,7 @@ const READ: &[Told] = &[
         "Is taken off: an upstream is asked for no compression, but on paths that pass through.",
     ),
     told("x-infergate-*", "sent", "Is taken off."),
+    told("x-session-id", "the upstream has `kv_events`", "Gives way to the gateway's own."),
     told(
         "connection, and what it names; keep-alive, te, trailer, transfer-encoding, upgrade, expect",
         "sent",
@@ -112,6 +113,11 @@ const SENT: &[Told] = &[
     told("host", "always", "The upstream's own name."),
     told("authorization, or what its dialect wants", "the upstream has a `key`", "The upstream's key."),
     told("traceparent", "`telemetry.traces`", "The span of the attempt."),
+    told(
+        "x-session-id",
+        "the upstream has `kv_events`",
+        "The request's id, by which its engine tells whose blocks it stores (not with `kv_session: body`).",
+    ),
     told(
         "those of `headers`",
         "the upstream has them in the policy",

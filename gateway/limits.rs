@@ -141,6 +141,8 @@ pub struct Counted<'a> {
     pub output: u64,
     /// What it costs at most. None: nobody knows.
     pub cost: Costs<'a>,
+    /// What was used for it before.
+    pub before: Used,
     /// What it has already, where another model is asked after one that was: a request is one request all the same.
     pub held: Option<&'a Reservation>,
     /// Now, in milliseconds since 1970.
@@ -158,8 +160,6 @@ pub struct Costs<'a> {
     pub besides: Usage,
     /// How much work it may be for servers that are paid by the hour.
     pub work: Work,
-    /// Nano-dollars that it has cost before.
-    pub before: u64,
 }
 
 impl Costs<'_> {
@@ -167,7 +167,7 @@ impl Costs<'_> {
         let gpu_us = Some(self.work.micros(input, output));
         let usage = Usage { input_tokens: Some(input), output_tokens: Some(output), gpu_us, ..self.besides };
         let dearest = self.prices.iter().filter_map(|price| price.cost(&usage, self.cached)).max();
-        dearest.map_or(0, |cost| cost.0).saturating_add(self.before)
+        dearest.map_or(0, |cost| cost.0)
     }
 }
 
@@ -214,14 +214,14 @@ pub struct Reservation {
     pub text_bytes: u64,
     prices: SmallVec<[Arc<Price>; 2]>,
     work: Work,
-    before: u64,
+    before: Used,
     way: Way,
     /// Where the levels are shared, if they are.
     shared: Option<Arc<Shared>>,
 }
 
 /// What a request used.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Used {
     /// Whether an upstream was asked.
     pub asked: bool,
@@ -301,7 +301,8 @@ pub struct Levels {
     pub warnings: Warnings,
 }
 
-/// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed by inventing names.
+/// So many levels are kept of limits that count apart. Beyond it, all newcomers of a limit share one: it is never passed
+/// by inventing names.
 const LEVELS_MAX: usize = 200_000;
 
 impl Levels {
@@ -381,7 +382,7 @@ impl Levels {
     pub fn tables(&self) -> [Table; 2] {
         [
             Table { name: "limit_levels", entries: self.apart.len(), room: Some(LEVELS_MAX) },
-            Table { name: "limit_levels_together", entries: self.together.len(), room: None },
+            Table::named("limit_levels_together", self.together.len()),
         ]
     }
 
@@ -418,6 +419,27 @@ impl Levels {
             Err(limit) => Some(Outcome::Unpriced(limit)),
             Ok(holds) => (!holds.is_empty()).then(|| reserved(holds, request, Way::Alone)),
         }
+    }
+
+    /// Takes what was used for a request that goes nowhere, whether it is free or not: somebody has paid for it.
+    pub fn charge<'a>(
+        &self,
+        limits: impl Iterator<Item = &'a Arc<Limit>>,
+        request: &Counted<'_>,
+        shared: bool,
+    ) -> Option<Box<Reservation>> {
+        let now = if shared { self.shared.now() } else { request.now };
+        let mut holds = self.holds(limits.filter(|limit| limit.unit.works()), request).ok()?;
+        for hold in &mut holds {
+            let mut count = hold.level.count();
+            count.roll(&hold.limit.terms(now));
+            hold.reserved = hold.limit.used(&request.before);
+            (hold.from, count.touched) = (count.take(hold.reserved), now);
+        }
+        let mut reservation = Reservation::new(holds, SmallVec::new(), Way::Unchecked);
+        reservation.shared = shared.then(|| self.shared.clone());
+        reservation.settle(&request.before, now);
+        Some(Box::new(reservation))
     }
 
     /// The limits that hold for `request`, with their levels; or the one that counts money where nobody knows what the
@@ -538,15 +560,16 @@ impl Limit {
         Terms { max: self.max, window: &self.window, now }
     }
 
-    /// How much of it a request needs whose answer has so many tokens.
+    /// How much of it a request needs whose answer has so many tokens, with what was used for it before.
     fn needs(&self, request: &Counted<'_>, output: u64) -> u64 {
-        match self.unit {
+        let own = match self.unit {
             Unit::Requests | Unit::Concurrency => 1,
             Unit::InputTokens => request.input,
             Unit::OutputTokens => output,
             Unit::Tokens => request.input.saturating_add(output),
             Unit::Nanousd => request.cost.of(request.input, output),
-        }
+        };
+        own.saturating_add(self.used(&request.before))
     }
 
     /// How much of it was used.
@@ -679,7 +702,7 @@ impl Reservation {
     /// The same, made for `request`, whose answer may have `output` tokens.
     fn of(mut self, request: &Counted<'_>, output: u64) -> Self {
         self.prices = request.cost.prices.iter().cloned().collect();
-        (self.work, self.before) = (request.cost.work, request.cost.before);
+        (self.work, self.before) = (request.cost.work, request.before);
         (self.input, self.output) = (request.input, output);
         self
     }
@@ -735,10 +758,8 @@ impl Reservation {
     pub fn extend(&mut self, output: u64, cached: Cached, now: u64) -> bool {
         const AHEAD: u64 = 16;
         let wanted = output.saturating_add(AHEAD);
-        let (work, before) = (self.work, self.before);
-        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work, before };
-        let input = self.input;
-        let counted = Counted::of_tokens(input, wanted, costs, now);
+        let costs = Costs { prices: &self.prices, cached, besides: Usage::default(), work: self.work };
+        let counted = Counted { before: self.before, ..Counted::of_tokens(self.input, wanted, costs, now) };
         let grows =
             |hold: &Hold| hold.settled.is_none() && hold.limit.unit.grows() && hold.limit.on_limit == OnLimit::Stop;
         let mut holds: SmallVec<[&mut Hold; 4]> = self.holds.iter_mut().filter(|hold| grows(hold)).collect();
@@ -828,14 +849,13 @@ impl Drop for Reservation {
 impl<'a> Counted<'a> {
     /// One whose tokens alone matter.
     fn of_tokens(input: u64, output: u64, cost: Costs<'a>, now: u64) -> Self {
-        let (tenant, key, user, held) = (None, None, None, None);
-        Self { tenant, key, plans: &[], model: "", surface: "", user, input, output, cost, held, now }
+        let (tenant, key, user, held, before) = (None, None, None, None, Used::default());
+        Self { tenant, key, plans: &[], model: "", surface: "", user, input, output, cost, before, held, now }
     }
 
     /// One that says only whom it belongs to.
     fn nobody(now: u64) -> Self {
-        let cost =
-            Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         Self::of_tokens(0, 0, cost, now)
     }
 }

@@ -547,6 +547,9 @@ impl<'a> Compiler<'a> {
             self.wrong(&format!("{path}.name"), "a name may only have visible ASCII characters");
             return None;
         };
+        if upstream.kv_session.is_some() && upstream.kv_events.is_none() {
+            self.wrong(&format!("{path}.kv_session"), "no engine is listened to: give its port as kv_events");
+        }
         Some(Upstream {
             index: 0,
             attempts: self.world.telemetry.attempts(pool, &name),
@@ -557,6 +560,7 @@ impl<'a> Compiler<'a> {
             headers,
             weight: upstream.weight,
             kv_events: upstream.kv_events,
+            kv_session: upstream.kv_events.map(|_| upstream.kv_session.unwrap_or(file::KvSession::Header)),
             near: upstream.zone.is_none() || self.world.zone.is_none() || upstream.zone.as_deref() == self.world.zone,
             model: upstream.model.clone(),
             origin: self.world.state.origin(&origin, self.world.now),

@@ -29,7 +29,7 @@ pub use self::choose::{Choice, Wanted};
 use self::headroom::Headroom;
 use self::load::{FirstTokens, Paces, Work};
 use self::origin::{Endpoint, OriginState};
-use self::prefix::Prefixes;
+use self::prefix::{Chain, Prefixes};
 use self::score::Balance;
 use crate::limits::effort::Effort;
 use crate::policy::file;
@@ -93,6 +93,8 @@ pub struct Upstream {
     pub model: Option<String>,
     /// The port at which its engine tells of its KV cache.
     pub kv_events: Option<u16>,
+    /// Where it is told a request's id, to tell whose blocks it stores.
+    pub kv_session: Option<file::KvSession>,
     /// The endpoints behind it.
     pub origin: Arc<OriginState>,
     /// Its counters.
@@ -146,6 +148,8 @@ pub struct Picked<'a> {
     pub work: Work,
     /// What it was chosen from, where the pool's balance judges all endpoints.
     pub choice: Option<Choice<'a>>,
+    /// The blocks of the prompt that it has read, where its engine tells which of them it holds.
+    pub read: Option<Chain>,
 }
 
 impl Pool {
@@ -166,17 +170,17 @@ impl Pool {
 
     /// One that is near, where there is one.
     fn near(&self, wanted: &Wanted<'_>, now: Instant, may: impl Fn(&Arc<Endpoint>) -> bool) -> Option<Picked<'_>> {
+        let able = |near| self.able(wanted.operation).filter(move |one| one.near == near);
         let one = |near| match self.balance {
-            Balance::P2c => self.draw(self.able(wanted.operation, near), now, &may),
-            _ => self.choose(wanted, self.able(wanted.operation, near), now, &may),
+            Balance::P2c => self.draw(able(near), now, &may),
+            _ => self.choose(wanted, able(near), now, &may),
         };
         one(true).or_else(|| one(false))
     }
 
-    /// The upstreams that have a share, are near or are not, and can do `operation`.
-    fn able(&self, operation: Operation, near: bool) -> impl Iterator<Item = &Upstream> {
-        let able = move |one: &&Upstream| one.weight > 0 && one.near == near && one.provider.serves(operation);
-        self.upstreams.iter().filter(able)
+    /// The upstreams that have a share and can do `operation`.
+    fn able(&self, operation: Operation) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().filter(move |one| one.weight > 0 && one.provider.serves(operation))
     }
 
     /// Whether any upstream can do `operation` at all.
@@ -227,6 +231,7 @@ impl Pool {
             work: Work::begin(&drawn.endpoint, None, &self.state.paces, now),
             endpoint: drawn.endpoint,
             choice: None,
+            read: None,
         })
     }
 }

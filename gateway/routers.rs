@@ -63,7 +63,7 @@ pub struct Routers {
     pub cascade: Option<Arc<Cascade>>,
     /// The headers that somebody looks at.
     pub headers: Vec<Arc<str>>,
-    /// The claims of tokens that somebody looks at.
+    /// The claims of tokens that some router of the policy looks at; none, if nobody here looks at any.
     pub claims: Vec<Arc<str>>,
     /// Whether somebody counts images, tools and the like.
     pub counts: bool,

@@ -215,6 +215,13 @@ impl Scan {
         Some(edits)
     }
 
+    /// The edit after which a chat names its session; none where the client may have named one.
+    pub fn name_session(&self, body: &[u8], id: &str) -> Option<Edit> {
+        let after = memchr::memchr(b'{', body).filter(|_| !self.raw)? + 1;
+        let is_named = memchr::memmem::find(body, b"\"session_").is_some();
+        (!is_named).then(|| Edit { span: after..after, text: format!("\"session_id\":\"{id}\",") })
+    }
+
     /// Whether a chat's stream tells its usage because the client asked.
     pub fn tells_usage(&self, body: &[u8]) -> bool {
         let members = self.span(Field::StreamOptions).and_then(|span| json::members(body, span)).unwrap_or_default();

@@ -127,18 +127,17 @@ impl State {
 
     /// How full everything here is.
     pub fn tables(&self) -> impl Iterator<Item = Table> {
-        let named = |name, entries| Table { name, entries, room: None };
         [
-            named("origins", self.origins.len()),
-            named("pools", self.pools.len()),
-            named("densities", self.densities.len()),
-            named("issuers", self.key_sets.len()),
+            Table::named("origins", self.origins.len()),
+            Table::named("pools", self.pools.len()),
+            Table::named("densities", self.densities.len()),
+            Table::named("issuers", self.key_sets.len()),
             Table { name: "conversations", entries: self.conversations.len(), room: Some(conversations::MOST) },
         ]
         .into_iter()
         .chain(self.limits.tables())
         .chain(self.prefixes.get().map(|prefixes| {
-            let (entries, room) = prefixes.fill();
+            let (entries, room) = prefixes.sizes();
             Table { name: "prefix_blocks", entries, room: Some(room) }
         }))
     }

@@ -528,8 +528,9 @@ impl Telemetry {
         self.limits.keep(&policy.all_limits().map(|limit| &*limit.name).collect());
         let tenants = policy.tenants.values().filter(|tenant| tenant.is_measured);
         let routes = policy.listed().iter().map(|(_, route)| route);
+        // Whoever has no label of their own is counted under a name that stays.
         let routes = routes.chain(policy.passthrough.iter().map(|path| &path.route));
-        let models = routes.map(|route| &*route.model.name).collect();
+        let models = routes.map(|route| &*route.model.name).chain([genai::OTHER]).collect();
         self.spent.keep(&models, &tenants.map(|tenant| &*tenant.name).collect());
         self.genai.keep(&models);
         let routers = policy.listed().iter().filter_map(|(_, route)| route.routers.as_deref());
@@ -545,14 +546,13 @@ impl Telemetry {
 
     /// Puts the sizes of tables into the gauges, those of metrics included.
     pub fn tables(&self, tables: impl Iterator<Item = Table>) {
-        let named = |name, entries| Table { name, entries, room: None };
         let own = [
-            named("series_of_upstreams", self.attempted.lock().len() * RESULTS.len()),
-            named("series_of_pools", self.retries_refused.len() + self.hedges.len() + self.hedge_tokens.len()),
-            named("series_of_guardrails", self.guards.len()),
-            named("series_of_limits", self.limits.len()),
-            named("series_of_routes", self.routes.len()),
-            named("series_of_tenants", self.spent.len()),
+            Table::named("series_of_upstreams", self.attempted.lock().len() * RESULTS.len()),
+            Table::named("series_of_pools", self.retries_refused.len() + self.hedges.len() + self.hedge_tokens.len()),
+            Table::named("series_of_guardrails", self.guards.len()),
+            Table::named("series_of_limits", self.limits.len()),
+            Table::named("series_of_routes", self.routes.len()),
+            Table::named("series_of_tenants", self.spent.len()),
         ];
         tables.chain(own).chain(self.genai.tables()).for_each(|table| self.tables.show(table));
     }

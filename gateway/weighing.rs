@@ -90,6 +90,7 @@ impl Weight {
             && let Some(seat) = picked.endpoint.seat(prefixes)
         {
             prefixes.learn(&self.chain, seat);
+            picked.read = picked.upstream.kv_session.map(|_| self.chain.clone());
         }
     }
 }
@@ -106,10 +107,17 @@ pub fn ends(exchange: &Exchange, stage: &Stage, picked: &mut Picked<'_>) {
     if let Some((prefixes, seat)) = pool.prefixes.as_ref().zip(picked.endpoint.seated()) {
         prefixes.wrote(seat, Blocks::default().in_tokens(output));
     }
+    if usage.source != Source::Upstream {
+        return;
+    }
+    let prompt = prompt_tokens(&usage, bill::cached(exchange.surface.operation));
+    if let Some(chain) = picked.read.take() {
+        let tokens = [prompt, output].map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
+        picked.endpoint.feed.read(exchange.id.bytes(), chain, tokens.into(), Instant::now());
+    }
     // Where there are limits they learn this, from the text alone.
-    let unlimited = exchange.tally.reservation.is_none() && usage.source == Source::Upstream;
-    if let Some(route) = exchange.route.as_ref().filter(|_| unlimited) {
-        route.density.learn(exchange.body_bytes, prompt_tokens(&usage, bill::cached(exchange.surface.operation)));
+    if let Some(route) = exchange.route.as_ref().filter(|_| exchange.tally.reservation.is_none()) {
+        route.density.learn(exchange.body_bytes, prompt);
     }
 }
 
@@ -183,9 +191,10 @@ fn key(exchange: &Exchange, planned: &Planned, head: &HeaderMap) -> u64 {
 
 /// What it costs at an upstream; the most of all where that has no price.
 fn nanousd(exchange: &Exchange, planned: &Planned, stage: &Stage, upstream: &Upstream, asked: &Asked) -> f32 {
-    let Some(book) = &exchange.policy.prices else { return 0.0 };
-    let model = model_at(exchange, stage, upstream);
-    let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
+    if exchange.policy.prices.is_none() {
+        return 0.0;
+    }
+    let price = exchange.price(model_at(exchange, stage, upstream), &stage.pool, upstream);
     let usage = Usage {
         input_tokens: Some(u64::from(asked.prompt)),
         output_tokens: Some(u64::from(asked.output)),

@@ -612,11 +612,10 @@ fn nobody_is_refused_for_whom_there_is_room_however_long_it_goes_on() {
         let price = policy.prices.as_ref().unwrap().find("m", "p", "vllm", std::time::UNIX_EPOCH).unwrap().clone();
         let reserve = |(input, output): (u64, u64), now: u64| {
             let prices = std::slice::from_ref(&price);
-            let cost =
-                Costs { prices, cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
-            let (tenant, key, user, held) = (None, None, None, None);
-            let counted =
-                Counted { tenant, key, plans: &[], model: "m", surface: CHAT, user, input, output, cost, held, now };
+            let cost = Costs { prices, cached: Cached::Within, besides: Usage::default(), work: Work::default() };
+            let (tenant, key, user, held, before) = (None, None, None, None, Used::default());
+            let (plans, model, surface) = (&[], "m", CHAT);
+            let counted = Counted { tenant, key, plans, model, surface, user, input, output, cost, before, held, now };
             match state.limits.reserve(policy.limits.iter(), &counted) {
                 Some(Outcome::Reserved(reservation)) => Some(reservation),
                 Some(Outcome::Short(_)) => None,

@@ -405,10 +405,13 @@ async fn an_engine_says_itself_how_much_it_can_hold() {
     assert_eq!(gateway.metric(&gauge).await, 48_000.0);
 }
 
-/// Publishes an empty batch with this number, or one that says that all was cleared.
-async fn publish(engine: &mut zeromq::PubSocket, number: u64, cleared: bool) {
-    let batch = if cleared { &b"\x92\xcb\0\0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared"[..] } else { b"\x92\xc0\x90" };
-    let frames = [b"kv".to_vec(), number.to_be_bytes().to_vec(), batch.to_vec()].map(bytes::Bytes::from);
+/// What an engine says that has cleared its cache.
+const CLEARED: &[u8] = b"\x92\xcb\0\0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared";
+
+/// Publishes a batch with this number; an empty one if none is given.
+async fn publish(engine: &mut zeromq::PubSocket, number: u64, batch: Option<Vec<u8>>) {
+    let batch = batch.unwrap_or_else(|| b"\x92\xc0\x90".to_vec());
+    let frames = [b"kv".to_vec(), number.to_be_bytes().to_vec(), batch].map(bytes::Bytes::from);
     engine.send(zeromq::ZmqMessage::try_from(frames.to_vec()).unwrap()).await.unwrap();
 }
 
@@ -422,7 +425,7 @@ async fn an_engine_that_clears_its_cache_says_so_itself() {
     let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
     let mut number = 0;
     while told().await.is_null() {
-        publish(&mut engine, number, false).await;
+        publish(&mut engine, number, None).await;
         number += 1;
     }
     let has_read = async || {
@@ -432,10 +435,93 @@ async fn an_engine_that_clears_its_cache_says_so_itself() {
     };
     eventually("it has read it", SOON, has_read).await;
     let before = told().await["batches"].as_u64().unwrap();
-    publish(&mut engine, number, true).await;
+    publish(&mut engine, number, Some(CLEARED.to_vec())).await;
     let cleared = async || told().await["batches"].as_u64().unwrap() > before && told().await["followed"] == true;
     eventually("it has told so", SOON, cleared).await;
     assert!(!has_read().await, "what it had read is gone");
+}
+
+/// A batch that says that blocks named from 1 on were stored for a session, or evicted.
+fn blocks(event: &str, names: std::ops::RangeInclusive<u8>, session: &str) -> Vec<u8> {
+    let text = |text: &str| [&[0xd9, text.len() as u8], text.as_bytes()].concat();
+    let names = [&[0xdc, 0, names.clone().count() as u8][..], &names.collect::<Vec<u8>>()].concat();
+    let members = [
+        text("type"),
+        text(event),
+        text("block_hashes"),
+        names,
+        text("block_size"),
+        vec![64],
+        text("session_id"),
+        text(session),
+    ];
+    [&[0x92, 0xc0, 0x91, 0x84], &members.concat()[..]].concat()
+}
+
+#[tokio::test]
+async fn an_engine_says_itself_which_blocks_of_which_prompt_it_has_evicted() {
+    let mut engine = zeromq::PubSocket::new();
+    let zeromq::Endpoint::Tcp(_, port) = engine.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
+    let server = paced(2).await;
+    let upstream = format!("{}\n        kv_events: {port}", server.url());
+    let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
+    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
+    let mut number = 0;
+    while told().await.is_null() {
+        publish(&mut engine, number, None).await;
+        number += 1;
+    }
+    let text = "begins ".repeat(730);
+    let ask = async || {
+        let theirs = [("x-session-id", "the client's own")];
+        let answer = Client::h1().post_with(gateway.address, CHAT, &theirs, prompt(&text)).await;
+        answer.header("x-request-id").to_owned()
+    };
+    let id = ask().await;
+    let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+    let sessions: Vec<_> = seen.headers.get_all("x-session-id").iter().collect();
+    assert_eq!(sessions, [&*id], "the request's id, and not what the client sends");
+    let tokens = Journal::settled(&gateway).await.record(&id)["usage"]["input_tokens"].as_u64().unwrap();
+    let count = (tokens / 64) as u8;
+    // An engine tells before it answers; this one a moment after. Where that was too late it tells of the next.
+    let mut first = 1;
+    while told().await["placed_blocks"] == 0 {
+        first += count;
+        let before = told().await["batches"].as_u64().unwrap();
+        let stored = blocks("BlockStored", first..=first + count - 1, &ask().await);
+        for batch in [Some(stored), None] {
+            publish(&mut engine, number, batch).await;
+            number += 1;
+        }
+        let heard = async || told().await["batches"].as_u64().unwrap() >= before + 2;
+        eventually("it has told both", SOON, heard).await;
+    }
+    let has_read = async || {
+        let why = decision(&gateway, &ask().await).await["why"].as_str().unwrap().to_owned();
+        let (_, share) = why.split_once("has read ").unwrap_or(("", "0 of"));
+        share.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    assert!(has_read().await > tokens * 9 / 10);
+    let held = told().await["held_blocks"].as_u64().unwrap();
+    publish(&mut engine, number, Some(blocks("BlockRemoved", first + count / 2..=first + count - 1, ""))).await;
+    eventually("half is gone", SOON, async || told().await["held_blocks"].as_u64().unwrap() < held).await;
+    assert!(has_read().await < tokens * 6 / 10);
+}
+
+#[tokio::test]
+async fn an_engine_that_reads_a_sessions_name_from_the_body_finds_it_there_unless_the_client_has_named_one() {
+    let server = paced(0).await;
+    let upstream = format!("{}\n        kv_events: 9\n        kv_session: body", server.url());
+    let text = policy(&[&upstream], "balance: expected_time");
+    let gateway = Gateway::start(&format!("{text}metering: {{usage: as_is}}\n")).await;
+    let own = prompt("begins").replacen('{', r#"{"session_params":{"id":"s"},"#, 1);
+    for body in [prompt("begins"), own] {
+        let answer = Client::h1().post(gateway.address, CHAT, body.clone()).await;
+        let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+        let named = body.replacen('{', &format!(r#"{{"session_id":"{}","#, answer.header("x-request-id")), 1);
+        let expected = if body.contains("session_params") { &body } else { &named };
+        assert_eq!((&*seen.body, seen.headers.get("x-session-id")), (expected.as_bytes(), None));
+    }
 }
 
 #[tokio::test]

@@ -608,7 +608,7 @@ async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits
     })
     .await;
     let server = models().await;
-    let money = "prices: {list: [{models: ['*'], input: 1, output: 2}, {models: [wise], input: 1000, output: 3000}]}\nlimits: [{name: all, tokens: 1000, per: 1h}, {name: purse, usd: 1, per: day}]\n";
+    let money = "prices: {list: [{models: ['*'], input: 1, output: 2}, {models: [wise], input: 1000, output: 3000}]}\nlimits: [{name: all, tokens: 1000, per: 1h}, {name: read, input_tokens: 1000, per: 1h}, {name: written, output_tokens: 1000, per: 1h}, {name: purse, usd: 1, per: day}]\n";
     let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
     let gateway = Gateway::start(&(policy + money)).await;
     for _ in 0..2 {
@@ -617,14 +617,52 @@ async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits
     let records = Journal::settled(&gateway).await.of_kind("request");
     let figures = |at: usize| {
         let tokens = |side: &str| records[at]["usage"][side].as_u64().unwrap();
-        let used = |limit: usize, what: &str| records[at]["limits"][limit][what].as_u64().unwrap();
+        let (input, output) = (tokens("input_tokens"), tokens("output_tokens"));
         let costs = records[at]["cost"]["nanousd"].as_u64().unwrap();
-        assert_eq!((used(0, "used"), used(1, "used")), (tokens("input_tokens") + tokens("output_tokens"), costs));
-        assert!(used(0, "reserved") >= used(0, "used") && used(1, "reserved") >= costs, "{}", records[at]);
-        [tokens("input_tokens"), tokens("output_tokens"), costs]
+        let used = ["all", "read", "written", "purse"].map(|name| limit(&records[at], name, "used"));
+        assert_eq!(used, [input + output, input, output, costs]);
+        let reserved = |name| limit(&records[at], name, "reserved");
+        assert!(reserved("all") >= input + output && reserved("purse") >= costs, "{}", records[at]);
+        [input, output, costs]
     };
     let ([input, output, costs], alone) = (figures(0), figures(1));
     assert_eq!([input, output, costs], [alone[0] + 40, alone[1] + 2, alone[2] + 46_000_000], "kept, it costs nothing");
+    let reserved = |name| limit(&records[0], name, "reserved");
+    let own = [reserved("read") - 40, reserved("written") - 2];
+    assert_eq!(reserved("all"), own[0] + own[1] + 42);
+    assert_eq!(reserved("purse"), own[0] * 1_000 + own[1] * 2_000 + 46_000_000, "the model has not said its tokens");
+}
+
+#[tokio::test]
+async fn what_a_second_stage_used_counts_in_the_limits_that_refuse_the_request_after_it() {
+    let judge = Wire::start(|_| {
+        let usage = json!({"prompt_tokens": 40, "completion_tokens": 2});
+        let answer = json!({"choices": [{"message": {"content": "B"}}], "usage": usage}).to_string();
+        Framing::Length.answer("application/json", &answer.into(), 4096)
+    })
+    .await;
+    let server = models().await;
+    let limits = "limits: [{name: all, tokens: 1000, per: 1h, on_short: refuse}, {requests: 9, per: 1h}]\n";
+    let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
+    let gateway = Gateway::start(&(policy + limits)).await;
+    let asks_for =
+        |tokens: &str| body(CHAT, DOUBT, false).replace("\"max_tokens\":3", &format!("\"max_tokens\":{tokens}"));
+    for _ in 0..2 {
+        let answer = Client::h1().post(gateway.address, CHAT, asks_for("990")).await;
+        assert!((400..500).contains(&answer.status), "{}", answer.text());
+    }
+    let records = Journal::settled(&gateway).await.of_kind("request");
+    assert_eq!((limit(&records[0], "all", "used"), judge.heard().len()), (42, 1), "kept, it is not asked again");
+    for (record, left) in records.iter().zip(["1000 tokens left", "958 tokens left"]) {
+        assert!(record["attempts"] == json!([]) && record["decisions"].to_string().contains(left), "{record}");
+    }
+    route(&gateway, &[], CHAT, asks_for("800")).await;
+}
+
+/// What a record says of a limit.
+fn limit(record: &Value, name: &str, what: &str) -> u64 {
+    let mut limits = record["limits"].as_array().unwrap().iter();
+    limits.find(|limit| limit["limit"] == name).unwrap()[what].as_u64().unwrap()
 }
 
 #[tokio::test]

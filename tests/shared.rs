@@ -585,8 +585,7 @@ impl Replica {
 
     /// The same of a user's own.
     async fn reserve_for(&self, user: Option<&str>, amount: u64) -> Option<Box<Reservation>> {
-        let cost =
-            Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default(), before: 0 };
+        let cost = Costs { prices: &[], cached: Cached::Within, besides: Usage::default(), work: Work::default() };
         let counted = Counted {
             tenant: None,
             key: None,
@@ -597,6 +596,7 @@ impl Replica {
             input: amount,
             output: 0,
             cost,
+            before: Used::default(),
             held: None,
             now: 0,
         };

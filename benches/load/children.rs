@@ -67,7 +67,10 @@ const ROUTED: &str = "models:
   - {name: large, pool: load}
 routers:
   load-model:
-    ask:
+";
+
+/// What chooses between them by examples.
+pub const BY_EXAMPLES: &str = "    ask:
       - semantic:
           routes:
             - {name: code, model: large, examples: [fix the bug in this loop, write a python function,
@@ -122,7 +125,7 @@ impl Besides {
 
     /// The policy the gateway runs with: every model of the load goes to the fake server.
     fn policy(self, upstream: SocketAddr) -> String {
-        let models = if self.is_everything() { ROUTED } else { MODEL };
+        let models = if self.is_everything() { [ROUTED, BY_EXAMPLES].concat() } else { MODEL.to_owned() };
         let extra = self.extra(upstream);
         format!("version: 1\n{models}pools: {{load: {{upstreams: [{{url: 'http://{upstream}'}}]}}}}\n{extra}")
     }

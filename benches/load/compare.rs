@@ -3,7 +3,7 @@
 
 use crate::children::{Besides, Neighbour, Running, Stage, Subject};
 use crate::client::{Answer, Client, Load, Seen, Stop, Transport, quantile};
-use crate::cpu::{self, Cores};
+use crate::cpu;
 use crate::prompt::Turns;
 use crate::report::{self, Figures, Goal, Row, median};
 use crate::{Failure, memory, on_one_thread, plot, upstream};
@@ -41,15 +41,11 @@ pub struct Options {
 /// Runs the comparison and prints the table.
 pub fn command(options: Options) -> Result<ExitCode, Failure> {
     let subject = subject(&options)?;
-    let cores = Cores::split()?;
+    let (cores, files) = cpu::take_the_load_side()?;
     match &cores {
-        Some(cores) => {
-            cores.take_the_load_side()?;
-            eprintln!("proxies on core {}, load and fake server on {}", cores.proxy, cores.load);
-        }
+        Some(cores) => eprintln!("proxies on core {}, load and fake server on {}", cores.proxy, cores.load),
         None => eprintln!("one core only: nothing is pinned, the figures will be noisy"),
     }
-    let files = cpu::raise_open_files()?;
     let bench = Bench::new(options, subject, Stage::new(cores)?, files)?;
     let rows = on_one_thread(bench.rows())?;
     print!("\n{}", report::table(&rows, bench.subject_name()));

@@ -52,7 +52,7 @@ pub struct Cores {
 
 impl Cores {
     /// Splits the cores this process may use; `None` if there is only one.
-    pub fn split() -> Result<Option<Self>, Failure> {
+    fn split() -> Result<Option<Self>, Failure> {
         let status = fs::read_to_string("/proc/self/status")?;
         let list =
             status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).ok_or("no Cpus_allowed_list")?;
@@ -64,11 +64,18 @@ impl Cores {
         Ok(Some(Self { proxy: proxy.to_string(), load: rest.join(",") }))
     }
 
-    /// Moves this process, and so every child that is not moved again, to the load side's cores.
-    pub fn take_the_load_side(&self) -> Result<(), Failure> {
+    fn take_the_load_side(&self) -> Result<(), Failure> {
         let pid = std::process::id().to_string();
         run("taskset", &["--all-tasks", "-c", "-p", &self.load, &pid])
     }
+}
+
+/// Moves this process, and so every child that is not moved again, to the load side's cores, if there is more than one,
+/// and asks for as many open files as it may have. Returns the cores, and how many files.
+pub fn take_the_load_side() -> Result<(Option<Cores>, u64), Failure> {
+    let cores = Cores::split()?;
+    cores.iter().try_for_each(Cores::take_the_load_side)?;
+    Ok((cores, raise_open_files()?))
 }
 
 /// `0-2,5` in full.

@@ -4,7 +4,7 @@
 use crate::children::{Running, Stage};
 use crate::client::{self, Answer, Client, Load, Seen, Stop, quantile};
 use crate::compare::{self, PLAIN, right};
-use crate::cpu::{self, Cores};
+use crate::cpu;
 use crate::report::Figures;
 use crate::wire::{self, Wire};
 use crate::{Failure, on_one_thread, prompt};
@@ -49,11 +49,7 @@ enum Part {
 /// Measures and prints.
 pub fn command(options: &Options) -> Result<ExitCode, Failure> {
     let program = compare::gateway(options.gateway.as_ref())?;
-    let cores = Cores::split()?;
-    if let Some(cores) = &cores {
-        cores.take_the_load_side()?;
-    }
-    cpu::raise_open_files()?;
+    let (cores, _) = cpu::take_the_load_side()?;
     let bench = Bench { stage: Stage::new(cores)?, program, time: Duration::from_secs(options.seconds) };
     let is_wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
     on_one_thread(async {

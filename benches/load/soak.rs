@@ -12,7 +12,7 @@ use self::samples::{Samples, Watch};
 use self::verdict::{Evidence, Verdict};
 use self::world::World;
 use crate::children::Stage;
-use crate::cpu::{self, Cores};
+use crate::cpu;
 use crate::{Failure, compare, on_one_thread};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,11 +44,7 @@ const FINDING: Duration = Duration::from_secs(30);
 /// Runs it and prints the verdict; the exit code is 1 if a promise was broken.
 pub fn command(options: &Options) -> Result<ExitCode, Failure> {
     let program = compare::gateway(options.gateway.as_ref())?;
-    let cores = Cores::split()?;
-    if let Some(cores) = &cores {
-        cores.take_the_load_side()?;
-    }
-    cpu::raise_open_files()?;
+    let (cores, _) = cpu::take_the_load_side()?;
     let minutes = if options.quick { 1.0 } else { options.minutes };
     let time = Duration::from_secs_f64(minutes * 60.0);
     let stage = Stage::new(cores)?;

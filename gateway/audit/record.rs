@@ -285,6 +285,11 @@ impl Id {
         Self(text)
     }
 
+    /// As the bytes of its text.
+    pub fn bytes(&self) -> [u8; 36] {
+        self.0
+    }
+
     /// As text.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).unwrap_or_default()

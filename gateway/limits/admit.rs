@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 
 use super::effort::Work;
-use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, millis, shared};
+use super::{Costs, Counted, Limit, Outcome, Reservation, Short, Unit, Used, millis, shared};
 use crate::exchange::Exchange;
 use crate::failover;
 use crate::house::House;
@@ -53,12 +53,27 @@ pub async fn reserve(
     }
     let user = end_user(exchange, planned, &downstream.head().headers);
     let mut asked = asked(exchange, planned, user, cap)?;
-    let began = Instant::now();
+    let reserved = in_time(house, exchange, downstream, (planned, &mut asked), limits()).await;
+    if reserved.is_err() {
+        charge(house, exchange, planned, &asked, limits());
+    }
+    reserved
+}
+
+/// The same, for as long as the request may wait for room.
+async fn in_time<'a>(
+    house: &House,
+    exchange: &mut Exchange,
+    downstream: &mut Downstream,
+    (planned, asked): (&mut Planned, &mut Asked),
+    limits: impl Iterator<Item = &'a Arc<Limit>> + Clone,
+) -> Result<(), Stop> {
+    let (policy, began) = (exchange.policy.clone(), Instant::now());
     loop {
-        let short = match attempt(house, exchange, planned, &asked, limits()).await {
+        let short = match attempt(house, exchange, planned, asked, limits.clone()).await {
             Ok(Tried::Reserved) => return Ok(()),
             Ok(Tried::Close) => {
-                count(exchange, planned, &mut asked).await;
+                count(exchange, planned, asked).await;
                 continue;
             }
             Ok(Tried::Short(short)) => short,
@@ -177,28 +192,8 @@ async fn attempt<'a>(
     limits: impl Iterator<Item = &'a Arc<Limit>> + Clone,
 ) -> Result<Tried, Refusal> {
     let operation = planned.identified.surface.operation;
-    let costs = limits.clone().any(|limit| limit.unit == Unit::Nanousd);
-    let prices = if costs { prices(exchange, &planned.route) } else { SmallVec::new() };
-    let (tokens_before, before) = exchange.used_before();
-    let counted = Counted {
-        tenant: exchange.who.as_ref().map(|who| &*who.tenant.name),
-        key: exchange.who.as_ref().map(|who| &*who.identity.principal),
-        plans: exchange.who.as_ref().map_or(&[], |who| &who.identity.plans),
-        model: &planned.route.model.name,
-        surface: planned.identified.surface.path,
-        user: asked.user.as_deref(),
-        input: asked.input.saturating_add(tokens_before),
-        output: asked.output.saturating_mul(asked.choices),
-        cost: Costs {
-            prices: &prices,
-            cached: cached(operation),
-            besides: asked.besides,
-            work: work_of(&planned.route),
-            before,
-        },
-        held: exchange.tally.reservation.as_deref(),
-        now: millis(SystemTime::now()),
-    };
+    let prices = prices(exchange, &planned.route, limits.clone());
+    let counted = counted(exchange, planned, asked, &prices);
     let levels = &house.state.limits;
     let outcome = match &exchange.policy.shared {
         None => levels.reserve(limits, &counted),
@@ -219,6 +214,49 @@ async fn attempt<'a>(
         }
     }
     Ok(Tried::Reserved)
+}
+
+/// The request as limits count it, where the model answers that is to answer as things stand.
+fn counted<'a>(
+    exchange: &'a Exchange,
+    planned: &'a Planned,
+    asked: &'a Asked,
+    prices: &'a [Arc<Price>],
+) -> Counted<'a> {
+    let (cached, work) = (cached(planned.identified.surface.operation), work_of(&planned.route));
+    Counted {
+        tenant: exchange.who.as_ref().map(|who| &*who.tenant.name),
+        key: exchange.who.as_ref().map(|who| &*who.identity.principal),
+        plans: exchange.who.as_ref().map_or(&[], |who| &who.identity.plans),
+        model: &planned.route.model.name,
+        surface: planned.identified.surface.path,
+        user: asked.user.as_deref(),
+        input: asked.input,
+        output: asked.output.saturating_mul(asked.choices),
+        cost: Costs { prices, cached, besides: asked.besides, work },
+        before: exchange.used_before(),
+        held: exchange.tally.reservation.as_deref(),
+        now: millis(SystemTime::now()),
+    }
+}
+
+/// A request that goes nowhere may have been decided by somebody who was asked for it: that is paid for all the same.
+fn charge<'a>(
+    house: &House,
+    exchange: &mut Exchange,
+    planned: &Planned,
+    asked: &Asked,
+    limits: impl Iterator<Item = &'a Arc<Limit>> + Clone,
+) {
+    if exchange.used_before() == Used::default() {
+        return;
+    }
+    let prices = prices(exchange, &planned.route, limits.clone());
+    let counted = counted(exchange, planned, asked, &prices);
+    let shared = exchange.policy.shared.is_some();
+    if let Some(charged) = house.state.limits.charge(limits, &counted, shared) {
+        exchange.charged(charged);
+    }
 }
 
 /// How many events of a stream have no token and look as if they had one: those that open and close each choice, and
@@ -248,16 +286,21 @@ fn work_of(route: &Route) -> Work {
     pools.map(|pool| pool.state.effort.most(pool.timeouts.total_ms)).fold(Work::default(), Work::or)
 }
 
-/// The prices of all who may answer; none if one of them has none.
-fn prices(exchange: &Exchange, route: &Route) -> SmallVec<[Arc<Price>; 2]> {
+/// The prices of all who may answer, where one of the limits counts money; none if one of them has none.
+fn prices<'a>(
+    exchange: &Exchange,
+    route: &Route,
+    mut limits: impl Iterator<Item = &'a Arc<Limit>>,
+) -> SmallVec<[Arc<Price>; 2]> {
     let mut prices: SmallVec<[Arc<Price>; 2]> = SmallVec::new();
-    let Some(book) = &exchange.policy.prices else { return prices };
+    if !limits.any(|limit| limit.unit == Unit::Nanousd) {
+        return prices;
+    }
     let asked = exchange.named().unwrap_or(&route.model.name);
     for stage in &route.stages {
         for upstream in &stage.pool.upstreams {
             let model = stage.other_name(upstream, Some(asked)).unwrap_or(asked);
-            let price = book.find(model, &stage.pool.name, upstream.provider.kind(), exchange.times.at);
-            let Some(price) = price else { return SmallVec::new() };
+            let Some(price) = exchange.price(model, &stage.pool, upstream) else { return SmallVec::new() };
             if !prices.iter().any(|known| Arc::ptr_eq(known, price)) {
                 prices.push(price.clone());
             }

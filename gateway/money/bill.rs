@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Cached, NanoUsd, Price};
-use crate::usage::{Source, Usage};
+use crate::usage::{Meter, Source, Usage};
 
 /// What a request cost.
 #[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
@@ -79,6 +79,16 @@ impl Bill {
         }
         let usage = self.completed(told, end);
         (usage, Some(self.price.as_ref().and_then(|price| price.cost(&usage, cached(self.operation)))))
+    }
+
+    /// The same of an answer that is here as a whole, and tells itself what it used.
+    pub fn settle_whole(&self, body: &[u8], gpu_us: Option<u64>) -> (Usage, Option<Option<NanoUsd>>) {
+        let mut meter = Meter::new(self.operation, false);
+        if self.asks_service_tier() {
+            meter = meter.with_service_tier();
+        }
+        meter.push(body);
+        self.settle(meter.usage(), End { bytes: body.len() as u64, events: false, whole: true, gpu_us })
     }
 
     /// What the answer told, and what must have been used besides.

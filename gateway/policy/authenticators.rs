@@ -145,7 +145,7 @@ impl Compiler<'_> {
 }
 
 /// The claims of tokens that some rule asks for, each once.
-fn claims_that_rules_name(file: &file::File) -> Vec<Arc<str>> {
+pub(super) fn claims_that_rules_name(file: &file::File) -> Vec<Arc<str>> {
     let rules = file.routers.values().flat_map(|written| &written.ask);
     let named: BTreeSet<&str> = rules.flat_map(router::Config::claims).map(String::as_str).collect();
     named.into_iter().map(Arc::from).collect()

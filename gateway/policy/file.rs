@@ -546,6 +546,20 @@ pub struct Upstream {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub kv_events: Option<u16>,
+    /// Where requests tell an engine with `kv_events` their id as that of a session, by which it tells whose blocks it
+    /// stores: `header` (`x-session-id`: vLLM), `body` (`session_id`, of chats and completions: SGLang). Absent: `header`.
+    #[serde(default)]
+    pub kv_session: Option<KvSession>,
+}
+
+/// Where an engine reads a session's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KvSession {
+    /// In the header `x-session-id`.
+    Header,
+    /// In the body, as `session_id`; a client's own stays, and its blocks are not known.
+    Body,
 }
 
 fn one() -> u32 {
@@ -969,8 +983,8 @@ pub enum CaptureText {
     Full,
 }
 
-/// How the tokens of requests come to be known. Absent: as with `usage: ask` where the policy has `prices`, and as with
-/// `as_is` where it has none.
+/// How the tokens of requests come to be known. Absent: as with `usage: ask` where the policy has `prices` or an upstream
+/// with `kv_events`, and as with `as_is` where it has neither.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Metering {

@@ -77,8 +77,13 @@ impl Compiler<'_> {
 pub(super) fn asks_for_usage(file: &File) -> bool {
     match file.metering {
         Some(metering) => metering.usage == file::MeterUsage::Ask,
-        None => file.prices.is_some(),
+        None => file.prices.is_some() || listens(file),
     }
+}
+
+/// Whether some engine tells of its KV cache: a prompt's length in tokens tells which of the blocks are whose.
+fn listens(file: &File) -> bool {
+    file.pools.values().flat_map(|pool| &pool.upstreams).any(|upstream| upstream.kv_events.is_some())
 }
 
 /// The schema of a file of prices.
@@ -134,6 +139,10 @@ mod tests {
         assert!(asks("metering: {}\n"));
         assert!(asks("metering: {usage: ask}\n"));
         assert!(!asks("prices: {}\nmetering: {usage: as_is}\n"));
+        let listens = "version: 1\npools: {p: {balance: prefix, upstreams: [{url: 'http://h:1', kv_events: 5557}]}}\nmodels: [{name: m, pool: p}]\n";
+        assert!(compiled(listens).unwrap().asks_for_usage);
+        let told = problems(&listens.replace("kv_events: 5557", "kv_session: body"));
+        assert!(told[0].contains("upstreams[0].kv_session: no engine is listened to"), "{told:?}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use http::HeaderName;
 use infergate_plugins::router::{self, effort, score};
 
+use super::authenticators::claims_that_rules_name;
 use super::problem::nearest;
 use super::{Compiler, Models, Naming, Route, Stage, file};
 use crate::money::book::Book;
@@ -28,13 +29,14 @@ impl Compiler<'_> {
         pools: &BTreeMap<String, Arc<Pool>>,
         prices: Option<&Arc<Book>>,
     ) {
+        let claims = claims_that_rules_name(file);
         let mut built = Vec::new();
         for (name, written) in &file.routers {
             let path = format!("routers.{name}");
             self.router_name(&path, name, file, models);
             let known = self.candidates(&path, written, file, models);
             let shortlists = self.shortlists(&path, written, (file, models), known.as_ref(), prices);
-            let routers = self.built_routers(&path, name, written, known, shortlists);
+            let routers = self.built_routers(&path, (name, written), &claims, known, shortlists);
             self.somebody_has_claims(&path, written, file);
             self.pools_of_seconds(&path, written, pools);
             built.extend(routers.map(|routers| (name, self.virtual_route(name, written, routers))));
@@ -205,8 +207,8 @@ impl Compiler<'_> {
     fn built_routers(
         &mut self,
         path: &str,
-        name: &str,
-        written: &file::VirtualModel,
+        (name, written): (&str, &file::VirtualModel),
+        claims: &[Arc<str>],
         known: Option<Known>,
         shortlists: HashMap<Arc<str>, Shortlist>,
     ) -> Option<Routers> {
@@ -241,7 +243,8 @@ impl Compiler<'_> {
         Some(Routers {
             name: name.into(),
             counts: ask.iter().any(|router| ["signals", "cel"].contains(&router.kind())) || can().any(lacks),
-            claims: ask.iter().flat_map(|router| router.claims()).cloned().collect(),
+            // Those of all, where one of its own looks at any: what a token says has one room for all of them.
+            claims: if ask.iter().any(|router| !router.claims().is_empty()) { claims.to_vec() } else { Vec::new() },
             headers: ask.iter().flat_map(|router| router.headers()).cloned().collect(),
             measures: !shortlists.is_empty() || can().any(|can| can.context_tokens.is_some()),
             ask,
@@ -316,6 +319,7 @@ mod tests {
     use std::sync::Arc;
 
     use infergate_plugins::operation::Operation;
+    use serde_json::Value;
 
     use crate::policy::Policy;
     use crate::policy::tests::{POOLS, compiled, problems};
@@ -375,6 +379,21 @@ mod tests {
             let is = |line: &String| line.starts_with(&format!("policy.yaml:{place}")) && line.contains(words);
             assert!(told.iter().any(is), "{place}{words} is not in {told:#?}");
         }
+    }
+
+    #[test]
+    fn what_is_explained_of_a_token_is_what_a_request_would_have_of_it() {
+        let rule = |claims: &str| format!("      - cel: {{model: big, when: \"'x' in claims.z\", claims: {claims}}}\n");
+        let other = format!("  other:\n    default: small\n    ask:\n{}", rule("[m, z]"));
+        let policy = compiled(&auto(&(rule("[z, b]") + &rule("[z]") + &other))).unwrap();
+        let routers = policy.route(Some("auto")).unwrap().routers.clone().unwrap();
+        let names: Vec<&str> = routers.claims.iter().map(|name| &**name).collect();
+        assert_eq!(names, ["b", "m", "z"], "each once, in the order in which a token's are kept");
+        let half = serde_json::json!(vec!["x".repeat(200); 11]);
+        let Value::Object(says) = serde_json::json!({"z": half, "m": half, "b": "short"}) else { panic!() };
+        let whose = Whose::default().named(None, &[], &says, &routers);
+        let kept: Vec<&str> = whose.asker().claims.iter().map(|(name, _)| &**name).collect();
+        assert_eq!(kept, ["b", "m"], "another router's have their part of the room");
     }
 
     #[test]

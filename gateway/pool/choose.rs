@@ -67,27 +67,29 @@ impl Pool {
         now: Instant,
         may: impl Fn(&Arc<Endpoint>) -> bool,
     ) -> Option<Picked<'a>> {
-        let prompt = Prompt::of(self, wanted, now);
-        let asked = Asked { turn: self.state.turns.fetch_add(1, Relaxed), ..wanted.asked };
+        let turn = self.state.turns.fetch_add(1, Relaxed);
+        let wanted = Wanted { asked: Asked { turn, ..wanted.asked }, ..*wanted };
+        let prompt = Prompt::of(self, &wanted, now);
         let may = |endpoint: &Arc<Endpoint>| endpoint.available(now) && may(endpoint);
         let (places, ranked) = match self.balance {
-            _ if self.load.adapters => self.beside_each_other(wanted, &prompt, &asked, upstreams, may),
+            _ if self.load.adapters => self.beside_each_other(&prompt, upstreams, may),
             // The usual one has a loop of its own, without what only others ask for.
-            Balance::ExpectedTime => self.each_alone(Balance::ExpectedTime, wanted, &prompt, &asked, upstreams, may),
-            balance if balance.judges_alone() => self.each_alone(balance, wanted, &prompt, &asked, upstreams, may),
-            _ => self.beside_each_other(wanted, &prompt, &asked, upstreams, may),
+            Balance::ExpectedTime => self.each_alone(Balance::ExpectedTime, &prompt, upstreams, may),
+            balance if balance.judges_alone() => self.each_alone(balance, &prompt, upstreams, may),
+            _ => self.beside_each_other(&prompt, upstreams, may),
         };
         // A half-open breaker lets one request through; where that was another one, the next best is taken.
         let order = ranked.iter().map(|placed| placed.index).chain(0..places.len());
         let mut found = order.filter_map(|index| self.at(places[index]).filter(|(_, endpoint)| may(endpoint)));
         let (upstream, endpoint) = found.find(|(_, endpoint)| endpoint.breaker.admit(now))?;
-        let taken = self.candidate(self.balance, wanted, &prompt, upstream, &endpoint);
-        let job = Job { unread: taken.unread(&asked), output: asked.output, whole: wanted.whole };
+        let (asked, taken) = (&wanted.asked, self.candidate(self.balance, &prompt, upstream, &endpoint));
+        let job = Job { unread: taken.unread(asked), output: asked.output, whole: wanted.whole };
         Some(Picked {
             upstream,
             work: Work::begin(&endpoint, self.balance.weighs().then_some(job), &self.state.paces, now),
             endpoint,
             choice: Some(self.choice(&ranked, &places, (taken.matched, asked.prompt))),
+            read: None,
         })
     }
 
@@ -96,16 +98,15 @@ impl Pool {
     fn each_alone<'a>(
         &self,
         balance: Balance,
-        wanted: &Wanted<'_>,
         prompt: &Prompt<'_>,
-        asked: &Asked,
         upstreams: impl Iterator<Item = &'a Upstream>,
         may: impl Fn(&Arc<Endpoint>) -> bool,
     ) -> (Places, Ranked) {
         let (mut places, mut ranked, mut chance) = (Places::new(), Ranked::default(), chance());
         each(upstreams, may, |place, upstream, endpoint| {
-            let one = self.candidate(balance, wanted, prompt, upstream, endpoint);
-            ranked.add(Placed { index: places.len(), score: balance.alone(asked, &one, &mut chance) });
+            let one = self.candidate(balance, prompt, upstream, endpoint);
+            let score = balance.alone(&prompt.wanted.asked, &one, &mut chance);
+            ranked.add(Placed { index: places.len(), score });
             places.push(place);
         });
         (places, ranked)
@@ -114,21 +115,19 @@ impl Pool {
     /// The best by what each is beside the others.
     fn beside_each_other<'a>(
         &self,
-        wanted: &Wanted<'_>,
         prompt: &Prompt<'_>,
-        asked: &Asked,
         upstreams: impl Iterator<Item = &'a Upstream>,
         may: impl Fn(&Arc<Endpoint>) -> bool,
     ) -> (Places, Ranked) {
         let (mut places, mut candidates) = (Places::new(), SmallVec::<[Candidate; INLINE]>::new());
         each(upstreams, may, |place, upstream, endpoint| {
             places.push(place);
-            candidates.push(self.candidate(self.balance, wanted, prompt, upstream, endpoint));
+            candidates.push(self.candidate(self.balance, prompt, upstream, endpoint));
         });
         if self.load.adapters {
-            self.prefer_adapters(wanted, &places, &mut candidates);
+            self.prefer_adapters(prompt.wanted.model, &places, &mut candidates);
         }
-        let ranked = self.balance.rank(asked, &candidates, &mut chance());
+        let ranked = self.balance.rank(&prompt.wanted.asked, &candidates, &mut chance());
         (places, ranked)
     }
 
@@ -143,31 +142,31 @@ impl Pool {
     pub(super) fn candidate(
         &self,
         balance: Balance,
-        wanted: &Wanted<'_>,
         prompt: &Prompt<'_>,
         upstream: &Upstream,
         endpoint: &Endpoint,
     ) -> Candidate {
+        let (wanted, tokens) = (prompt.wanted, prompt.wanted.asked.prompt);
         let known = match balance.weighs() {
-            true => endpoint.load.candidate(prompt.usual, wanted.asked.prompt, prompt.at),
+            true => endpoint.load.candidate(prompt.usual, tokens, prompt.at),
             false => Candidate::default(),
         };
         Candidate {
             seed: endpoint.seed,
             weight: upstream.weight as f32 * endpoint.warmth(self.slow_start, prompt.now) as f32,
             in_flight: endpoint.in_flight(),
-            matched: prompt.held_by(endpoint, wanted.asked.prompt),
+            matched: prompt.held_by(endpoint, tokens),
             nanousd: wanted.cost.map_or(0.0, |cost| cost(upstream)),
             ..known
         }
     }
 
     /// Where some endpoint has the adapter loaded, the others would have to load it.
-    fn prefer_adapters(&self, wanted: &Wanted<'_>, places: &[Place], candidates: &mut [Candidate]) {
+    fn prefer_adapters(&self, model: &str, places: &[Place], candidates: &mut [Candidate]) {
         let mut any = false;
         for (candidate, place) in candidates.iter_mut().zip(places) {
             let Some((upstream, endpoint)) = self.at(*place) else { continue };
-            let name = told::adapter(upstream.model.as_deref().unwrap_or(wanted.model));
+            let name = told::adapter(upstream.model.as_deref().unwrap_or(model));
             let has = endpoint.load.told.has_adapter(name);
             candidate.loads_adapter = !has;
             any |= has;
@@ -206,8 +205,9 @@ fn chance() -> impl FnMut() -> f64 {
     move || (random.u64(..) >> 11) as f64 * (0.5 / (1u64 << 52) as f64)
 }
 
-/// What is known of a prompt and when, once for all endpoints.
+/// What is wanted, and what is known of its prompt and when, once for all endpoints.
 pub(super) struct Prompt<'a> {
+    wanted: &'a Wanted<'a>,
     usual: Usual,
     now: Instant,
     at: u64,
@@ -215,10 +215,10 @@ pub(super) struct Prompt<'a> {
 }
 
 impl<'a> Prompt<'a> {
-    pub(super) fn of(pool: &Pool, wanted: &Wanted<'a>, now: Instant) -> Self {
+    pub(super) fn of(pool: &Pool, wanted: &'a Wanted<'a>, now: Instant) -> Self {
         let chain = wanted.chain.filter(|chain| !chain.is_empty());
         let held = pool.prefixes.as_ref().zip(chain).map(|(prefixes, chain)| (chain, prefixes.held(chain)));
-        Self { usual: pool.state.paces.usual(), now, at: millis(now), held }
+        Self { wanted, usual: pool.state.paces.usual(), now, at: millis(now), held }
     }
 
     /// Tokens of it that an endpoint has read before.

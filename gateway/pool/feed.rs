@@ -2,28 +2,43 @@
 //!
 //! vLLM and SGLang publish this over ZeroMQ (`vllm/distributed/kv_events.py`, `sglang/srt/disaggregation/kv_events.py`):
 //! batches in a numbered sequence. Their blocks are named by hashes of tokens, and the tokens of a prompt are not known
-//! without its model's tokenizer: which of a prompt's blocks an engine holds cannot be told from them. What can is how
-//! much it has evicted, and that it has lost everything. That takes the place of the guess at when an engine forgets.
+//! without its model's tokenizer. But both tell for which session they stored a block, and a request says which that is
+//! ([`KvSession`](crate::policy::file::KvSession)): so it is known which blocks of which prompt an engine holds, and they
+//! are forgotten when it evicts them ([`known`]). What is not known so is forgotten by how much the engine evicts, which
+//! takes the place of the guess at that.
 //!
-//! A batch that is missing, or cannot be read, ends that: the guess is in force again until a hundred came in a row.
-//! So it is where an engine works and tells nothing ([`Seat::is_followed`](super::prefix::Seat::is_followed)).
+//! A batch that is missing, or cannot be read, ends both: the guess is in force again until a hundred came in a row. So it
+//! is where an engine works and tells nothing ([`Seat::is_followed`](super::prefix::Seat::is_followed)).
 
 mod events;
+mod known;
 mod wire;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 
 use self::events::Event;
+use self::known::{Known, Read};
 use self::wire::{Subscription, numbered};
 use super::origin::{Address, Endpoint};
-use super::prefix::Blocks;
+use super::prefix::{Blocks, Chain, Seat};
+
+/// The header that gives a request a name which vLLM tells with the blocks that it stores for it.
+pub const SESSION: &str = "x-session-id";
+
+/// Prompts of answers that have ended, which wait for what their engine tells of them.
+const READ_MAX: usize = 256;
+/// How long they wait: an engine tells what it stored before it answers, and that arrives within milliseconds.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// When an engine has told all that it will tell of an answer.
+const ALL_TOLD: Duration = Duration::from_millis(200);
 
 /// What an endpoint's engine has told in events so far.
 #[derive(Debug, Default)]
@@ -32,9 +47,11 @@ pub struct Feed {
     gaps: AtomicU64,
     stored: AtomicU64,
     removed: AtomicU64,
+    known: Mutex<Known>,
+    read: Mutex<Vec<(Read, Instant)>>,
 }
 
-/// The same as numbers: batches, gaps in their sequence, blocks stored and evicted.
+/// The same as numbers: batches, gaps in their sequence, blocks stored and evicted, and those that are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
     /// Batches that came.
@@ -45,6 +62,10 @@ pub struct Heard {
     pub stored: u64,
     /// Blocks evicted.
     pub removed: u64,
+    /// Blocks that it holds, as far as they are known.
+    pub held: u64,
+    /// Blocks of prompts, of the index's size, that are known to be in those.
+    pub placed: u64,
 }
 
 impl Feed {
@@ -52,7 +73,17 @@ impl Feed {
     pub fn heard(&self) -> Option<Heard> {
         let [batches, gaps, stored, removed] =
             [&self.batches, &self.gaps, &self.stored, &self.removed].map(|counter| counter.load(Relaxed));
-        (batches + gaps > 0).then_some(Heard { batches, gaps, stored, removed })
+        let (held, placed) = self.known.lock().sizes();
+        let [held, placed] = [held, placed].map(|size| size as u64);
+        (batches + gaps > 0).then_some(Heard { batches, gaps, stored, removed, held, placed })
+    }
+
+    /// Its engine has answered the request `session`, whose prompt is `chain`; both were so many tokens long.
+    pub fn read(&self, session: [u8; 36], chain: Chain, (tokens, answer): (u32, u32), now: Instant) {
+        let mut read = self.read.lock();
+        if read.len() < READ_MAX {
+            read.push((Read { session, chain, tokens, answer }, now));
+        }
     }
 }
 
@@ -91,8 +122,8 @@ async fn listen(endpoint: &Weak<Endpoint>, address: SocketAddr, sequence: &mut S
         let message = subscription.next().await?;
         let Some(endpoint) = endpoint.upgrade() else { return Ok(()) };
         match numbered(message) {
-            Some((number, batch)) => endpoint.follows(sequence.step(number), batch),
-            None => endpoint.follows(sequence.lose(), &[]),
+            Some((number, batch)) => endpoint.follows(sequence.step(number), batch, Instant::now()),
+            None => endpoint.follows(sequence.lose(), &[], Instant::now()),
         }
     }
 }
@@ -160,24 +191,25 @@ const BLOCK_TOKENS: u32 = 16;
 
 impl Endpoint {
     /// Its engine told a batch of events.
-    fn follows(&self, step: Step, batch: &[u8]) {
+    fn follows(&self, step: Step, batch: &[u8], now: Instant) {
         self.feed.batches.fetch_add(1, Relaxed);
         if step == Step::Restart {
             self.forget_prompts();
         }
-        let mut evicted = 0_u64;
-        let is_whole = events::read(batch, |event| match event {
-            Event::Stored(blocks) => drop(self.feed.stored.fetch_add(blocks, Relaxed)),
-            Event::Removed(blocks) => evicted += blocks,
-            Event::Cleared => {
-                evicted = 0;
-                self.forget_prompts();
-            }
-        });
+        let mut known = self.feed.known.lock();
+        if matches!(step, Step::Restart | Step::Gap) {
+            *known = Known::default();
+        }
+        self.places(&mut known, now);
+        let (evicted, is_whole) = self.hears_events(&mut known, batch);
         self.feed.removed.fetch_add(evicted, Relaxed);
+        if !is_whole {
+            *known = Known::default();
+        }
         if !is_whole || step == Step::Gap {
             self.feed.gaps.fetch_add(1, Relaxed);
         }
+        self.places(&mut known, now);
         let Some(seat) = self.seated() else { return };
         seat.follow(is_whole && matches!(step, Step::Next | Step::Restart));
         if !is_whole || step == Step::Gap {
@@ -185,6 +217,52 @@ impl Endpoint {
         }
         let block = self.load.told.cache().map_or(BLOCK_TOKENS, |cache| cache.block);
         seat.evicted(Blocks::default().in_tokens(evicted.saturating_mul(u64::from(block))));
+        renews(&known, seat);
+    }
+
+    /// Finds what was read among what the engine has told by now.
+    fn places(&self, known: &mut Known, now: Instant) {
+        let Some(seat) = self.seated() else { return };
+        let mut waiting = std::mem::take(&mut *self.feed.read.lock());
+        waiting.retain(|(read, at)| {
+            let waited = now.saturating_duration_since(*at);
+            !known.place(read, waited >= ALL_TOLD, |block, depth| seat.keeps(block, depth)) && waited < PATIENCE
+        });
+        self.feed.read.lock().append(&mut waiting);
+    }
+
+    /// Takes in a batch: how many blocks were evicted, and whether it could be read to its end.
+    fn hears_events(&self, known: &mut Known, batch: &[u8]) -> (u64, bool) {
+        let (seat, mut evicted) = (self.seated(), 0);
+        let gone = |hash| seat.into_iter().for_each(|seat| seat.lacks(hash));
+        let is_whole = events::read(batch, |event| match event {
+            Event::Stored(stored) => {
+                self.feed.stored.fetch_add(stored.names.len(), Relaxed);
+                // Of a model with several kinds of attention, the first cache is that of all its tokens.
+                if stored.names.group == 0 {
+                    known.stored(&stored);
+                }
+            }
+            Event::Removed(names) => {
+                evicted += names.len();
+                if names.group == 0 {
+                    known.removed(&names, gone);
+                }
+            }
+            Event::Cleared => {
+                evicted = 0;
+                *known = Known::default();
+                self.forget_prompts();
+            }
+        });
+        (evicted, is_whole)
+    }
+}
+
+/// What is known to be held does not get old with what is guessed at.
+fn renews(known: &Known, seat: &Seat) {
+    if seat.is_aged() {
+        known.ours().for_each(|(hash, depth)| seat.keeps(hash, depth));
     }
 }
 

@@ -25,9 +25,9 @@ impl Pool {
         let prompt = Prompt::of(self, wanted, now);
         let mut best: Option<(f32, Candidate)> = None;
         let (mut endpoints, mut in_flight) = (0, 0);
-        for upstream in self.upstreams.iter().filter(|one| one.weight > 0 && one.provider.serves(wanted.operation)) {
+        for upstream in self.able(wanted.operation) {
             for endpoint in upstream.origin.endpoints().iter().filter(|endpoint| endpoint.available(now)) {
-                let candidate = self.candidate(self.balance, wanted, &prompt, upstream, endpoint);
+                let candidate = self.candidate(self.balance, &prompt, upstream, endpoint);
                 (endpoints, in_flight) = (endpoints + 1, in_flight + candidate.in_flight);
                 let seconds = candidate.first_token_s(&wanted.asked);
                 if best.is_none_or(|(least, _)| seconds < least) {

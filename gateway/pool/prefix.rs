@@ -6,8 +6,8 @@
 //! many blocks, counted from the first, it has.
 //!
 //! It is a memory of what was sent, not of what engines hold: two generations for each endpoint approximate what an
-//! engine of its size forgets, by what it learns or, where it tells that ([`feed`](super::feed)), by what it evicts. A
-//! wrong guess costs time, never a wrong answer.
+//! engine of its size forgets, by what it learns or, where it tells that ([`feed`](super::feed)), by what it evicts; and
+//! where it tells of which request's blocks it speaks, by which. A wrong guess costs time, never a wrong answer.
 //!
 //! Bounded: [`SEATS`] endpoints; 82 bytes for each block of the capacity that it is made with, taken when it is made,
 //! plus 3 KiB. Nothing is allocated and nothing is locked in a look-up.
@@ -130,11 +130,6 @@ impl Prefixes {
         self.seats.forget(seat.number);
     }
 
-    /// Blocks that are known, and how many can be. One pass over the table: for whoever asks for metrics.
-    pub fn fill(&self) -> (usize, usize) {
-        (self.table.used(), self.table.capacity())
-    }
-
     /// Whether [`Prefixes::tidy`] has anything to do.
     pub fn is_untidy(&self) -> bool {
         self.seats.turn().is_some()
@@ -150,7 +145,7 @@ impl Prefixes {
         }
     }
 
-    /// Blocks that are remembered, and the most that can be.
+    /// Blocks that are remembered, and the most that can be. One pass over the table: for whoever asks for metrics.
     pub fn sizes(&self) -> (usize, usize) {
         (self.table.used(), self.table.capacity())
     }
@@ -205,6 +200,22 @@ impl Seat {
     /// What its engine told did not all come: it may have evicted anything.
     pub fn missed(&self) {
         self.prefixes.seats.missed(self.number);
+    }
+
+    /// Its engine holds a block of a prompt: whatever was forgotten of it since is remembered.
+    pub fn keeps(&self, block: u64, depth: u16) {
+        let now = self.prefixes.clock.load(Ordering::Relaxed);
+        self.prefixes.table.put(block, depth, self.number, now);
+    }
+
+    /// Its engine does not hold a block of a prompt any more.
+    pub fn lacks(&self, block: u64) {
+        self.prefixes.table.take(block, self.number);
+    }
+
+    /// Whether its blocks got older since this was last asked.
+    pub fn is_aged(&self) -> bool {
+        self.prefixes.seats.is_aged(self.number)
     }
 
     /// See [`Prefixes::forget`].

@@ -464,7 +464,7 @@ mod tests {
         assert!(batch.await.unwrap().is_ok());
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_queue_full_of_batch_has_room_for_whatever_is_none() {
         let queue = Arc::new(Queue::default());
         let held = queue.enter(NARROW, 0).await.unwrap();

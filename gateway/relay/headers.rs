@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, request};
 
 use crate::headers::REQUEST_ID;
 use crate::pool::Upstream;
+use crate::pool::feed::SESSION;
 use crate::telemetry::trace::{Context, TRACEPARENT, TRACESTATE};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -78,6 +79,8 @@ pub struct RequestHead<'a> {
     pub id: &'a str,
     /// The `traceparent` that stands in the client's place.
     pub traceparent: Option<HeaderValue>,
+    /// Whether the request's id is also its session's, by which the engine tells what it keeps of it.
+    pub session: bool,
     /// Whether bodies are read here.
     pub inspected: bool,
     /// The body's length in bytes; `None` for a request that has no body.
@@ -97,6 +100,7 @@ impl<'a> RequestHead<'a> {
             required: upstream.provider.required_headers(),
             id,
             traceparent: None,
+            session: false,
             inspected: true,
             length: None,
             upgrade: None,
@@ -106,7 +110,9 @@ impl<'a> RequestHead<'a> {
     /// Every header of the request but the framing, in the order in which it is sent.
     pub fn each(&self, mut header: impl FnMut(&[u8], &HeaderValue)) {
         let replaced = |name: &HeaderName| {
-            self.set.iter().any(|(set, _)| set == name) || (self.traceparent.is_some() && self.is_trace(name))
+            self.set.iter().any(|(set, _)| set == name)
+                || (self.traceparent.is_some() && self.is_trace(name))
+                || (self.session && name == SESSION)
         };
         for (name, value) in forwarded(&self.client.headers, self.inspected).filter(|(name, _)| !replaced(name)) {
             header(name.as_ref(), value);
@@ -121,6 +127,9 @@ impl<'a> RequestHead<'a> {
         }
         if let Ok(id) = HeaderValue::from_str(self.id) {
             header(REQUEST_ID.as_ref(), &id);
+            if self.session {
+                header(SESSION.as_bytes(), &id);
+            }
         }
         if let Some(traceparent) = &self.traceparent {
             header(TRACEPARENT.as_bytes(), traceparent);
@@ -218,6 +227,7 @@ mod tests {
             required: &[("anthropic-version", "2023-06-01")],
             id: "id-1",
             traceparent: None,
+            session: false,
             inspected: true,
             length: Some(2),
             upgrade: None,

@@ -185,13 +185,12 @@ impl GenAi {
 
     /// Models of other names leave the page, and make room for others.
     pub(super) fn keep(&self, models: &HashSet<&str>) {
-        let stays = |model: &str| model == OTHER || models.contains(model);
         let mut known = self.models.lock();
-        known.retain(|model| stays(model));
+        known.retain(|model| models.contains(&**model));
         for series in [&self.durations, &self.first, &self.per_token] {
-            series.keep(|labels| stays(&labels.model));
+            series.keep(|labels| models.contains(&*labels.model));
         }
-        self.tokens.keep(|TokenLabels(labels, _)| stays(&labels.model));
+        self.tokens.keep(|TokenLabels(labels, _)| models.contains(&*labels.model));
     }
 
     /// The tables behind the labels.

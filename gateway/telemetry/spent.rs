@@ -7,7 +7,6 @@ use prometheus_client::registry::Registry;
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
-use super::genai::OTHER;
 use super::series::Series;
 use crate::audit::record::Record;
 use crate::money::NanoUsd;
@@ -75,10 +74,11 @@ impl Spent {
 
     /// Models of other names, and tenants that are not measured any more, leave the page.
     pub(super) fn keep(&self, models: &HashSet<&str>, tenants: &HashSet<&str>) {
-        let stays = |model: &str| model == OTHER || models.contains(model);
-        self.cost.keep(|labels| stays(&labels.gen_ai_request_model));
-        self.unpriced.keep(|labels| stays(&labels.gen_ai_request_model));
-        self.by_tenant.keep(|labels| tenants.contains(&*labels.tenant) && stays(&labels.gen_ai_request_model));
+        let stays = |labels: &ModelLabels| models.contains(&*labels.gen_ai_request_model);
+        self.cost.keep(stays);
+        self.unpriced.keep(stays);
+        let stays = |labels: &TenantLabels| models.contains(&*labels.gen_ai_request_model);
+        self.by_tenant.keep(|labels| tenants.contains(&*labels.tenant) && stays(labels));
     }
 
     /// How many series of tenants there are.

@@ -23,6 +23,13 @@ pub struct Table {
     pub room: Option<usize>,
 }
 
+impl Table {
+    /// One that holds what policies and running requests name.
+    pub fn named(name: &'static str, entries: usize) -> Self {
+        Self { name, entries, room: None }
+    }
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct TableLabels {
     table: &'static str,

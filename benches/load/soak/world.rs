@@ -2,7 +2,7 @@
 //! upstreams that join, leave, freeze or were never there.
 
 use super::mix::{Client, Names};
-use crate::children::{Running, Stage};
+use crate::children::{BY_EXAMPLES, Running, Stage};
 use crate::{Failure, wire};
 use serde_json::Value;
 use std::fmt::Write;
@@ -261,18 +261,7 @@ impl Text<'_> {
     }
 
     fn routers(&self) -> String {
-        let mut text = "routers:
-  auto:
-    ask:
-    - semantic:
-        routes:
-        - {name: code, model: large, examples: [fix the bug in this loop, write a python function,
-            what does this stack trace mean, explain this sql query, why does my program not compile]}
-        - {name: banking, model: small, examples: [what is my balance, send money to my landlord,
-            my card was declined, freeze my debit card, show my recent transactions]}
-    default: small
-"
-        .to_owned();
+        let mut text = format!("routers:\n  auto:\n{BY_EXAMPLES}");
         for epoch in self.recent() {
             _ = writeln!(
                 text,

@@ -60,7 +60,8 @@ pub struct Chain {
 }
 
 impl Chain {
-    pub(super) fn hashes(&self) -> &[u64] {
+    /// The names, from the prompt's beginning.
+    pub(in crate::pool) fn hashes(&self) -> &[u64] {
         &self.hashes
     }
 

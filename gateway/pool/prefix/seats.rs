@@ -100,6 +100,8 @@ struct Level {
     followed: AtomicBool,
     /// Blocks learned since it last told anything.
     unheard: AtomicU32,
+    /// Whether its blocks got older since somebody asked.
+    aged: AtomicBool,
 }
 
 /// An engine that has learned so many blocks and told nothing of it does not tell.
@@ -112,6 +114,7 @@ impl Default for Seats {
             room: AtomicU32::new(ROOM),
             followed: AtomicBool::new(false),
             unheard: AtomicU32::new(0),
+            aged: AtomicBool::new(false),
         };
         Self {
             places: Mutex::new(Places { free: !Bits::default(), left: Bits::default() }),
@@ -185,6 +188,12 @@ impl Seats {
         }
     }
 
+    /// Whether the blocks of `seat` got older since this was last asked.
+    pub(super) fn is_aged(&self, seat: u8) -> bool {
+        let aged = &self.level(seat).aged;
+        aged.load(Ordering::Relaxed) && aged.swap(false, Ordering::Relaxed)
+    }
+
     /// The engine may have evicted anything: what is not read again soon counts as forgotten.
     pub(super) fn missed(&self, seat: u8) {
         self.ages(seat, self.room(seat) / 2);
@@ -210,7 +219,10 @@ impl Seats {
         let freed = places.left & turn.clean;
         places.free = places.free.or(freed);
         places.left = places.left & !freed;
-        turn.older.or(turn.clean).for_each(|seat| self.level(seat).new.store(0, Ordering::Relaxed));
+        turn.older.or(turn.clean).for_each(|seat| {
+            self.level(seat).new.store(0, Ordering::Relaxed);
+            self.level(seat).aged.store(true, Ordering::Relaxed);
+        });
         unmark(&self.due, turn.older.or(turn.clean));
         unmark(&self.dirty, turn.clean);
     }

@@ -80,6 +80,16 @@ impl Table {
         new
     }
 
+    /// Notes that `seat` has the block no more. While somebody else writes beside it, it stays.
+    pub(super) fn take(&self, hash: u64, seat: u8) {
+        let bucket = self.bucket(hash);
+        let Some(guard) = bucket.hold() else { return };
+        if let Some(way) = bucket.way(hash) {
+            bucket.entries[way].take(seat);
+        }
+        bucket.guard.store(guard, Ordering::Release);
+    }
+
     /// Makes young blocks old and takes out what is forgotten.
     pub(super) fn turn(&self, turn: &Turn) {
         for bucket in &self.buckets {
@@ -163,6 +173,12 @@ impl Entry {
     fn put(&self, seat: u8) -> bool {
         let bit = 1 << (seat % 64);
         self.young[usize::from(seat) / 64].fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+
+    fn take(&self, seat: u8) {
+        let (word, bit) = (usize::from(seat) / 64, 1 << (seat % 64));
+        self.young[word].fetch_and(!bit, Ordering::Relaxed);
+        self.old[word].fetch_and(!bit, Ordering::Relaxed);
     }
 
     fn clear(&self) {

@@ -14,14 +14,13 @@ use crate::exchange::Exchange;
 use crate::failover;
 use crate::guard::BESIDE;
 use crate::house::House;
-use crate::money::bill::{Bill, End};
+use crate::money::bill::Bill;
 use crate::pool::queue::{Full, Permit};
 use crate::pool::score::Asked;
 use crate::pool::worked::Share;
-use crate::pool::{Picked, Pool, Upstream, Wanted};
+use crate::pool::{Picked, Pool, Wanted};
 use crate::relay::headers::RequestHead;
 use crate::relay::{self, Answer, Failure, Order, Waiting, WholeFault};
-use crate::usage::Meter;
 
 /// The longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -45,13 +44,18 @@ pub(super) async fn ask(
     let until = Instant::now() + doubt.second.deadline();
     let _permit = enter(pool, doubt, until).await?;
     let picked = pick(pool, doubt).ok_or_else(|| failover::out(pool))?;
-    let asked = doubt.body(picked.upstream.model.as_deref().unwrap_or(doubt.second.model()));
+    let model = picked.upstream.model.as_deref().unwrap_or(doubt.second.model());
+    let asked = doubt.body(model);
+    let price = exchange.price(model, pool, picked.upstream).cloned();
+    let bill = Bill::open(price, doubt.second.operation().0, &asked, 1, true);
     let share = Share::begin(&picked.endpoint, Instant::now());
-    let body = match attempt(house, exchange, pool, &picked, doubt, (asked.clone(), until)).await {
+    let body = match attempt(house, exchange, pool, &picked, doubt, (asked, until)).await {
         Ok(answer) => good(house, pool, &picked, answer).await?,
         Err(failure) => return Err(failed(pool, &picked, doubt, failure)),
     };
-    meter(exchange, pool, picked.upstream, doubt, (&asked, &body), share.micros(Instant::now()));
+    let (usage, cost) = bill.settle_whole(&body, Some(share.micros(Instant::now())));
+    // As if the request had used it itself.
+    exchange.used_besides(usage, cost.flatten());
     read(doubt, body).await
 }
 
@@ -111,27 +115,6 @@ async fn good(house: &House, pool: &Pool, picked: &Picked<'_>, answer: Answer) -
     counter.inc();
     answer.rest.discard(&house.connections, &picked.endpoint.target).await;
     if status.is_success() { Ok(body) } else { Err(format!("it answers with status {}", status.as_u16())) }
-}
-
-/// What it used and cost is the request's, as if it had used it itself.
-fn meter(
-    exchange: &mut Exchange,
-    pool: &Pool,
-    upstream: &Upstream,
-    doubt: &Doubt,
-    (asked, answer): (&Bytes, &Bytes),
-    gpu_us: u64,
-) {
-    let (operation, _) = doubt.second.operation();
-    let model = upstream.model.as_deref().unwrap_or(doubt.second.model());
-    let book = exchange.policy.prices.as_ref();
-    let price =
-        book.and_then(|book| book.find(model, &pool.name, upstream.provider.kind(), exchange.times.at).cloned());
-    let mut meter = Meter::new(operation, false);
-    meter.push(answer);
-    let end = End { bytes: answer.len() as u64, events: false, whole: true, gpu_us: Some(gpu_us) };
-    let (usage, cost) = Bill::open(price, operation, asked, 1, true).settle(meter.usage(), end);
-    exchange.used_besides(usage, cost.flatten());
 }
 
 /// Why there is no answer. One that does not come in our time tells nothing about its endpoint.
