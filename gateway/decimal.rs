@@ -37,8 +37,8 @@ pub fn fill(digits: &mut [u8], mut value: u64) {
 /// The four last digits of a number, the first of them in the lowest byte.
 pub fn four(value: u16) -> u32 {
     let (high, low) = (u32::from(value) / 100 % 100, u32::from(value) % 100);
-    let two = |pair: u32| pair / 10 | pair % 10 << 8;
-    two(high) | two(low) << 16 | 0x3030_3030
+    let two = |pair: u32| (pair / 10) | ((pair % 10) << 8);
+    two(high) | (two(low) << 16) | 0x3030_3030
 }
 
 #[cfg(test)]

@@ -286,7 +286,7 @@ impl Ledger {
         journal: &Journal,
         meters: LedgerMeters,
     ) -> Result<Arc<Self>, String> {
-        let feed = journal.feed_ledger();
+        let feed = journal.feed_ledger(settings.rows == settings::Rows::None);
         let shared = Arc::new(Shared::default());
         let (committed, lag) = (journal.committed(), meters.lag.clone());
         let follower = Follower::new(place.clone(), settings, journal, feed, meters, shared.clone());

@@ -16,6 +16,8 @@ mod fuzz;
 mod guardrails;
 mod identity;
 mod import;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod ledger;
 mod lifecycle;
 mod limits;

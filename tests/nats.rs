@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use infergate::audit::read;
 
-use crate::support::nats::{Nats, Stored};
+use crate::support::nats::Nats;
 use crate::support::{Client, Gateway, Load, chat, eventually, model_server, policy};
 
 fn with_sink(server: &str, nats: &str) -> String {
@@ -15,7 +15,7 @@ fn with_sink(server: &str, nats: &str) -> String {
 }
 
 /// Every line of a journal with one run.
-fn journal(directory: &Path) -> Vec<String> {
+pub fn journal(directory: &Path) -> Vec<String> {
     let run = read::runs(&directory.join("journal")).unwrap().remove(0);
     let mut lines = run.lines(1);
     let mut all = Vec::new();
@@ -25,10 +25,10 @@ fn journal(directory: &Path) -> Vec<String> {
     all
 }
 
-/// The payloads in the order of their first arrival.
-fn firsts(stored: &[Stored]) -> Vec<&str> {
+/// The payloads of messages in the order of their first arrival.
+pub fn firsts<'a>(payloads: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut seen = HashSet::new();
-    stored.iter().map(|message| message.payload.as_str()).filter(|payload| seen.insert(*payload)).collect()
+    payloads.filter(|payload| seen.insert(*payload)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,12 +56,8 @@ async fn a_server_killed_under_load_gets_every_record_in_order() {
     };
     eventually("everything is delivered", Duration::from_secs(60), all).await;
     let (journal, stored) = (journal(gateway.directory.path()), nats.stored("AUDIT").await);
-    assert!(
-        firsts(&stored) == journal,
-        "{} lines of {} came, or in another order",
-        firsts(&stored).len(),
-        journal.len()
-    );
+    let came = firsts(stored.iter().map(|message| message.payload.as_str()));
+    assert!(came == journal, "{} lines of {} came, or in another order", came.len(), journal.len());
     println!("{} lines, {} of them twice", journal.len(), stored.len() - journal.len());
     assert!(gateway.log().contains("audit records cannot be delivered"));
     assert!(gateway.log().contains("audit records are delivered again"));

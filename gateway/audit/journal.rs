@@ -208,9 +208,10 @@ impl Journal {
         &self.run
     }
 
-    /// From now on nothing is removed that the ledger has not folded, and it is told what records count.
-    pub(crate) fn feed_ledger(&self) -> Arc<Feed> {
-        self.ledger.get_or_init(Arc::default).clone()
+    /// From now on nothing is removed that the ledger has not folded, and it is told what records count if that is all
+    /// that it wants of them.
+    pub(crate) fn feed_ledger(&self, sums: bool) -> Arc<Feed> {
+        self.ledger.get_or_init(|| Arc::new(Feed::new(sums))).clone()
     }
 
     /// Whether a ledger is folded from it.
@@ -262,7 +263,7 @@ impl Journal {
     pub fn file(&self, record: &Record<'_>, mut place: Place) -> u64 {
         // The writer gives it back, when the line is on disk.
         place.0 = None;
-        let fact = self.ledger.get().map(|_| Fact::of(record));
+        let fact = self.ledger.get().filter(|feed| feed.is_taken()).map(|_| Fact::of(record));
         let entry = self.push_with("request", record.moment.at, record, fact);
         self.meters.lag.inc();
         entry

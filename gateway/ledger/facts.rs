@@ -125,8 +125,11 @@ pub(super) struct Group {
 }
 
 /// The groups that the ledger has still to take.
-#[derive(Debug, Default)]
-pub(crate) struct Feed(Mutex<Held>);
+#[derive(Debug)]
+pub(crate) struct Feed {
+    is_taken: bool,
+    held: Mutex<Held>,
+}
 
 #[derive(Debug, Default)]
 struct Held {
@@ -136,13 +139,23 @@ struct Held {
 }
 
 impl Feed {
+    /// Nothing yet. Where it is not taken, there never is anything: the ledger wants more of a record than its sums.
+    pub(crate) fn new(is_taken: bool) -> Self {
+        Self { is_taken, held: Mutex::default() }
+    }
+
+    /// Whether somebody takes what is told.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.is_taken
+    }
+
     /// Lines `first` to `last` are on disk, whose last has this chain and whose records count this. What there is no
     /// room for is read in the journal.
     pub(crate) fn add(&self, first: u64, last: u64, chain: &Chain, facts: Facts) {
         let chain = String::from_utf8_lossy(chain).into_owned();
-        let mut held = self.0.lock();
+        let mut held = self.held.lock();
         let count = held.count + 1 + facts.len();
-        if count <= HELD {
+        if self.is_taken && count <= HELD {
             held.count = count;
             held.groups.push_back(Group { first, to: Position { next: last + 1, chain }, facts });
         }
@@ -150,7 +163,7 @@ impl Feed {
 
     /// The groups that go on from line `next`. Where there are none: the line before which it is to be read.
     pub(super) fn take(&self, next: u64) -> (Vec<Group>, u64) {
-        let (mut held, mut taken) = (self.0.lock(), Vec::new());
+        let (mut held, mut taken) = (self.held.lock(), Vec::new());
         let wanted = |taken: &Vec<Group>| taken.last().map_or(next, |group| group.to.next);
         while let Some(group) = held.groups.pop_front_if(|group| group.first <= wanted(&taken)) {
             held.count -= 1 + group.facts.len();
@@ -214,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_told_is_what_the_lines_say() {
         let (_directory, journal) = journal();
-        let feed = journal.feed_ledger();
+        let feed = journal.feed_ledger(true);
         let (telemetry, state, settings) = (Telemetry::new(), State::new(0), Settings::default());
         let text =
             "version: 1\npools:\n  p: {upstreams: [{url: 'http://127.0.0.1:1'}]}\nmodels: [{name: m, pool: p}]\n";
@@ -224,7 +237,8 @@ mod tests {
         let names = ["m".to_owned(), "a\0b".to_owned(), "\u{4e2d}".repeat(200), "\"}\\,\u{1}".to_owned()];
         let minutes = [0, 59_999_999, 60_000_000, 1_795_356_185_123_456].map(Duration::from_micros);
         let sources = [Source::None, Source::Estimated, Source::Partial, Source::Upstream];
-        for n in 0..64_usize {
+        // More than the writer takes at once.
+        for n in 0..512_usize {
             let (which, odd) = (n % 4, n % 3 == 0);
             let sample = Record::sample(moment(SystemTime::UNIX_EPOCH + minutes[n / 4 % 4]));
             let tokens = Some(if odd { u64::MAX } else { n as u64 });
@@ -232,7 +246,7 @@ mod tests {
                 input_tokens: tokens,
                 cached_tokens: tokens.filter(|_| odd),
                 reasoning_tokens: tokens,
-                source: sources[n / 16],
+                source: sources[n / 16 % 4],
                 ..Usage::default()
             };
             let list = if odd { &attempts[..] } else { &[] };
@@ -243,7 +257,7 @@ mod tests {
                     outcome: if odd { Outcome::Refused } else { Outcome::Ok },
                     tenant: Some(names[which].as_str()).filter(|_| !odd),
                     principal: Some(&names[n / 4 % 4]),
-                    model: Models { route: Some(&names[n / 16]), ..sample.model },
+                    model: Models { route: Some(&names[n / 16 % 4]), ..sample.model },
                     usage,
                     cost: Some(cost).filter(|_| n % 5 > 0),
                     unpriced: n % 5 == 0,
@@ -256,7 +270,7 @@ mod tests {
         let (groups, _) = feed.take(feed.take(1).1);
         let told = Batch::told(journal.run(), Position::start(), &groups);
         let read = read(&journal);
-        assert_eq!((told.sums(), told.to, told.records), (read.sums(), read.to, 64));
+        assert_eq!((told.sums(), told.to, told.records), (read.sums(), read.to, 512));
     }
 
     #[tokio::test]
@@ -264,11 +278,12 @@ mod tests {
         let (_directory, journal) = journal();
         let record = Record::sample(moment(SystemTime::now()));
         file(&journal, &record);
-        let feed = journal.feed_ledger();
+        let feed = journal.feed_ledger(true);
         file(&journal, &record);
         journal.flush().await;
         let before = *journal.committed().borrow();
-        assert_eq!(feed.take(before - 1).1, u64::MAX, "of one record nothing is known: both are read");
+        let (told, rest) = feed.take(before - 1);
+        assert!(told.is_empty() && rest == u64::MAX, "of one record nothing is known: both are read");
         file(&journal, &record);
         assert!(feed.take(before + 1).0.is_empty(), "it is not on disk");
         journal.flush().await;
@@ -279,6 +294,16 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_ledger_that_wants_more_than_sums_is_told_nothing() {
+        let (_directory, journal) = journal();
+        let feed = journal.feed_ledger(false);
+        file(&journal, &Record::sample(moment(SystemTime::now())));
+        journal.flush().await;
+        let (told, rest) = feed.take(*journal.committed().borrow());
+        assert!(told.is_empty() && rest == u64::MAX);
+    }
+
+    #[tokio::test]
     async fn what_was_just_written_is_not_read_again() {
         let (directory, journal) = journal();
         let place = Place::File(directory.path().join("l.sqlite3"));
@@ -286,9 +311,9 @@ mod tests {
         let meters = Telemetry::new().ledger;
         let ledger = Ledger::start(place, &settings::Ledger::default(), &journal, meters).unwrap();
         ledger.catch_up(soon()).unwrap();
-        // The writer goes on in it, and nobody else can open it.
+        // The writer goes on at the end, which is not where a reader thinks that it is.
         let run = read::runs(journal.directory()).unwrap().remove(0);
-        std::fs::remove_file(&run.segments().unwrap()[0].path).unwrap();
+        std::fs::write(&run.segments().unwrap()[0].path, "").unwrap();
         let record = Record { tenant: Some("t"), ..Record::sample(moment(SystemTime::now())) };
         for _ in 0..3 {
             file(&journal, &record);
@@ -309,7 +334,7 @@ mod tests {
 
     #[test]
     fn groups_go_on_where_the_ledger_is_and_what_is_between_is_read() {
-        let feed = Feed::default();
+        let feed = Feed::new(true);
         let firsts = |(groups, before): (Vec<Group>, u64)| (groups.iter().map(|g| g.first).collect::<Vec<_>>(), before);
         for (first, last) in [(3, 4), (5, 5), (8, 9), (10, 12), (13, 13)] {
             add(&feed, first, last, 1);
@@ -318,16 +343,16 @@ mod tests {
         assert_eq!(firsts(feed.take(3)), (vec![3, 5], 8));
         assert_eq!(firsts(feed.take(9)), (vec![], 10), "one that was read to its middle is read to its end");
         assert_eq!(firsts(feed.take(10)), (vec![10, 13], u64::MAX));
-        assert_eq!(feed.0.lock().count, 0);
+        assert_eq!(feed.held.lock().count, 0);
     }
 
     #[test]
     fn a_ledger_that_takes_nothing_makes_nothing_grow() {
-        let feed = Feed::default();
+        let feed = Feed::new(true);
         add(&feed, 1, 5, HELD - 1);
         add(&feed, 6, 7, 1);
         assert_eq!(feed.take(1).0.len(), 1);
         (8..).take(HELD + 5).for_each(|line| add(&feed, line, line, 0));
-        assert_eq!(feed.0.lock().groups.len(), HELD);
+        assert_eq!(feed.held.lock().groups.len(), HELD);
     }
 }

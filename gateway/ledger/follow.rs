@@ -304,7 +304,7 @@ impl Follower {
 
     /// Folds a batch of our own run, if there is one: what the journal told of it, or lines up to number `limit`.
     fn step(&mut self, store: &mut dyn Store, own: &mut Stretch, limit: u64) -> Result<bool, Stop> {
-        let (told, before) = if self.rows { (Vec::new(), u64::MAX) } else { self.feed.take(own.at.next) };
+        let (told, before) = self.feed.take(own.at.next);
         if told.is_empty() {
             return self.read(store, own, limit.min(before - 1));
         }

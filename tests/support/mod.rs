@@ -6,6 +6,8 @@ pub mod gateway;
 pub mod http;
 pub mod issuer;
 pub mod journal;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod keys;
 pub mod load;
 pub mod nats;
