@@ -405,43 +405,11 @@ async fn an_engine_says_itself_how_much_it_can_hold() {
     assert_eq!(gateway.metric(&gauge).await, 48_000.0);
 }
 
-/// What an engine says that has cleared its cache.
+/// What an engine says to which nothing happened, and one that has cleared its cache.
+const NOTHING: &[u8] = b"\x92\xc0\x90";
 const CLEARED: &[u8] = b"\x92\xcb\0\0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared";
 
-/// Publishes a batch with this number; an empty one if none is given.
-async fn publish(engine: &mut zeromq::PubSocket, number: u64, batch: Option<Vec<u8>>) {
-    let batch = batch.unwrap_or_else(|| b"\x92\xc0\x90".to_vec());
-    let frames = [b"kv".to_vec(), number.to_be_bytes().to_vec(), batch].map(bytes::Bytes::from);
-    engine.send(zeromq::ZmqMessage::try_from(frames.to_vec()).unwrap()).await.unwrap();
-}
-
-#[tokio::test]
-async fn an_engine_that_clears_its_cache_says_so_itself() {
-    let mut engine = zeromq::PubSocket::new();
-    let zeromq::Endpoint::Tcp(_, port) = engine.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
-    let server = paced(2).await;
-    let upstream = format!("{}\n        kv_events: {port}", server.url());
-    let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
-    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
-    let mut number = 0;
-    while told().await.is_null() {
-        publish(&mut engine, number, None).await;
-        number += 1;
-    }
-    let has_read = async || {
-        let answer = Client::h1().post(gateway.address, CHAT, prompt(&"begins ".repeat(500))).await;
-        let decision = decision(&gateway, answer.header("x-request-id")).await;
-        decision["why"].as_str().unwrap().contains("has read")
-    };
-    eventually("it has read it", SOON, has_read).await;
-    let before = told().await["batches"].as_u64().unwrap();
-    publish(&mut engine, number, Some(CLEARED.to_vec())).await;
-    let cleared = async || told().await["batches"].as_u64().unwrap() > before && told().await["followed"] == true;
-    eventually("it has told so", SOON, cleared).await;
-    assert!(!has_read().await, "what it had read is gone");
-}
-
-/// A batch that says that blocks named from 1 on were stored for a session, or evicted.
+/// A batch that says that blocks with these names, of 64 tokens, were stored for a session, or evicted.
 fn blocks(event: &str, names: std::ops::RangeInclusive<u8>, session: &str) -> Vec<u8> {
     let text = |text: &str| [&[0xd9, text.len() as u8], text.as_bytes()].concat();
     let names = [&[0xdc, 0, names.clone().count() as u8][..], &names.collect::<Vec<u8>>()].concat();
@@ -458,54 +426,93 @@ fn blocks(event: &str, names: std::ops::RangeInclusive<u8>, session: &str) -> Ve
     [&[0x92, 0xc0, 0x91, 0x84], &members.concat()[..]].concat()
 }
 
+/// A gateway before an engine that publishes what happens to its cache.
+struct Publisher {
+    socket: zeromq::PubSocket,
+    number: u64,
+    server: Simulated,
+    gateway: Gateway,
+}
+
+impl Publisher {
+    /// One that is heard.
+    async fn start() -> Self {
+        let mut socket = zeromq::PubSocket::new();
+        let zeromq::Endpoint::Tcp(_, port) = socket.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
+        let server = paced(2).await;
+        let upstream = format!("{}\n        kv_events: {port}", server.url());
+        let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
+        let mut this = Self { socket, number: 0, server, gateway };
+        while this.told().await.is_null() {
+            this.publish(NOTHING).await;
+        }
+        this
+    }
+
+    async fn publish(&mut self, batch: &[u8]) {
+        let frames = [b"kv", &self.number.to_be_bytes()[..], batch].map(bytes::Bytes::copy_from_slice);
+        self.socket.send(zeromq::ZmqMessage::try_from(frames.to_vec()).unwrap()).await.unwrap();
+        self.number += 1;
+    }
+
+    /// Publishes a batch and waits until it was heard.
+    async fn tell(&mut self, batch: &[u8]) {
+        let before = self.told().await["batches"].as_u64().unwrap();
+        self.publish(batch).await;
+        let heard = async || self.told().await["batches"].as_u64().unwrap() > before;
+        eventually("it has told it", SOON, heard).await;
+    }
+
+    /// What the gateway has heard from it.
+    async fn told(&self) -> serde_json::Value {
+        self.gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone()
+    }
+
+    /// Asks; returns the request's id.
+    async fn ask(&self, text: &str) -> String {
+        let theirs = [("x-session-id", "the client's own")];
+        let answer = Client::h1().post_with(self.gateway.address, CHAT, &theirs, prompt(text)).await;
+        answer.header("x-request-id").to_owned()
+    }
+
+    /// How many tokens of this it has read before, as the gateway sees it.
+    async fn has_read(&self, text: &str) -> u64 {
+        let decision = decision(&self.gateway, &self.ask(text).await).await;
+        let (_, share) = decision["why"].as_str().unwrap().split_once("has read ").unwrap_or(("", "0 of"));
+        share.split(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_clears_its_cache_says_so_itself() {
+    let (mut engine, text) = (Publisher::start().await, "begins ".repeat(500));
+    eventually("it has read it", SOON, async || engine.has_read(&text).await > 0).await;
+    engine.tell(CLEARED).await;
+    let followed = async || engine.told().await["followed"] == true;
+    eventually("it is followed", SOON, followed).await;
+    assert_eq!(engine.has_read(&text).await, 0, "what it had read is gone");
+}
+
 #[tokio::test]
 async fn an_engine_says_itself_which_blocks_of_which_prompt_it_has_evicted() {
-    let mut engine = zeromq::PubSocket::new();
-    let zeromq::Endpoint::Tcp(_, port) = engine.bind("tcp://127.0.0.1:0").await.unwrap() else { panic!("no port") };
-    let server = paced(2).await;
-    let upstream = format!("{}\n        kv_events: {port}", server.url());
-    let gateway = Gateway::start(&policy(&[&upstream], "balance: expected_time")).await;
-    let told = async || gateway.admin("/admin/upstreams").await.json()["endpoints"][0]["kv_events"].clone();
-    let mut number = 0;
-    while told().await.is_null() {
-        publish(&mut engine, number, None).await;
-        number += 1;
-    }
-    let text = "begins ".repeat(730);
-    let ask = async || {
-        let theirs = [("x-session-id", "the client's own")];
-        let answer = Client::h1().post_with(gateway.address, CHAT, &theirs, prompt(&text)).await;
-        answer.header("x-request-id").to_owned()
-    };
-    let id = ask().await;
-    let seen = server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
+    let (mut engine, text) = (Publisher::start().await, "begins ".repeat(730));
+    let id = engine.ask(&text).await;
+    let seen = engine.server.seen().into_iter().rfind(|seen| seen.method == "POST").unwrap();
     let sessions: Vec<_> = seen.headers.get_all("x-session-id").iter().collect();
     assert_eq!(sessions, [&*id], "the request's id, and not what the client sends");
-    let tokens = Journal::settled(&gateway).await.record(&id)["usage"]["input_tokens"].as_u64().unwrap();
+    let tokens = Journal::settled(&engine.gateway).await.record(&id)["usage"]["input_tokens"].as_u64().unwrap();
     let count = (tokens / 64) as u8;
     // An engine tells before it answers; this one a moment after. Where that was too late it tells of the next.
-    let mut first = 1;
-    while told().await["placed_blocks"] == 0 {
-        first += count;
-        let before = told().await["batches"].as_u64().unwrap();
-        let stored = blocks("BlockStored", first..=first + count - 1, &ask().await);
-        for batch in [Some(stored), None] {
-            publish(&mut engine, number, batch).await;
-            number += 1;
-        }
-        let heard = async || told().await["batches"].as_u64().unwrap() >= before + 2;
-        eventually("it has told both", SOON, heard).await;
+    while engine.told().await["placed_blocks"] == 0 {
+        engine.tell(&blocks("BlockRemoved", 1..=count, "")).await;
+        let id = engine.ask(&text).await;
+        engine.tell(&blocks("BlockStored", 1..=count, &id)).await;
+        engine.tell(NOTHING).await;
     }
-    let has_read = async || {
-        let why = decision(&gateway, &ask().await).await["why"].as_str().unwrap().to_owned();
-        let (_, share) = why.split_once("has read ").unwrap_or(("", "0 of"));
-        share.split(' ').next().unwrap().parse::<u64>().unwrap()
-    };
-    assert!(has_read().await > tokens * 9 / 10);
-    let held = told().await["held_blocks"].as_u64().unwrap();
-    publish(&mut engine, number, Some(blocks("BlockRemoved", first + count / 2..=first + count - 1, ""))).await;
-    eventually("half is gone", SOON, async || told().await["held_blocks"].as_u64().unwrap() < held).await;
-    assert!(has_read().await < tokens * 6 / 10);
+    assert!(engine.has_read(&text).await > tokens * 9 / 10);
+    engine.tell(&blocks("BlockRemoved", count / 2..=count, "")).await;
+    assert_eq!(engine.told().await["held_blocks"], count / 2 - 1);
+    assert!(engine.has_read(&text).await < tokens * 6 / 10);
 }
 
 #[tokio::test]

@@ -599,15 +599,19 @@ async fn a_second_stage_in_a_pool_is_asked_as_any_request_and_only_where_the_ten
     assert!(answered.is_some_and(|line| line.ends_with(" 1")), "{answered:?}");
 }
 
-#[tokio::test]
-async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits_of_whoever_asks() {
-    let judge = Wire::start(|_| {
+/// A judge that finds for the second route, and says that it read 40 tokens and wrote 2.
+async fn paid_judge() -> Wire {
+    Wire::start(|_| {
         let usage = json!({"prompt_tokens": 40, "completion_tokens": 2});
         let answer = json!({"choices": [{"message": {"content": "B"}}], "usage": usage}).to_string();
         Framing::Length.answer("application/json", &answer.into(), 4096)
     })
-    .await;
-    let server = models().await;
+    .await
+}
+
+#[tokio::test]
+async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits_of_whoever_asks() {
+    let (judge, server) = (paid_judge().await, models().await);
     let money = "prices: {list: [{models: ['*'], input: 1, output: 2}, {models: [wise], input: 1000, output: 3000}]}\nlimits: [{name: all, tokens: 1000, per: 1h}, {name: read, input_tokens: 1000, per: 1h}, {name: written, output_tokens: 1000, per: 1h}, {name: purse, usd: 1, per: day}]\n";
     let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
     let gateway = Gateway::start(&(policy + money)).await;
@@ -635,13 +639,7 @@ async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits
 
 #[tokio::test]
 async fn what_a_second_stage_used_counts_in_the_limits_that_refuse_the_request_after_it() {
-    let judge = Wire::start(|_| {
-        let usage = json!({"prompt_tokens": 40, "completion_tokens": 2});
-        let answer = json!({"choices": [{"message": {"content": "B"}}], "usage": usage}).to_string();
-        Framing::Length.answer("application/json", &answer.into(), 4096)
-    })
-    .await;
-    let server = models().await;
+    let (judge, server) = (paid_judge().await, models().await);
     let limits = "limits: [{name: all, tokens: 1000, per: 1h, on_short: refuse}, {requests: 9, per: 1h}]\n";
     let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
     let gateway = Gateway::start(&(policy + limits)).await;
