@@ -19,7 +19,7 @@ use serde_json::value::RawValue;
 
 pub use self::answer::{answer, answer_with_tools};
 pub use self::asked::schemas;
-pub use self::event::{Event, data, each, event, told};
+pub use self::event::{Event, Events, data, each, event, told};
 pub use self::prompt::{extras, form, prompt};
 pub use self::reading::{Reading, Texts, unescaped, written};
 pub use self::traces::{forget_end, forget_tokens};

@@ -20,6 +20,8 @@ use crate::text::{self, Text, Tool};
 #[derive(Debug)]
 pub(super) struct Filter {
     operation: Operation,
+    /// Reads what comes.
+    events: text::Events,
     /// Whether it brings originals back instead of asking rules.
     restores: bool,
     channels: Vec<Open>,
@@ -73,8 +75,8 @@ impl Filter {
 
     fn new(operation: Operation, restores: bool) -> Self {
         let (channels, waiting) = (Vec::new(), VecDeque::new());
-        let tools = Vec::new();
-        Self { operation, restores, channels, tools, waiting, waiting_bytes: 0, over: false, blind: false }
+        let (tools, events) = (Vec::new(), text::Events::default());
+        Self { operation, restores, events, channels, tools, waiting, waiting_bytes: 0, over: false, blind: false }
     }
 
     /// Takes whole events and leaves in `events` what may leave.
@@ -109,7 +111,7 @@ impl Filter {
         let Some(data) = text::data(&event).filter(|_| !self.blind) else {
             return self.unread(event, guard);
         };
-        let Ok(told) = text::event(self.operation, &event[data.clone()]) else {
+        let Ok(told) = self.events.read(self.operation, &event[data.clone()]) else {
             return self.unread(event, guard);
         };
         if self.waiting_bytes + event.len() > WAITING_MAX {

@@ -115,6 +115,60 @@ pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
     Ok(Event { texts: found.texts, tools: found.tools, is_part, ends })
 }
 
+/// Reads the events of one stream, one after the other. Most are the one before but for a string: of such no more than the
+/// string is read.
+#[derive(Debug, Default)]
+pub struct Events {
+    frame: Option<Frame>,
+}
+
+/// What stands around the only text of an event.
+#[derive(Debug)]
+struct Frame {
+    before: Box<[u8]>,
+    behind: Box<[u8]>,
+    text: Text,
+}
+
+/// Longer frames are not kept.
+const FRAME_MAX: usize = 1024;
+
+impl Events {
+    /// What the next event says: see [`event`].
+    pub fn read(&mut self, operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
+        if let Some(text) = self.frame.as_ref().and_then(|frame| frame.text(data)) {
+            return Ok(Event { texts: vec![text], is_part: true, ..Event::default() });
+        }
+        let told = event(operation, data)?;
+        self.frame = Frame::of(&told, data);
+        Ok(told)
+    }
+}
+
+impl Frame {
+    /// The frame of an event that says one thing and means nothing besides.
+    fn of(told: &Event, data: &[u8]) -> Option<Self> {
+        let [text] = told.texts.as_slice() else { return None };
+        let (before, behind) = (data.get(..text.span.start)?, data.get(text.span.end..)?);
+        let is_all = told.is_part && told.tools.is_empty() && told.ends.is_none();
+        let is_kept = is_all && before.ends_with(b"\"") && before.len() + behind.len() <= FRAME_MAX;
+        is_kept.then(|| Self { before: before.into(), behind: behind.into(), text: text.clone() })
+    }
+
+    /// The text of an event that has this frame. Where the string in it is as it stands, the event is built as that one was.
+    fn text(&self, data: &[u8]) -> Option<Text> {
+        let said = data.strip_prefix(&*self.before)?.strip_suffix(&*self.behind)?;
+        let span = self.before.len()..self.before.len() + said.len();
+        is_as_it_stands(said).then(|| Text { span, ..self.text.clone() })
+    }
+}
+
+/// Whether these bytes are a string's that ends where they end, with nothing in it to undo.
+fn is_as_it_stands(said: &[u8]) -> bool {
+    let plain = |byte: &u8| *byte >= b' ' && !matches!(byte, b'"' | b'\\');
+    !said.is_empty() && said.iter().all(plain) && std::str::from_utf8(said).is_ok()
+}
+
 /// What a whole stream says altogether: a document with each of its texts, and where they stand in it.
 pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), Unreadable> {
     let mut parts: Vec<(Text, Vec<u8>)> = Vec::new();
@@ -156,14 +210,14 @@ pub fn each(events: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// Where the data of an event stands: behind `data:` of its one such line. An event without data has none, at its end.
 pub fn data(event: &[u8]) -> Option<Range<usize>> {
     let (mut found, mut at) = (None, 0);
-    for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
-        if let Some(value) = line.strip_prefix(b"data:") {
+    for end in memchr::memchr2_iter(b'\n', b'\r', event).chain([event.len()]) {
+        if let Some(value) = event[at..end].strip_prefix(b"data:") {
             if found.is_some() {
                 return None;
             }
-            found = Some(at + line.len() - value.len()..at + line.len());
+            found = Some(end - value.len()..end);
         }
-        at += line.len() + 1;
+        at = end + 1;
     }
     Some(found.unwrap_or(event.len()..event.len()))
 }
@@ -248,5 +302,86 @@ impl<'a> Collector<'a> {
         let is_part = told.delta.is_some();
         self.optional(Place::AnswerContent, 0, told.delta.or(told.text));
         (is_part, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_that_are_alike_are_read_as_each_would_be_alone() {
+        let chat = |said: &str, more: &str| {
+            format!(
+                r#"{{"id":"x","choices":[{{"index":0,"delta":{{"content":"{said}"}},{more}"finish_reason":null}}]}}"#
+            )
+        };
+        let part = |kind: &str, said: &str| {
+            format!(r#"{{"type":"{kind}","index":1,"delta":{{"type":"text_delta","text":"{said}"}}}}"#)
+        };
+        let said = [
+            "a",
+            "",
+            "two words",
+            "b",
+            "\"",
+            "\\\"",
+            r#""},"x":{"content":"y"#,
+            "\\",
+            "\\n",
+            "\u{4e2d}",
+            "\u{1}",
+            "\t",
+            "c",
+            r#"d","refusal":"no"#,
+            r#"e"},"finish_reason":"stop","x":{"y":"z"#,
+            "f",
+            "\\u0000",
+            "\\ud800",
+            "g",
+        ];
+        let documents: Vec<(Operation, Vec<u8>)> = said
+            .iter()
+            .flat_map(|said| {
+                [
+                    (Operation::Chat, chat(said, "")),
+                    (Operation::Chat, chat(said, "\"logprobs\":null,")),
+                    (Operation::Chat, chat(said, "").replace("null", "\"stop\"")),
+                    (Operation::Chat, chat(said, "").replace("\"index\":0", "\"index\":1")),
+                    (Operation::Messages, part("content_block_delta", said)),
+                    (Operation::Messages, part("content_block_stop", said)),
+                    (Operation::Responses, format!(r#"{{"type":"response.output_text.delta","delta":"{said}"}}"#)),
+                    (Operation::Responses, format!(r#"{{"type":"response.output_text.done","text":"{said}"}}"#)),
+                    (Operation::Responses, format!(r#"{{"type":"{said}","delta":"x"}}"#)),
+                    (Operation::Generate, format!(r#"{{"token":{{"text":"{said}"}},"generated_text":null}}"#)),
+                ]
+            })
+            .map(|(operation, document)| (operation, document.into_bytes()))
+            .chain([(Operation::Chat, [chat("a", "").split_at(54).0.as_bytes(), b"\xff\"}}]}"].concat())])
+            .collect();
+        let mut random = fastrand::Rng::with_seed(3);
+        for round in 0..200 {
+            let operation = documents[round % documents.len()].0;
+            let mut events = Events::default();
+            let mut read_again = 0;
+            for _ in 0..60 {
+                let (_, mut document) = random.choice(&documents).cloned().unwrap();
+                if random.u8(..8) == 0 && !document.is_empty() {
+                    let at = random.usize(..document.len());
+                    document[at] = random.u8(..);
+                }
+                for _ in 0..2 {
+                    assert_eq!(
+                        events.read(operation, &document),
+                        event(operation, &document),
+                        "{}",
+                        document.escape_ascii()
+                    );
+                    read_again +=
+                        usize::from(events.frame.as_ref().is_some_and(|frame| frame.text(&document).is_some()));
+                }
+            }
+            assert!(round != 0 || read_again > 5, "{read_again}");
+        }
     }
 }
