@@ -4,7 +4,7 @@
 //! batches in a numbered sequence. Their blocks are named by hashes of tokens, and the tokens of a prompt are not known
 //! without its model's tokenizer. But both tell for which session they stored a block, and a request says which that is
 //! ([`KvSession`](crate::policy::file::KvSession)): so it is known which blocks of which prompt an engine holds, and they
-//! are forgotten when it evicts them ([`known`]). What is not known so is forgotten by how much the engine evicts, which
+//! are forgotten when it evicts them (`feed/known.rs`). What is not known so is forgotten by how much the engine evicts, which
 //! takes the place of the guess at that.
 //!
 //! A batch that is missing, or cannot be read, ends both: the guess is in force again until a hundred came in a row. So it
