@@ -164,17 +164,10 @@ pub fn before_last(events: &[u8], comment: &str, whole: bool) -> Bytes {
 pub fn ends(events: &[u8]) -> impl Iterator<Item = usize> {
     let (mut framer, mut at) = (Framer::default(), 0);
     std::iter::from_fn(move || {
-        while at < events.len() {
-            let ends = framer.push(&events[at..=at]) > 0;
-            at += 1;
-            if ends {
-                // Of CRLF, the line feed belongs to its carriage return.
-                let behind = usize::from(events[at - 1] == b'\r' && events.get(at) == Some(&b'\n'));
-                at += behind;
-                return Some(at);
-            }
-        }
-        None
+        at += framer.to_end(&events[at..])?;
+        // Of CRLF, the line feed belongs to its carriage return.
+        at += usize::from(events[at - 1] == b'\r' && events.get(at) == Some(&b'\n'));
+        Some(at)
     })
 }
 
@@ -239,6 +232,24 @@ mod tests {
         let message = "event: message_delta\ndata: {}\n\nevent: message_stop\ndata: {}\n\n";
         assert_eq!(put(message, true), message.replace("event: message_stop", ": c\n\nevent: message_stop"));
         assert_eq!(put("", true), ": c\n\n");
+    }
+
+    #[test]
+    fn the_ends_of_events_are_where_a_reader_of_single_bytes_finds_them() {
+        let mut random = fastrand::Rng::with_seed(9);
+        for _ in 0..20_000 {
+            let text: Vec<u8> = (0..random.usize(..40)).map(|_| *random.choice(b"\n\n\r\rab:").unwrap()).collect();
+            let (mut framer, mut at, mut expected) = (Framer::default(), 0, Vec::new());
+            while at < text.len() {
+                let is_end = framer.push(&text[at..=at]) > 0;
+                at += 1;
+                if is_end {
+                    at += usize::from(text[at - 1] == b'\r' && text.get(at) == Some(&b'\n'));
+                    expected.push(at);
+                }
+            }
+            assert_eq!(ends(&text).collect::<Vec<_>>(), expected, "{}", text.escape_ascii());
+        }
     }
 
     #[test]

@@ -31,23 +31,29 @@ impl Framer {
     /// end has not come yet.
     pub fn push(&mut self, bytes: &[u8]) -> usize {
         let mut complete = 0;
+        while let Some(length) = self.to_end(&bytes[complete..]) {
+            complete += length;
+        }
+        complete
+    }
+
+    /// Takes the next bytes as far as the first event among them ends; returns how many they are. Where none ends, all
+    /// are taken.
+    pub fn to_end(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
         while let Some(&byte) = bytes.get(at) {
             if self.state == State::Line && byte != b'\n' && byte != b'\r' {
                 // Most bytes are inside a line: go to its end in one vectorised step.
-                match memchr::memchr2(b'\n', b'\r', &bytes[at..]) {
-                    Some(length) => at += length,
-                    None => return complete,
-                }
+                at += memchr::memchr2(b'\n', b'\r', &bytes[at..])?;
                 continue;
             }
             self.state = self.state.after(byte);
             at += 1;
             if self.state.is_boundary() {
-                complete = at;
+                return Some(at);
             }
         }
-        complete
+        None
     }
 
     /// Whether the bytes so far end with a complete event, or there were none.
