@@ -193,26 +193,23 @@ impl Endpoint {
     /// Its engine told a batch of events.
     fn follows(&self, step: Step, batch: &[u8], now: Instant) {
         self.feed.batches.fetch_add(1, Relaxed);
-        if step == Step::Restart {
-            self.forget_prompts();
-        }
         let mut known = self.feed.known.lock();
-        if matches!(step, Step::Restart | Step::Gap) {
-            *known = Known::default();
+        match step {
+            Step::Restart => self.has_nothing(&mut known),
+            Step::Gap => *known = Known::default(),
+            // Before the batch is heard: what is evicted with it was there until now.
+            Step::Next | Step::Distrusted => self.places(&mut known, now),
         }
-        self.places(&mut known, now);
         let (evicted, is_whole) = self.hears_events(&mut known, batch);
         self.feed.removed.fetch_add(evicted, Relaxed);
         if !is_whole {
             *known = Known::default();
         }
-        if !is_whole || step == Step::Gap {
-            self.feed.gaps.fetch_add(1, Relaxed);
-        }
-        self.places(&mut known, now);
+        let misses = !is_whole || step == Step::Gap;
+        self.feed.gaps.fetch_add(misses.into(), Relaxed);
         let Some(seat) = self.seated() else { return };
         seat.follow(is_whole && matches!(step, Step::Next | Step::Restart));
-        if !is_whole || step == Step::Gap {
+        if misses {
             seat.missed();
         }
         let block = self.load.told.cache().map_or(BLOCK_TOKENS, |cache| cache.block);
@@ -251,11 +248,16 @@ impl Endpoint {
             }
             Event::Cleared => {
                 evicted = 0;
-                *known = Known::default();
-                self.forget_prompts();
+                self.has_nothing(known);
             }
         });
         (evicted, is_whole)
+    }
+
+    /// Its cache is empty.
+    fn has_nothing(&self, known: &mut Known) {
+        *known = Known::default();
+        self.forget_prompts();
     }
 }
 

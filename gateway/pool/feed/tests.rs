@@ -471,6 +471,7 @@ fn only_what_was_stored_for_a_request_of_ours_from_its_beginning_on_is_placed() 
     assert_eq!(placed(), 0);
     // The rest of the third comes late, and in time.
     tells(&endpoint, &stores(&blocks(3, 40, 40), Some(3 << 32 | 39), &session(3)));
+    tells(&endpoint, &batch(vec![]));
     assert_eq!(placed(), 20);
     assert_eq!(endpoint.feed.read.lock().len(), 3);
     endpoint.follows(Step::Next, &batch(vec![]), Instant::now() + PATIENCE);
