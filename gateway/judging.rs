@@ -65,7 +65,7 @@ async fn asked(
     planned: &Planned,
     (document, texts, mut edits): (&Bytes, Vec<Text>, Vec<Edit>),
 ) -> Result<(), Stop> {
-    let Some(guard) = exchange.tally.guard.as_ref().filter(|guard| guard.holds()) else { return Ok(()) };
+    let Some(guard) = &exchange.tally.guard else { return Ok(()) };
     let Some(asked) = guard.ask(house, &texts, document, &edits, (false, false)) else { return Ok(()) };
     let said = waiting(downstream, exchange, planned).until(planned.total, asked.said()).await;
     let guard = exchange.tally.guard.as_mut();
