@@ -34,28 +34,14 @@ pub fn fill(digits: &mut [u8], mut value: u64) {
     }
 }
 
-/// The four last digits of a number, the first of them in the lowest byte.
-pub fn four(value: u16) -> u32 {
-    let (high, low) = (u32::from(value) / 100 % 100, u32::from(value) % 100);
-    let two = |pair: u32| (pair / 10) | ((pair % 10) << 8);
-    two(high) | (two(low) << 16) | 0x3030_3030
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn digits_are_what_formatting_writes() {
-        for value in [0, 9, 10, 99, 100, 4_711, u64::from(u32::MAX), u64::MAX] {
+        for value in (0..=u64::from(u16::MAX)).chain([u64::from(u32::MAX), u64::MAX]) {
             assert_eq!(digits(value, &mut [0; 20]), value.to_string().as_bytes());
-        }
-    }
-
-    #[test]
-    fn four_digits_are_always_four() {
-        for value in 0..=u16::MAX {
-            assert_eq!(four(value).to_le_bytes(), *format!("{:04}", value % 10_000).as_bytes());
         }
     }
 }

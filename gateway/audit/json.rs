@@ -76,22 +76,6 @@ impl Line {
             copy(between, plain.as_bytes());
         }
     }
-
-    /// Appends a number's digits. Most have at most four: these are written at once, and moved over the zeros.
-    fn number(&mut self, value: u64) {
-        if value >= 10_000 {
-            return self.long_number(value);
-        }
-        let zeros = usize::from(value < 10) + usize::from(value < 100) + usize::from(value < 1_000);
-        self.put(&(decimal::four(value as u16) >> (8 * zeros)).to_le_bytes());
-        self.truncate(self.end - zeros);
-    }
-
-    #[inline(never)]
-    fn long_number(&mut self, value: u64) {
-        self.number(value / 10_000);
-        self.put(&decimal::four((value % 10_000) as u16).to_le_bytes());
-    }
 }
 
 impl io::Write for Line {
@@ -215,7 +199,7 @@ impl<'a> Serializer for Json<'a> {
     }
 
     fn serialize_u64(self, value: u64) -> Result<(), Unusual> {
-        self.0.number(value);
+        self.0.put(decimal::digits(value, &mut [0; 20]));
         Ok(())
     }
 
