@@ -19,7 +19,7 @@ use serde_json::value::RawValue;
 
 pub use self::answer::{answer, answer_with_tools};
 pub use self::asked::schemas;
-pub use self::event::{Event, Events, data, each, event, told};
+pub use self::event::{Event, Events, data, each, told};
 pub use self::prompt::{extras, form, prompt};
 pub use self::reading::{Reading, Texts, unescaped, written};
 pub use self::traces::{forget_end, forget_tokens};
@@ -402,11 +402,11 @@ mod tests {
             (Generate, r#"{"token":{"text":"A"},"generated_text":null}"#, &[("content", "A")]),
         ];
         for (operation, document, expected) in cases {
-            let event = event(*operation, document.as_bytes()).unwrap();
+            let event = event::event(*operation, document.as_bytes()).unwrap();
             assert_eq!(told(document, event.texts), pairs(expected), "{document}");
         }
         let numbers = |data: &str| -> Vec<u64> {
-            event(Operation::Chat, data.as_bytes()).unwrap().texts.into_iter().map(|text| text.channel).collect()
+            event::event(Operation::Chat, data.as_bytes()).unwrap().texts.into_iter().map(|text| text.channel).collect()
         };
         let of = |choice: u64| format!(r#"{{"choices":[{{"index":{choice},"delta":{{"content":"A"}}}}]}}"#);
         assert_eq!(numbers(&of(1)), numbers(&of(1)));

@@ -99,7 +99,7 @@ struct BlockDelta<'a> {
 }
 
 /// What the event with this `data` says, on the stream that answers `operation`. `[DONE]` says nothing.
-pub fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
+pub(super) fn event(operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
     if !speaks(operation) || data.trim_ascii() == b"[DONE]" || data.trim_ascii().is_empty() {
         return Ok(Event::default());
     }
@@ -134,7 +134,7 @@ struct Frame {
 const FRAME_MAX: usize = 1024;
 
 impl Events {
-    /// What the next event says: see [`event`].
+    /// What the next event says, of the stream that answers `operation`, and whose data this is. `[DONE]` says nothing.
     pub fn read(&mut self, operation: Operation, data: &[u8]) -> Result<Event, Unreadable> {
         if let Some(text) = self.frame.as_ref().and_then(|frame| frame.text(data)) {
             return Ok(Event { texts: vec![text], is_part: true, ..Event::default() });
@@ -173,9 +173,10 @@ fn is_as_it_stands(said: &[u8]) -> bool {
 pub fn told(operation: Operation, events: &[u8]) -> Result<(Bytes, Vec<Text>), Unreadable> {
     let mut parts: Vec<(Text, Vec<u8>)> = Vec::new();
     let mut wholes: Vec<(Text, Vec<u8>)> = Vec::new();
+    let mut reader = Events::default();
     for event in each(events) {
         let data = data(event).ok_or(Unreadable)?;
-        let said = self::event(operation, &event[data.clone()])?;
+        let said = reader.read(operation, &event[data.clone()])?;
         let texts = if said.is_part { &mut parts } else { &mut wholes };
         for text in said.texts {
             let encoded = &event[data.start + text.span.start..data.start + text.span.end];

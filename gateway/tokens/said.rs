@@ -43,7 +43,7 @@ impl Said {
     }
 
     fn of_events(&self) -> Option<u64> {
-        let mut read = 0;
+        let (mut read, mut events) = (0, text::Events::default());
         // Each text is put together before it is counted: parts of words have more tokens than words.
         let mut texts: BTreeMap<(Place, u64), String> = BTreeMap::new();
         for end in ends(&self.kept) {
@@ -51,7 +51,7 @@ impl Said {
             read = end;
             let Some(data) = text::data(event) else { continue };
             let data = &event[data];
-            let Ok(told) = text::event(self.operation, data) else { continue };
+            let Ok(told) = events.read(self.operation, data) else { continue };
             for part in told.texts.iter().filter(|part| told.is_part && !self.repeats(part)) {
                 texts.entry((part.place, part.channel)).or_default().push_str(&text::unescaped(data, part)?);
             }
