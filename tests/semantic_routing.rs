@@ -569,6 +569,11 @@ fn doubtful_in_a_pool(url: &str, service: &str, more: &str) -> String {
         .replace("routers:\n", &format!("{pool}routers:\n"))
 }
 
+/// The same where the pool needs no key.
+fn without_key(policy: String) -> String {
+    policy.replace(", key: {env: INFERGATE_PEPPER}", "")
+}
+
 #[tokio::test]
 async fn a_second_stage_in_a_pool_is_asked_as_any_request_and_only_where_the_tenants_requests_may_go() {
     let (server, judge) = (models().await, Wire::start(|_| letter("B")).await);
@@ -613,8 +618,7 @@ async fn paid_judge() -> Wire {
 async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits_of_whoever_asks() {
     let (judge, server) = (paid_judge().await, models().await);
     let money = "prices: {list: [{models: ['*'], input: 1, output: 2}, {models: [wise], input: 1000, output: 3000}]}\nlimits: [{name: all, tokens: 1000, per: 1h}, {name: read, input_tokens: 1000, per: 1h}, {name: written, output_tokens: 1000, per: 1h}, {name: purse, usd: 1, per: day}]\n";
-    let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
-    let gateway = Gateway::start(&(policy + money)).await;
+    let gateway = Gateway::start(&(without_key(doubtful_in_a_pool(&server.url(), &judge.url(), "")) + money)).await;
     for _ in 0..2 {
         route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await;
     }
@@ -641,8 +645,7 @@ async fn what_a_second_stage_in_a_pool_uses_is_paid_for_and_counts_in_the_limits
 async fn what_a_second_stage_used_counts_in_the_limits_that_refuse_the_request_after_it() {
     let (judge, server) = (paid_judge().await, models().await);
     let limits = "limits: [{name: all, tokens: 1000, per: 1h, on_short: refuse}, {requests: 9, per: 1h}]\n";
-    let policy = doubtful_in_a_pool(&server.url(), &judge.url(), "").replace(", key: {env: INFERGATE_PEPPER}", "");
-    let gateway = Gateway::start(&(policy + limits)).await;
+    let gateway = Gateway::start(&(without_key(doubtful_in_a_pool(&server.url(), &judge.url(), "")) + limits)).await;
     let asks_for =
         |tokens: &str| body(CHAT, DOUBT, false).replace("\"max_tokens\":3", &format!("\"max_tokens\":{tokens}"));
     for _ in 0..2 {
@@ -668,10 +671,7 @@ async fn a_second_stage_in_a_pool_leaves_the_first_answer_where_the_pool_fails_i
     let server = models().await;
     let broken = Wire::saying("HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n").await;
     let breaker = "breaker: {failures: 2, open_ms: 60000, open_ms_max: 60000}, ";
-    let gateway = Gateway::start(
-        &doubtful_in_a_pool(&server.url(), &broken.url(), breaker).replace(", key: {env: INFERGATE_PEPPER}", ""),
-    )
-    .await;
+    let gateway = Gateway::start(&without_key(doubtful_in_a_pool(&server.url(), &broken.url(), breaker))).await;
     let mut answers = Vec::new();
     for _ in 0..4 {
         answers.push(route(&gateway, &[], CHAT, body(CHAT, DOUBT, false)).await);
@@ -684,7 +684,7 @@ async fn a_second_stage_in_a_pool_leaves_the_first_answer_where_the_pool_fails_i
 
     let silent = Wire::start(|_| vec![Step::UntilGone]).await;
     let policy = doubtful_in_a_pool(&server.url(), &silent.url(), "concurrency: {max: 1, queue: 0}, ");
-    let policy = policy.replace(", key: {env: INFERGATE_PEPPER}", "");
+    let policy = without_key(policy);
     let gateway = Gateway::start(&policy.replace("deadline_ms: 5000", "deadline_ms: 2000")).await;
     let ask = || route(&gateway, &[], CHAT, body(CHAT, DOUBT, false));
     let both = tokio::join!(ask(), ask());
